@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the configs of all methods share: common fields, checks with clear errors, stable saving, the model card."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from .card import write_card
+
+# Far above any useful setting, and low enough that a config from a stranger cannot ask for the machine's memory.
+MAX_SLOTS_PER_LAYER = 16_384
+
+
+@dataclass
+class PromptConfig(PeftConfig):
+    """Base of the method configs.
+
+    Args:
+        target_modules: attention layers that prompts join, as in PEFT: a list of name endings, or a regular expression.
+            Unset, they follow from the model's architecture.
+        exclude_modules: attention layers to leave out, in the same form.
+        layers_to_transform: numbers of the blocks to prompt; unset for all. Prompts live in these blocks only.
+        layers_pattern: name of the module list that holds the blocks, where the first number in a path is another one.
+        modules_to_save: modules to train and save besides the prompts, usually a head.
+        init_weights: True for the method's initialisation, False for large random values (tests).
+        num_virtual_tokens: prompt slots per layer, P.
+    """
+
+    # Where prompt keys stand for rotary embeddings and T5 biases; a method that offers the choice makes it a field.
+    prompt_positions: ClassVar[str] = "unrotated"
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention layers that prompts join; unset, the architecture decides."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Attention layers to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Numbers of the blocks to prompt; unset for all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that holds the blocks."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save besides the prompts, usually a head."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True for the method's initialisation, False for large random values."}
+    )
+
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompt slots per layer, P."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        check_bool("init_weights", self.init_weights)
+        check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
+        layers = self.layers_to_transform
+        if layers is not None:
+            for layer in [layers] if isinstance(layers, int) else layers:
+                check_int("layers_to_transform", layer, 0)
+        if self.layers_pattern and layers is None:
+            raise ValueError("layers_pattern names where layers_to_transform counts; set layers_to_transform as well.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a dict; sets become sorted lists, so that two processes write the same bytes."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and the lines a stranger needs to load the adapter into the model card."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        write_card(self, save_directory)
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise TypeError unless `value` is an int (no bool), ValueError unless it lies in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {limits}, got {value}.")
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raise TypeError unless `value` is a number (no bool), ValueError unless it is finite and in [low, high)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not math.isfinite(value) or value < low or (open_low and value == low) or value >= high:
+        above = f"greater than {low}" if open_low else f"at least {low}"
+        below = "finite" if high == math.inf else f"below {high}"
+        raise ValueError(f"{name} must be {above} and {below}, got {value}.")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

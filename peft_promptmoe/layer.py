@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prompt layer: a child of one frozen attention layer, with the hooks that let prompt rows join its attention."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .attention import (
+    COLUMNS,
+    Columns,
+    ConfigView,
+    first_real,
+    merge_columns,
+    parameter_names,
+    project_rows,
+    real_tokens,
+    relative_bias,
+    rotary_tables,
+)
+from .config import PromptConfig
+from .routing import Observer, PromptCall, RoutingRecord
+from .sites import Site
+from .tokens import TokenForm
+
+CHILD = "promptmoe"
+CALL = "promptmoe_call"
+LAYER_INPUT = "_promptmoe_layer_input"
+CACHE_ROWS = "_promptmoe_rows"
+
+
+class PromptTable(nn.Module):
+    """A trained tensor as a module of its own, which is what wrappers that shard or offload modules expect."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class PromptLayer(nn.Module, BaseTunerLayer):
+    """Prompts of one attention layer; a method is a subclass that says how its rows come about.
+
+    It is registered as a child of the attention layer and called by that layer's hooks, so module types and parameter
+    names of the base model stay as they were. Hooks are bound methods of this module, which is what makes a deep copy
+    of the model independent of the original.
+
+    Args:
+        site: the attention layer and its surroundings.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ("prompt_config",)
+    method: ClassVar[str]
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.prompt_config: dict[str, Any] = {}
+        self.last_routing: dict[str, RoutingRecord] = {}
+        self.observers: list[Observer] = []
+        self.token_form: TokenForm | None = None
+        self._handles: list[Any] = []
+        self._names = parameter_names(site.attention)
+
+    # -- what a method defines ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def rows(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor:
+        """Prompt rows in the place of layer inputs.
+
+        Args:
+            x: (B, T, D) layer input before the block's own norm.
+            real: (B, T) which tokens are real; None for all.
+            call: what the base model's forward tells its layers; None if it has nothing to tell.
+
+        Returns:
+            (B or 1, R, D), R a multiple of the adapter's number of slots; row r is slot r % slots.
+        """
+
+    def log_gates(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
+        """(B, T, G) log-gates on the first G * slots rows, minus infinity for closed ones; None if nothing is gated."""
+        return None
+
+    def num_active(self, adapter: str) -> int:
+        """How many of the gates are open for one token."""
+        return 1
+
+    def needs_call(self, adapter: str) -> bool:
+        """Whether the layer cannot work without the base model's `PromptCall` in the current mode."""
+        return False
+
+    def reads_query(self, adapter: str) -> bool:
+        """Whether the layer's router pools the input of a causal language model and so must not see answers."""
+        return False
+
+    # -- PEFT's layer contract ----------------------------------------------------------------------------------------
+
+    def get_base_layer(self) -> nn.Module:
+        return self.site.attention
+
+    @property
+    def weight(self) -> Tensor:
+        return next(p for p in self.site.attention.parameters() if p.is_floating_point())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(no_merge(self.method))
+
+    def unmerge(self) -> None:
+        raise ValueError(no_merge(self.method))
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        own = {id(p) for p in self.parameters()}
+        for parameter in base_layer.parameters():
+            if id(parameter) not in own and parameter.is_floating_point():
+                return parameter.device, parameter.dtype
+        return None, None
+
+    def new_table(self, adapter: str, container: str, weight: Tensor) -> None:
+        """Store a trained tensor under `<container>.<adapter>.weight`."""
+        getattr(self, container)[adapter] = PromptTable(weight)
+
+    # -- in and out of the model --------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Become a child of the attention layer, hook it, and put the read-through view over its config."""
+        attention = self.site.attention
+        attention.add_module(CHILD, self)
+        attention.config = ConfigView(attention.config)
+        self._handles = [
+            attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
+            attention.register_forward_hook(self._after_attention, with_kwargs=True),
+        ]
+        if self.site.norm is not None:
+            self._handles.append(self.site.norm.register_forward_hook(self._after_norm, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Leave the attention layer as it was before `attach`."""
+        attention = self.site.attention
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self.token_form is not None:
+            self.token_form.detach()
+            self.token_form = None
+        attention.config = attention.config.real
+        delattr(attention, CHILD)
+
+    def hold_token_form(self, form: TokenForm) -> None:
+        """Let this layer's rows be real tokens of its whole block for the adapters that ask for it."""
+        self.token_form = form
+        form.attach(self)
+
+    # -- which adapters work in which form ----------------------------------------------------------------------------
+
+    def working_adapters(self) -> list[str]:
+        """Active adapters that have prompts in this layer; none while adapters are disabled."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.prompt_config]
+
+    def as_tokens(self, adapter: str) -> bool:
+        """Whether the adapter's prompts are real tokens in this block rather than rows of its attention."""
+        return self.token_form is not None and self.wants_tokens(self.prompt_config[adapter])
+
+    def wants_tokens(self, config: PromptConfig) -> bool:
+        """Whether the config asks for token form where the model's decoder reads this block's output."""
+        return False
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _after_norm(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Let the norm's output carry its input to the attention layer.
+
+        A note on the tensor itself cannot be picked up by another thread or another call, unlike one on a module.
+        """
+        layer_input = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(output, Tensor) and output is not layer_input:
+            setattr(output, LAYER_INPUT, layer_input)
+
+    def _before_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        adapters = [name for name in self.working_adapters() if not self.as_tokens(name)]
+        if not adapters:
+            return None
+        kwargs = dict(kwargs)
+        call = kwargs.pop(CALL, None)
+        bound = dict(zip(self._names, args, strict=False)) | kwargs
+        x = self._layer_input(bound["hidden_states"])
+        for name in adapters:
+            if call is None and self.needs_call(name):
+                raise ValueError(no_call(attention))
+        cached, past = self._cached_rows(bound)
+        mask = bound.get("attention_mask", bound.get("mask"))
+        real = real_tokens(mask, x.shape[1]) if not past else None
+        parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
+        kwargs[COLUMNS] = merge_columns(parts)
+        return args, kwargs
+
+    def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        columns = kwargs.get(COLUMNS)
+        if isinstance(columns, Columns) and columns.arrived != 1:
+            raise RuntimeError(
+                f"{type(attention).__name__} at {self.site.name!r} reached transformers' AttentionInterface "
+                f"{columns.arrived} times in one call instead of once, so the prompts did not join its attention as "
+                "defined. This architecture (or this option of it) is not supported; unload the adapter."
+            )
+
+    def _layer_input(self, hidden: Tensor) -> Tensor:
+        if self.site.norm is None or isinstance(self.site.norm, nn.Identity):
+            return hidden
+        layer_input = getattr(hidden, LAYER_INPUT, None)
+        if layer_input is None:
+            raise RuntimeError(
+                f"The input of {self.site.name!r} is not the output of {type(self.site.norm).__name__}, so the router "
+                "cannot see the layer's input. This architecture is not supported."
+            )
+        return layer_input
+
+    def _cached_rows(self, bound: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
+        """This layer's key and value rows kept with the call's cache, and whether the cache already holds tokens."""
+        cache = bound.get("past_key_values", bound.get("layer_past"))
+        if cache is None or not hasattr(cache, "get_seq_length"):
+            return {}, False
+        length = cache.get_seq_length(self.site.attention.layer_idx)
+        if isinstance(length, Tensor):
+            # A static cache counts on the device. Compiled code cannot ask; there, single tokens are decoding steps.
+            past = bound["hidden_states"].shape[1] == 1 if torch.compiler.is_compiling() else bool(length > 0)
+        else:
+            past = length > 0
+        rows = cache.__dict__.setdefault(CACHE_ROWS, {})
+        if not past:
+            rows[self.site.name] = {}
+        return rows.setdefault(self.site.name, {}), past
+
+    def _columns(
+        self,
+        adapter: str,
+        x: Tensor,
+        real: Tensor | None,
+        bound: dict[str, Any],
+        call: PromptCall | None,
+        cached: dict[str, tuple[Tensor, Tensor]],
+        past: bool,
+    ) -> Columns:
+        config = self.prompt_config[adapter]
+        slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
+        log_gates = self.log_gates(adapter, x, real, call)
+        first = first_real(real)
+        if past:
+            if adapter not in cached:
+                raise ValueError(
+                    f"The cache holds tokens but no prompt rows of adapter {adapter!r}: it was filled while the adapter "
+                    "was off, by another model, or by code that copies caches. Start from a new cache."
+                )
+            columns = Columns(*cached[adapter])
+        else:
+            rows = self.rows(adapter, x, real, call).to(x.dtype)
+            offsets = _offsets(rows.shape[1], slots, x.device) if prefix else None
+            tables = rotary_tables(self.site, bound.get("position_embeddings"), first, offsets)
+            columns = project_rows(self.site, rows, tables, bound)
+            cached[adapter] = (columns.key, columns.value)
+        if log_gates is not None:
+            columns = open_columns(columns, log_gates, self.num_active(adapter), slots)
+        offsets = _offsets(columns.key.shape[2], slots, x.device)
+        columns.bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
+        return columns
+
+    def note(self, adapter: str, log_gates: Tensor, real: Tensor | None) -> None:
+        """Keep what a router chose, for whoever asks after the forward, and tell those who listen."""
+        record = RoutingRecord(log_gates.detach(), real)
+        self.last_routing[adapter] = record
+        for observer in self.observers:
+            observer(self.site.name, adapter, record)
+
+
+def _offsets(rows: int, slots: int, device: torch.device) -> Tensor:
+    """(R,) positions of prompt rows relative to the first token: slot p of every expert stands at p - slots."""
+    return torch.arange(rows, device=device) % slots - slots
+
+
+def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -> Columns:
+    """Put gates on columns; for a single query per sample keep only the columns of the experts it chose.
+
+    So a decoding step costs the active experts, not all of them.
+
+    Args:
+        columns: key and value of (B or 1, H, R, d), the gated experts' rows first.
+        log_gates: (B, T, G).
+        active: experts that are open for one token.
+        slots: rows of one expert.
+    """
+    gates = log_gates.shape[-1]
+    if log_gates.shape[1] == 1 and active < gates:
+        best, index = log_gates[:, 0].topk(active, dim=-1)
+        columns = Columns(_gather(columns.key, index, gates, slots), _gather(columns.value, index, gates, slots))
+        log_gates, gates = best[:, None], active
+    owner = torch.arange(columns.key.shape[2], device=log_gates.device) // slots
+    return Columns(columns.key, columns.value, log_gates, torch.where(owner < gates, owner, -1))
+
+
+def _gather(rows: Tensor, index: Tensor, gates: int, slots: int) -> Tensor:
+    """(B, H, K * slots + rest, d) of (B or 1, H, G * slots + rest, d) and chosen experts (B, K)."""
+    batch, active = index.shape
+    rows = rows.expand(batch, -1, -1, -1)
+    gated = rows[:, :, : gates * slots].unflatten(2, (gates, slots))
+    index = index[:, None, :, None, None].expand(-1, rows.shape[1], -1, slots, rows.shape[-1])
+    return torch.cat([gated.gather(2, index).flatten(2, 3), rows[:, :, gates * slots :]], dim=2)
+
+
+def no_merge(method: str) -> str:
+    return (
+        f"{method} cannot be merged into the base weights: its prompts are extra attention rows, no change of a weight. "
+        "Keep the adapter loaded, or use unload() to get the base model back."
+    )
+
+
+def no_call(attention: nn.Module) -> str:
+    return (
+        f"The model does not pass keyword arguments on to {type(attention).__name__}, so its prompt layers cannot learn "
+        "which tokens belong to the query or take part in a balance loss. Use routing='token' (causal language models) "
+        "and balance_loss_weight=0."
+    )

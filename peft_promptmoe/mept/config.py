@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of MEPT."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from ..config import MAX_SLOTS_PER_LAYER, PromptConfig, check_bool, check_choice, check_int, check_number
+from ..registration import ensure_peft_type
+
+
+@dataclass
+class MEPTConfig(PromptConfig):
+    """Configuration of MEPT: in every layer a router chooses among prompt experts (arXiv 2509.00996).
+
+    Letters: `P` slots, `E` routed experts, `K` active experts, `S` shared experts, `D` width. A layer trains
+    (E + S) * P * D prompt values and E * D router values; the router is left out when there is one expert.
+
+    Args:
+        num_virtual_tokens: slots per expert, P.
+        num_experts: routed experts per layer, E. One expert means no router: static deep prompts.
+        top_k: experts that are active for a sample or token, K.
+        num_shared_experts: experts that are always active, S (paper, method figure; the official code has one or none).
+        routing: "sample" is the paper's: the router reads the mean of the layer's input over the real tokens, and the
+            rows of the chosen experts, weighted by their gates, and of the shared experts are summed into P rows per
+            sample. "token" is ours: every token weighs the slots of its own chosen experts inside attention, so it
+            never looks ahead. "auto" takes "token" for causal language models and "sample" for all others; the choice
+            is saved with the adapter.
+        router_norm: whether the router reads its input through an RMS norm without gain (official code: yes).
+        router_centering: whether a running mean is subtracted from the router's input. Layer inputs share one
+            direction, and without centering sample routing usually sends everything to one expert; with it, experts
+            follow the task in mixed data. On a single task it has cost accuracy, so it is off by default.
+        renormalize_top_k: whether the gates of the chosen experts sum to one (official code: no). Impossible with
+            top_k=1 and several experts, where it would leave the router without gradient.
+        router_noise: standard deviation of multiplicative Gaussian noise on router logits in training (the official
+            code's `sigma`, which it multiplies in twice: pass its square).
+        router_dropout: probability of dropping a router logit in training (official code: 0.2 where noise is off).
+        balance_loss_weight: weight of the load-balance term of every router; off in evaluation (not in the paper).
+        prompt_positions: where prompt keys stand for rotary embeddings and T5 biases: "prefix" right before the text
+            (official code), "unrotated" at the first token's position, for models whose rotary table is out of reach.
+        decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder block
+            (official code: yes). Needs routing="sample".
+        prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. With the
+            default an ordinary 1e-3 suits prompts, router and head alike.
+        init_std: spread of the initial rows; "match" takes the spread of the layer's input where a norm makes it
+            (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
+    """
+
+    num_experts: int = field(default=4, metadata={"help": "Routed experts per layer, E; 1 for static prompts."})
+    top_k: int = field(default=1, metadata={"help": "Experts that are active for a sample or token, K."})
+    num_shared_experts: int = field(default=1, metadata={"help": "Experts that are always active, S."})
+    routing: str = field(default="auto", metadata={"help": "'sample', 'token', or 'auto' by the model."})
+    router_norm: bool = field(default=True, metadata={"help": "Whether the router reads RMS-normed inputs."})
+    router_centering: bool = field(
+        default=False, metadata={"help": "Whether a running mean is subtracted from the router's input."}
+    )
+    renormalize_top_k: bool = field(default=False, metadata={"help": "Whether the chosen experts' gates sum to one."})
+    router_noise: float = field(default=0.0, metadata={"help": "Multiplicative noise on router logits in training."})
+    router_dropout: float = field(default=0.0, metadata={"help": "Dropout of router logits in training."})
+    balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the load-balance term."})
+    prompt_positions: str = field(  # type: ignore[misc]
+        default="prefix", metadata={"help": "Positions of prompt keys: 'prefix' or 'unrotated'."}
+    )
+    decoder_sees_prompts: bool = field(
+        default=True, metadata={"help": "Whether a decoder attends to the last encoder block's prompts."}
+    )
+    prompt_scale: float = field(default=25.0, metadata={"help": "Rows are this times the trained tensor."})
+    init_std: float | str = field(default="match", metadata={"help": "Spread of the initial rows, or 'match'."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ensure_peft_type("MEPT")
+        check_int("num_experts", self.num_experts, 1)
+        check_int("top_k", self.top_k, 1, self.num_experts)
+        check_int("num_shared_experts", self.num_shared_experts, 0)
+        slots = (self.num_experts + self.num_shared_experts) * self.num_virtual_tokens
+        if slots > MAX_SLOTS_PER_LAYER:
+            raise ValueError(
+                f"(num_experts + num_shared_experts) * num_virtual_tokens is {slots} slots per layer; at most "
+                f"{MAX_SLOTS_PER_LAYER} are allowed. Lower one of the three."
+            )
+        check_choice("routing", self.routing, ("auto", "sample", "token"))
+        check_choice("prompt_positions", self.prompt_positions, ("prefix", "unrotated"))
+        for name in ("router_norm", "router_centering", "renormalize_top_k", "decoder_sees_prompts"):
+            check_bool(name, getattr(self, name))
+        check_number("router_noise", self.router_noise, 0.0)
+        check_number("router_dropout", self.router_dropout, 0.0, 1.0)
+        check_number("balance_loss_weight", self.balance_loss_weight, 0.0)
+        check_number("prompt_scale", self.prompt_scale, 0.0, open_low=True)
+        if isinstance(self.init_std, str):
+            check_choice("init_std", self.init_std, ("match",))
+        else:
+            check_number("init_std", self.init_std, 0.0)
+        self._check_dead_settings()
+
+    def _check_dead_settings(self) -> None:
+        if self.num_experts == 1:
+            return
+        if self.renormalize_top_k and self.top_k == 1:
+            raise ValueError(
+                "renormalize_top_k=True with top_k=1 makes every gate 1, so the router gets no gradient. Set "
+                "renormalize_top_k=False or top_k of at least 2."
+            )
+        if self.routing == "sample" and self.top_k == 1 and self.num_shared_experts == 0:
+            warnings.warn(
+                "routing='sample' with top_k=1 and no shared expert starves the router in pre-norm models: the gate only "
+                "scales the rows, and the block's norm removes the scale. Set num_shared_experts=1 or top_k=2.",
+                stacklevel=3,
+            )

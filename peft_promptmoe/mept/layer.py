@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt experts and router of one layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PromptConfig
+from ..layer import PromptLayer, PromptTable
+from ..routing import (
+    PromptCall,
+    balance_loss,
+    carry_balance_loss,
+    mix_experts,
+    perturb,
+    pooled_input,
+    token_logits,
+    top_k_log_gates,
+)
+from ..sites import Site
+from .config import MEPTConfig
+
+CENTER_MOMENTUM = 0.01
+
+
+class RouterCenter(nn.Module):
+    """Running mean of a router's input, saved with the adapter and frozen in evaluation.
+
+    Args:
+        width: D.
+        dtype: of the mean.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(width, dtype=dtype))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, mean: Tensor) -> None:
+        """Take in one batch's mean (D,); the first batches count fully, later ones by the momentum."""
+        self.steps += 1
+        momentum = (1.0 / self.steps).clamp(min=CENTER_MOMENTUM).to(self.weight.dtype)
+        self.weight += momentum * (mean.to(self.weight.dtype) - self.weight)
+
+
+class MEPTLayer(PromptLayer):
+    """Routed and shared prompt experts of one attention layer, for any number of adapters.
+
+    Trained tensors per adapter: `mept_prompts` (E, P, D), `mept_shared_prompts` (S, P, D), `mept_router` (E, D).
+    """
+
+    adapter_layer_names = ("mept_prompts", "mept_shared_prompts", "mept_router", "mept_router_center")
+    other_param_names = ("prompt_config",)
+    method = "MEPT"
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.mept_prompts = nn.ModuleDict()
+        self.mept_shared_prompts = nn.ModuleDict()
+        self.mept_router = nn.ModuleDict()
+        self.mept_router_center = nn.ModuleDict()
+
+    def update_layer(self, adapter: str, config: MEPTConfig) -> None:
+        """Add an adapter's tensors to this layer."""
+        width, slots = self.site.width, config.num_virtual_tokens
+        std = self._initial_std(config) / config.prompt_scale
+        dtype = torch.promote_types(self.weight.dtype, torch.float32) if self.weight.dtype.itemsize > 2 else None
+        kwargs = {"dtype": dtype} if dtype is not None else {}
+        self.prompt_config[adapter] = config
+        experts = torch.randn(config.num_experts, slots, width, **kwargs) * std
+        self.mept_prompts[adapter] = PromptTable(experts)
+        if config.num_shared_experts:
+            shared = torch.randn(config.num_shared_experts, slots, width, **kwargs) * std
+            self.mept_shared_prompts[adapter] = PromptTable(shared)
+        if config.num_experts > 1:
+            self.mept_router[adapter] = PromptTable(orthogonal_rows(config.num_experts, width, **kwargs))
+            if config.router_centering:
+                self.mept_router_center[adapter] = RouterCenter(width, experts.dtype)
+
+    def _initial_std(self, config: MEPTConfig) -> float:
+        if not config.init_weights:
+            return 1.0
+        if config.init_std == "match":
+            return self.site.input_std if self.site.input_std is not None else 1.0
+        return float(config.init_std)
+
+    # -- the method ---------------------------------------------------------------------------------------------------
+
+    def rows(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor:
+        config = self.prompt_config[adapter]
+        experts = self.mept_prompts[adapter]() * config.prompt_scale
+        shared = self.mept_shared_prompts[adapter]() * config.prompt_scale if config.num_shared_experts else None
+        if config.routing == "token":
+            tables = experts if shared is None else torch.cat([experts, shared])
+            return tables.flatten(0, 1)[None]
+        mixed = self._mix(adapter, experts, x, real, call)
+        return mixed if shared is None else mixed + shared.sum(dim=0)
+
+    def _mix(
+        self, adapter: str, experts: Tensor, x: Tensor, real: Tensor | None, call: PromptCall | None
+    ) -> Tensor:
+        """(B or 1, P, D) gate-weighted sum of the experts that each sample's pooled input chooses."""
+        config = self.prompt_config[adapter]
+        if config.num_experts == 1:
+            return experts
+        if self.reads_query(adapter) and call is not None and call.query is not None:
+            real = call.query if real is None else real & call.query
+        with torch.autocast(x.device.type, enabled=False):
+            pooled = pooled_input(x, real, config.router_norm)
+            some = None if real is None else real.any(dim=1)
+            center = self._center(adapter, pooled, some, call)
+            if center is not None:
+                pooled = pooled - center
+                pooled = pooled if some is None else pooled * some[:, None]
+            weight = self.mept_router[adapter]()
+            logits = nn.functional.linear(pooled, weight.to(pooled.dtype))
+            log_gates, index, logits = self._choose(config, logits)
+            self.note(adapter, log_gates, None)
+            if self._balances(config):
+                assert call is not None
+                term = config.balance_loss_weight * balance_loss(logits, index, some)
+                log_gates = carry_balance_loss(log_gates, term, call, self.site.name)
+            return mix_experts(experts, log_gates, index)
+
+    def log_gates(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
+        config = self.prompt_config[adapter]
+        if config.routing != "token" or config.num_experts == 1:
+            return None
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.mept_router[adapter]()
+            center = self._token_center(adapter, x, real, call)
+            logits = token_logits(x, weight, center, config.router_norm)
+            log_gates, index, logits = self._choose(config, logits)
+            self.note(adapter, log_gates, real)
+            if self._balances(config):
+                assert call is not None
+                term = config.balance_loss_weight * balance_loss(logits, index, real)
+                log_gates = carry_balance_loss(log_gates, term, call, self.site.name)
+            return log_gates
+
+    def _choose(self, config: MEPTConfig, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.training:
+            logits = perturb(logits, config.router_noise, config.router_dropout)
+        return *top_k_log_gates(logits, config.top_k, config.renormalize_top_k), logits
+
+    def _token_center(
+        self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None
+    ) -> Tensor | None:
+        if adapter not in self.mept_router_center:
+            return None
+        pooled = pooled_input(x, real, self.prompt_config[adapter].router_norm) if self.training else x[:, 0]
+        return self._center(adapter, pooled, None if real is None else real.any(dim=1), call)
+
+    def _center(
+        self, adapter: str, pooled: Tensor, some: Tensor | None, call: PromptCall | None
+    ) -> Tensor | None:
+        """(D,) the centre to subtract; a training forward takes its batch in once, after reading the old value."""
+        if adapter not in self.mept_router_center:
+            return None
+        center = self.mept_router_center[adapter]
+        if not self.training:
+            return center.weight
+        assert call is not None
+        key = (self.site.name, adapter)
+        if key not in call.centers:
+            weight = torch.ones_like(pooled[:, :1]) if some is None else some[:, None].to(pooled.dtype)
+            mean = (pooled.detach() * weight).sum(dim=0) / weight.sum().clamp(min=1.0)
+            # The very first batch is centred by itself; zero would leave it to the shared direction.
+            call.centers[key] = torch.where(center.steps > 0, center.weight, mean.to(center.weight.dtype))
+            center.update(mean)
+        return call.centers[key]
+
+    # -- what the engine asks -----------------------------------------------------------------------------------------
+
+    def num_active(self, adapter: str) -> int:
+        return self.prompt_config[adapter].top_k
+
+    def wants_tokens(self, config: PromptConfig) -> bool:
+        return isinstance(config, MEPTConfig) and config.decoder_sees_prompts
+
+    def reads_query(self, adapter: str) -> bool:
+        config = self.prompt_config[adapter]
+        return self.site.generates and config.routing == "sample" and config.num_experts > 1
+
+    def needs_call(self, adapter: str) -> bool:
+        config = self.prompt_config[adapter]
+        learns = self.training and config.num_experts > 1 and config.router_centering
+        return self.reads_query(adapter) or learns or self._balances(config)
+
+    def _balances(self, config: MEPTConfig) -> bool:
+        return self.training and config.num_experts > 1 and config.balance_loss_weight > 0.0
+
+
+def orthogonal_rows(rows: int, width: int, **kwargs: torch.dtype) -> Tensor:
+    """(rows, width) orthonormal rows (the router's intended start in the official code), in groups if rows > width."""
+    weight = torch.empty(rows, width, **kwargs)
+    for start in range(0, rows, width):
+        nn.init.orthogonal_(weight[start : start + width])
+    return weight

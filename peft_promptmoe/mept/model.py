@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MEPT tuner."""
+
+from __future__ import annotations
+
+from ..sites import Site, is_encoder_decoder
+from ..tuner import PromptTuner
+from .config import MEPTConfig
+from .layer import MEPTLayer
+
+
+class MEPTModel(PromptTuner):
+    """Adds routed prompt experts to the attention layers of a transformers model (arXiv 2509.00996).
+
+    Args:
+        model: the base model, any transformers model whose attention goes through the `AttentionInterface`.
+        config: a [`MEPTConfig`].
+        adapter_name: name of the adapter.
+
+    Example:
+
+        ```py
+        >>> import peft_promptmoe
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForSequenceClassification
+
+        >>> base = AutoModelForSequenceClassification.from_pretrained("google-bert/bert-base-uncased")
+        >>> model = get_peft_model(base, peft_promptmoe.MEPTConfig(task_type="SEQ_CLS"))
+        >>> model.print_trainable_parameters()
+        ```
+    """
+
+    prefix = "mept_"
+    method = "MEPT"
+    tuner_layer_cls = MEPTLayer
+
+    def resolve(self, config: MEPTConfig, sites: list[Site]) -> None:
+        if config.routing == "auto":
+            config.routing = "token" if any(site.generates for site in sites) else "sample"
+            config._check_dead_settings()
+
+    def check_site(self, config: MEPTConfig, site: Site) -> None:
+        if config.decoder_sees_prompts and config.routing == "token" and is_encoder_decoder(self.model):
+            raise ValueError(
+                "decoder_sees_prompts=True hands the decoder one set of prompt tokens per sample, and routing='token' has "
+                "none. Set decoder_sees_prompts=False or routing='sample'."
+            )

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration of out-of-tree tuner types with PEFT.
+
+PEFT looks its methods up by members of the `PeftType` enum and offers `register_peft_method` for everything but the
+member itself. This module adds the member and then calls the stock function, so that nothing else in PEFT needs to
+know where a method comes from.
+"""
+
+from __future__ import annotations
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+
+
+def ensure_peft_type(name: str) -> PeftType:
+    """Return the `PeftType` member called `name`, adding it to the enum when PEFT does not have it.
+
+    The member is a real one: lookup by attribute, item and value, iteration, `in`, hashing, pickling and JSON behave
+    as for PEFT's own. `type.__setattr__` is needed because the enum's metaclass refuses assignment of members.
+
+    Args:
+        name: upper-case name of the method, for example `"MEPT"`.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType._member_names_)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+def register_tuner(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], name: str) -> None:
+    """Register a tuner type under `name` and the parameter prefix of its tuner class.
+
+    Registering the same classes twice (a second import, a reload) does nothing.
+
+    Args:
+        config_cls: the method's config class.
+        tuner_cls: the method's tuner class; its `prefix` must be `name.lower() + "_"`.
+        name: upper-case name of the method.
+
+    Raises:
+        RuntimeError: the name or the prefix is held by PEFT itself or by another package. PEFT notices a taken name
+            late and a taken prefix never, and a shared prefix would mix the weights of two methods in one file.
+    """
+    member = ensure_peft_type(name)
+    holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    if holder is not None:
+        if (holder.__module__, holder.__qualname__) == (config_cls.__module__, config_cls.__qualname__):
+            _rebind(member, config_cls, tuner_cls)
+            return
+        raise RuntimeError(
+            f"PEFT already maps the method name {name!r} to {holder.__module__}.{holder.__qualname__}, so "
+            f"{config_cls.__module__} cannot register its own. Uninstall one of the two packages, or upgrade "
+            f"peft_promptmoe if PEFT now ships {name} itself."
+        )
+    for other, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items():
+        if prefix == tuner_cls.prefix:
+            raise RuntimeError(
+                f"The parameter prefix {prefix!r} of {name} is already used by the PEFT method {other}. Uninstall the "
+                "package that registered it; two methods with one prefix cannot tell their weights apart."
+            )
+    register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=tuner_cls)
+
+
+def _rebind(member: PeftType, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
+    """Point PEFT at the classes of a reloaded module, which are new objects with the old names."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[member] = tuner_cls

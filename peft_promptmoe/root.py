@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks on the base model itself: what one forward tells its layers, the balance loss, and checks of loaded tensors."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import parameter_names, real_tokens
+from .layer import CALL, CHILD, PromptLayer
+from .routing import PromptCall, add_balance_loss
+from .sites import accepts_keyword_arguments
+
+
+class PromptRoot(nn.Module):
+    """Child of the base model that hooks its forward and its `load_state_dict`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._last_balance: tuple[Tensor, ...] = ()
+        self._names = parameter_names(model)
+        self._passes_on = accepts_keyword_arguments(model)
+        self._handles: list[Any] = []
+        self._layers: list[PromptLayer] = []
+
+    def attach(self, model: nn.Module) -> None:
+        model.add_module(CHILD, self)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+            model.register_load_state_dict_pre_hook(self._before_load),
+        ]
+
+    def detach(self, model: nn.Module) -> None:
+        for handle in self._handles:
+            handle.remove()
+        delattr(model, CHILD)
+
+    def watch(self, model: nn.Module) -> None:
+        """Note the prompt layers of the model; called after each injection."""
+        self._layers = prompt_layers(model)
+
+    @property
+    def last_balance_loss(self) -> float | None:
+        """Mean over the routers of their weighted balance terms in the last forward that had any."""
+        values = [float(value) for value in self._last_balance]
+        return sum(values) / len(values) if values else None
+
+    def _before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        asking = [layer for layer in self._layers if any(map(layer.needs_call, layer.working_adapters()))]
+        if not asking or not self._passes_on:
+            return None
+        call = PromptCall()
+        if any(layer.reads_query(name) for layer in asking for name in layer.working_adapters()):
+            call.query = self._query(model, dict(zip(self._names, args, strict=False)) | kwargs)
+        return args, {**kwargs, CALL: call}
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = kwargs.get(CALL)
+        if not isinstance(call, PromptCall) or not call.balance:
+            return None
+        self._last_balance = tuple(call.balance.values())
+        if not torch.is_grad_enabled():
+            return None
+        if isinstance(output, tuple):
+            has_loss = kwargs.get("labels") is not None
+            return (add_balance_loss(output[0], call), *output[1:]) if has_loss else None
+        loss = output.get("loss") if hasattr(output, "get") else None
+        if loss is not None:
+            output["loss"] = add_balance_loss(loss, call)
+        return output
+
+    def _query(self, model: nn.Module, bound: dict[str, Any]) -> Tensor | None:
+        """(B, T) the tokens before the first label, which routers of a causal language model may read; None for all."""
+        if bound.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "routing='sample' chooses experts once per row and packed rows hold several samples. Use "
+                "routing='token', or do not pack."
+            )
+        labels = bound.get("labels")
+        if labels is None:
+            self._without_labels(model, bound)
+            return None
+        answered = labels != -100
+        mask = bound.get("attention_mask")
+        if mask is not None:
+            real = mask.bool() if mask.ndim == 2 else real_tokens(mask, labels.shape[1])
+            answered = answered & real
+        return answered.cumsum(dim=1) == 0
+
+    def _without_labels(self, model: nn.Module, bound: dict[str, Any]) -> None:
+        if model.training:
+            raise ValueError(
+                "routing='sample' on a causal language model learns which tokens are the query from the labels, and "
+                "this training forward has none (label smoothing and compute_loss_func take them away), so routers "
+                "would read the answer. Pass labels, or use routing='token', which never looks ahead."
+            )
+        if bound.get("past_key_values") is None and not torch.compiler.is_compiling():
+            warnings.warn(
+                "routing='sample' on a causal language model reads the whole input when no labels are given. That is "
+                "right for generate(), but scores of a text leak later tokens into earlier ones: pass labels with the "
+                "query set to -100, or use routing='token'.",
+                stacklevel=2,
+            )
+
+    def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        check_tensors(model, state_dict, prefix)
+
+
+def prompt_layers(model: nn.Module) -> list[PromptLayer]:
+    """Prompt layers of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, PromptLayer)]
+
+
+def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Check the prompt tensors of a state dict before any of them is loaded.
+
+    An adapter comes whole or not at all; PEFT alone would load what fits and pass over the rest.
+
+    Raises:
+        ValueError: tensors of an adapter are missing, superfluous, of another shape, or not finite.
+    """
+    expected: dict[str, dict[str, Tensor]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, PromptLayer):
+            for name, tensor in module.state_dict(prefix=f"{prefix}{path}.").items():
+                adapter = name.rsplit(".", 2)[1]
+                expected.setdefault(adapter, {})[name] = tensor
+    known = {name: tensor for tensors in expected.values() for name, tensor in tensors.items()}
+    given = {name for name in state_dict if name.startswith(prefix) and f"{CHILD}." in name}
+    if unknown := sorted(given - known.keys()):
+        raise ValueError(
+            f"The adapter file holds {len(unknown)} prompt tensors that this model has no place for, for example "
+            f"{unknown[0]!r}. It was trained on a model with other layers, or its adapter_config.json is not its own."
+        )
+    for adapter, tensors in expected.items():
+        if given.isdisjoint(tensors):
+            continue
+        if missing := sorted(tensors.keys() - given):
+            raise ValueError(
+                f"The adapter file lacks {len(missing)} of the {len(tensors)} prompt tensors of adapter {adapter!r}, for "
+                f"example {missing[0]!r}. It was trained on a model with fewer layers, or it is damaged."
+            )
+        for name, tensor in tensors.items():
+            _check_tensor(name, state_dict[name], tensor)
+
+
+def _check_tensor(name: str, given: Any, expected: Tensor) -> None:
+    if tuple(given.shape) != tuple(expected.shape):
+        raise ValueError(
+            f"{name!r} has shape {tuple(given.shape)} in the adapter file and {tuple(expected.shape)} in the model: the "
+            "adapter was trained with another num_experts, num_virtual_tokens or model width than its config and this "
+            "model have."
+        )
+    if not given.is_meta and not bool(torch.isfinite(given).all()):
+        raise ValueError(f"{name!r} holds values that are not finite; the adapter file is damaged.")

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token form: prompts as real tokens through a whole block, for blocks whose prompt outputs somebody reads.
+
+In an encoder-decoder the decoder attends to everything the last encoder block puts out. There the prompt rows are
+prepended to the block's input and nothing is dropped behind it; the decoder's mask grows by the same number.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import first_real, parameter_names, real_tokens, relative_bias
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .layer import PromptLayer
+
+
+class TokenForm:
+    """Hooks on the last encoder block and on the decoder stack of one encoder-decoder.
+
+    Args:
+        site: the attention layer of the last encoder block.
+        decoder: the decoder stack.
+    """
+
+    def __init__(self, site: Site, decoder: nn.Module) -> None:
+        self.site = site
+        self.decoder = decoder
+        self.layer: PromptLayer | None = None
+        self._names = parameter_names(site.block)
+        self._handles: list[Any] = []
+
+    def attach(self, layer: PromptLayer) -> None:
+        self.layer = layer
+        self._handles = [
+            self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        layer = self.layer
+        assert layer is not None
+        working = layer.working_adapters()
+        adapters = [name for name in working if layer.as_tokens(name)]
+        if not adapters:
+            return None
+        if len(adapters) < len(working):
+            raise ValueError(
+                "Of the active adapters some have decoder_sees_prompts=True and some False; activate adapters that agree."
+            )
+        from .layer import CALL, no_call
+
+        bound = dict(zip(self._names, args, strict=False)) | kwargs
+        x, mask, call = bound["hidden_states"], bound.get("attention_mask"), bound.get(CALL)
+        real = real_tokens(mask, x.shape[1])
+        rows = []
+        for name in adapters:
+            if call is None and layer.needs_call(name):
+                raise ValueError(no_call(block))
+            rows.append(layer.rows(name, x, real, call).to(x.dtype).expand(x.shape[0], -1, -1))
+        prompts = torch.cat(rows, dim=1)
+        bound["hidden_states"] = torch.cat([prompts, x], dim=1)
+        bound["attention_mask"] = extend_both_ways(mask, prompts.shape[1])
+        if self.site.bias_owner is not None:
+            slots = torch.cat([torch.arange(-r.shape[1], 0, device=x.device) for r in rows])
+            bias = bound.get("position_bias")
+            if bias is None:
+                bias = self.site.bias_owner.compute_bias(x.shape[1], x.shape[1], device=x.device)  # type: ignore
+            bound["position_bias"] = extend_bias(self.site, bias, slots, first_real(real))
+        return (), bound
+
+    def _before_decoder(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Open the decoder's mask for the slots that stand in front of the encoder's output."""
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        if states is None or mask is None or mask.shape[-1] == states.shape[1]:
+            return None
+        more = states.shape[1] - mask.shape[-1]
+        return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (more, 0), value=1)}
+
+
+def extend_both_ways(mask: Tensor | None, slots: int) -> Tensor | None:
+    """Mask of a bidirectional block with `slots` prompt tokens in front, which everyone sees and which see all text.
+
+    Args:
+        mask: (B, 1, T or 1, T) boolean or additive, or None.
+    """
+    if mask is None:
+        return None
+    value = True if mask.dtype == torch.bool else 0.0
+    mask = F.pad(mask, (slots, 0), value=value)
+    if mask.shape[2] == 1:
+        return mask
+    # Without causality every query has the same mask, so any row will do for the prompts'.
+    return torch.cat([mask[:, :, -1:].expand(-1, -1, slots, -1), mask], dim=2)
+
+
+def extend_bias(site: Site, bias: Tensor, slots: Tensor, first: Tensor | None) -> Tensor:
+    """T5 bias of a block with prompt tokens in front.
+
+    Args:
+        bias: (1, heads, T, T) among the text.
+        slots: (R,) positions of the prompts relative to the first real token.
+        first: (B,) column of the first real token; None for column 0 of all.
+
+    Returns:
+        (B or 1, heads, R + T, R + T).
+    """
+    owner = site.bias_owner
+    assert owner is not None
+    length = bias.shape[-1]
+    to_prompts = relative_bias(site, first, slots, length)  # (b, heads, T, R)
+    assert to_prompts is not None
+    batch = to_prompts.shape[0]
+    start = first if first is not None else torch.zeros(1, dtype=torch.long, device=slots.device)
+    text = torch.arange(length, device=slots.device)[None] - start[:, None]  # (b, T)
+    memory = torch.cat([slots.expand(batch, -1), text], dim=1)
+    bucket = owner._relative_position_bucket(  # type: ignore[operator]
+        memory[:, None, :] - slots[None, :, None],
+        bidirectional=True,
+        num_buckets=owner.relative_attention_num_buckets,
+        max_distance=owner.relative_attention_max_distance,
+    )
+    from_prompts = owner.relative_attention_bias(bucket).permute(0, 3, 1, 2)  # type: ignore[operator]
+    from_text = torch.cat([to_prompts, bias.expand(batch, -1, -1, -1)], dim=-1)
+    return torch.cat([from_prompts, from_text], dim=2)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tuner that all methods share: put prompt layers in, take them out, switch them, refuse what cannot work."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from .attention import check_kernel
+from .config import PromptConfig
+from .layer import CHILD, PromptLayer, no_merge
+from .root import PromptRoot, prompt_layers
+from .sites import FAMILIES, Site, default_targets, find_site, is_encoder_decoder, model_type
+from .tokens import TokenForm
+
+# Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
+MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
+
+
+class PromptTuner(BaseTuner):
+    """Base of the method tuners.
+
+    A subclass names its `prefix`, its `tuner_layer_cls` (a `PromptLayer`) and its `method`, and may override `resolve`
+    and `check_site`.
+    """
+
+    prefix: str
+    method: str
+    tuner_layer_cls: type[PromptLayer]
+    target_module_mapping: dict[str, Any] = {}
+
+    # -- what a method may define -------------------------------------------------------------------------------------
+
+    def resolve(self, config: Any, sites: list[Site]) -> None:
+        """Fill in settings of the config that follow from the model, before anything is changed."""
+
+    def check_site(self, config: Any, site: Site) -> None:
+        """Raise ValueError where the config cannot work at this attention layer."""
+
+    # -- checks before the model is touched ---------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put prompt layers into the model's attention layers, as PEFT's `BaseTuner.inject_adapter`.
+
+        Raises:
+            ValueError: the adapter's name, its config and the model do not fit; the model is as it was.
+        """
+        check_adapter_name(adapter_name, self.prefix)
+        state_dict = kwargs.get("state_dict")
+        if state_dict is not None:
+            # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
+            inner = f".{CHILD}.{self.prefix}"
+            kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        root = getattr(model, CHILD, None)
+        if root is None:
+            root = PromptRoot(model)
+            root.attach(model)
+        root.watch(model)
+
+    def _prepare_adapter_config(self, peft_config: PromptConfig, model_config: dict[str, Any]) -> PromptConfig:
+        if peft_config.target_modules is None:
+            found = default_targets(self.model)
+            peft_config.target_modules = found if isinstance(found, str) else set(found)  # type: ignore[assignment]
+        paths = [
+            path for path, _ in self.model.named_modules() if path and self._check_target_module_exists(peft_config, path)
+        ]
+        paths = [path for path in paths if f"{CHILD}." not in f"{path}."]
+        if not paths:
+            raise ValueError(self._no_match(peft_config))
+        sites = [find_site(self.model, path) for path in paths]
+        self._check_layers(peft_config, sites)
+        for site in sites:
+            check_kernel(site.attention.config._attn_implementation_internal)
+            if not isinstance(getattr(site.attention, CHILD, None), (self.tuner_layer_cls, type(None))):
+                raise ValueError(
+                    f"{site.name!r} already carries prompts of another method. Unload that adapter first; {self.method} "
+                    "cannot share an attention layer with it."
+                )
+        self.resolve(peft_config, sites)
+        for site in sites:
+            self.check_site(peft_config, site)
+        if any(site.family is None for site in sites):
+            warnings.warn(
+                f"{model_type(self.model) or type(self.model).__name__} is not among the architectures peft_promptmoe is "
+                f"tested with ({', '.join(sorted(FAMILIES))}); its attention layers were found by a generic rule.",
+                stacklevel=2,
+            )
+        self._save_heads(peft_config)
+        self._sites = {site.name: site for site in sites}
+        return peft_config
+
+    def _no_match(self, config: PromptConfig) -> str:
+        message = f"target_modules={config.target_modules!r} matches no module of {type(self.model).__name__}"
+        if config.layers_to_transform is not None:
+            message += f" within layers_to_transform={config.layers_to_transform!r}"
+        return message + ". Leave target_modules unset, or name attention layers of this model."
+
+    def _check_layers(self, config: PromptConfig, sites: list[Site]) -> None:
+        asked = config.layers_to_transform
+        if asked is None:
+            return
+        missing = {asked} if isinstance(asked, int) else set(asked)
+        missing -= {site.index for site in sites}
+        if missing:
+            raise ValueError(
+                f"layers_to_transform names the layers {sorted(missing)}, which {type(self.model).__name__} does not "
+                "have or target_modules leaves out."
+            )
+
+    def _save_heads(self, config: PromptConfig) -> None:
+        """Train and save the heads that PEFT's task wrappers do not know."""
+        present = dict(self.model.named_children())
+        for head in MORE_HEADS.get(str(config.task_type or ""), ()):
+            if head in present and head not in (config.modules_to_save or ()):
+                config.modules_to_save = [*(config.modules_to_save or ()), head]
+        config.card_num_labels = getattr(getattr(self.model, "config", None), "num_labels", 2)  # type: ignore
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PromptConfig, key: str) -> Any:
+        """PEFT's rule, except that `layers_to_transform` counts for regular expressions, too."""
+        found = check_target_module_exists(peft_config, key)
+        asked = peft_config.layers_to_transform
+        if not found or asked is None or not isinstance(peft_config.target_modules, str):
+            return found
+        match = re.search(r"(?:^|\.)(\d+)(?=\.)", key)
+        return match is not None and int(match.group(1)) in ({asked} if isinstance(asked, int) else set(asked))
+
+    # -- in and out ---------------------------------------------------------------------------------------------------
+
+    def _create_and_replace(
+        self,
+        peft_config: PromptConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        layer = getattr(target, CHILD, None)
+        if layer is None:
+            site = self._sites[current_key]
+            layer = self.tuner_layer_cls(site)
+            layer.update_layer(adapter_name, peft_config)
+            layer.attach()
+            if self._is_read_by_decoder(site):
+                layer.hold_token_form(TokenForm(site, self.model.get_decoder()))
+        else:
+            layer.update_layer(adapter_name, peft_config)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _is_read_by_decoder(self, site: Site) -> bool:
+        """Whether this is the attention layer of the last encoder block of an encoder-decoder."""
+        if not is_encoder_decoder(self.model):
+            return False
+        blocks = site.name.split(f".{site.index}.")[0]
+        return site.index == len(self.model.get_submodule(blocks)) - 1  # type: ignore[arg-type]
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        for layer in prompt_layers(self.model):
+            layer.detach()
+        getattr(self.model, CHILD).detach(self.model)
+        return model if model is not None else self.model
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(no_merge(self.method))
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Calls the base model, not its `forward`: its hooks carry labels and the balance loss.
+        return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"{self.method} does not mix adapters within a batch (adapter_names). Run one batch per adapter with "
+                "set_adapter()."
+            )
+        yield
+
+
+def check_adapter_name(name: str, prefix: str) -> None:
+    """Refuse adapter names under which weights could not be told apart in a file."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"An adapter's name must be a non-empty string, got {name!r}.")
+    if "." in name or "/" in name or "\\" in name:
+        raise ValueError(f"The adapter name {name!r} must not contain '.', '/' or '\\'; use '_' or '-' instead.")
+    if prefix in name or name in prefix or name == CHILD:
+        raise ValueError(
+            f"The adapter name {name!r} overlaps the parameter prefix {prefix!r} or the module name {CHILD!r}, by which "
+            "prompts are found in files. Choose another name."
+        )
