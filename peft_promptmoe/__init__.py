@@ -2,7 +2,15 @@
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
 from .mept import MEPTConfig, MEPTModel
+from .report import RoutingCallback, RoutingReport, record_routing, routing_report
 
 __version__ = "0.1.0"
 
-__all__ = ["MEPTConfig", "MEPTModel"]
+__all__ = [
+    "MEPTConfig",
+    "MEPTModel",
+    "RoutingCallback",
+    "RoutingReport",
+    "record_routing",
+    "routing_report",
+]

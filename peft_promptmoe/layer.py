@@ -92,6 +92,10 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """How many of the gates are open for one token."""
         return 1
 
+    def has_router(self, adapter: str) -> bool:
+        """Whether anything is chosen in this layer."""
+        return False
+
     def needs_call(self, adapter: str) -> bool:
         """Whether the layer cannot work without the base model's `PromptCall` in the current mode."""
         return False
@@ -275,7 +279,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
     def note(self, adapter: str, log_gates: Tensor, real: Tensor | None) -> None:
         """Keep what a router chose, for whoever asks after the forward, and tell those who listen."""
-        record = RoutingRecord(log_gates.detach(), real)
+        record = RoutingRecord(log_gates.detach(), real, self.training)
         self.last_routing[adapter] = record
         for observer in self.observers:
             observer(self.site.name, adapter, record)

@@ -117,6 +117,14 @@ def prompt_layers(model: nn.Module) -> list[PromptLayer]:
     return [module for module in model.modules() if isinstance(module, PromptLayer)]
 
 
+def last_balance_loss(model: nn.Module) -> float | None:
+    """Mean of the routers' weighted balance terms in the last forward that had any; None without a balance loss."""
+    for module in model.modules():
+        if isinstance(module, PromptRoot):
+            return module.last_balance_loss
+    return None
+
+
 def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Check the prompt tensors of a state dict before any of them is loaded.
 

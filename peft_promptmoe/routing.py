@@ -193,7 +193,7 @@ class _LossGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, call: PromptCall) -> Tensor:
         ctx.call = call
-        return loss.view_as(loss)
+        return loss.clone()  # no view: the Trainer scales the loss in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -242,10 +242,12 @@ class RoutingRecord:
     Attributes:
         log_gates: (B, E) or (B, T, E), minus infinity for experts that were not chosen.
         real: (B, T) which tokens are real; None for all. Of no meaning to sample routing.
+        training: whether the layer was in training mode.
     """
 
     log_gates: Tensor
     real: Tensor | None
+    training: bool
 
 
 # Called with the path of the attention layer, the adapter and the record.

@@ -174,6 +174,9 @@ class MEPTLayer(PromptLayer):
 
     # -- what the engine asks -----------------------------------------------------------------------------------------
 
+    def has_router(self, adapter: str) -> bool:
+        return adapter in self.mept_router
+
     def num_active(self, adapter: str) -> int:
         return self.prompt_config[adapter].top_k
 

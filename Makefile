@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs, on a fresh machine too, in one virtual environment that all of them share.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := peft_promptmoe tests examples benchmarks
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/.installed-examples
+	$(BIN)/python examples/text_classification.py
+
+# One thread for each of the two workers: more threads than cores make small tensors slower, not faster.
+test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.installed-benchmarks
+	$(BIN)/python benchmarks/learning_text.py
+	$(BIN)/python benchmarks/learning_text.py --task mixture
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra, renewed when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the routers chose: as a table, as pictures, over a data set, and in the Trainer's logs.
+
+Letters: `L` prompted layers, `E` experts, `C` classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from .layer import PromptLayer
+from .root import last_balance_loss, prompt_layers
+from .routing import RoutingRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass
+class RoutingReport:
+    """Load, gate and entropy of the experts of every layer.
+
+    Attributes:
+        layers: numbers of the layers, length L.
+        load: (L, E) share of all choices that fell on an expert; rows sum to 1.
+        gate: (L, E) mean gate of an expert, zero where it was not chosen.
+        entropy: (L,) entropy of the load as a share of its maximum: 1 is perfect balance, 0 one expert for everything.
+    """
+
+    layers: list[int]
+    load: Tensor
+    gate: Tensor
+    entropy: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.entropy = normalized_entropy(self.load)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per layer and expert: layer, expert, load, gate, entropy (of the layer)."""
+        import pandas as pd
+
+        experts = self.load.shape[1]
+        return pd.DataFrame(
+            {
+                "layer": [layer for layer in self.layers for _ in range(experts)],
+                "expert": list(range(experts)) * len(self.layers),
+                "load": self.load.flatten().tolist(),
+                "gate": self.gate.flatten().tolist(),
+                "entropy": self.entropy.repeat_interleave(experts).tolist(),
+            }
+        )
+
+    def __str__(self) -> str:
+        head = "layer  entropy  load of experts"
+        rows = [
+            f"{layer:5d}  {entropy:7.3f}  " + "  ".join(f"{share:.3f}" for share in load)
+            for layer, entropy, load in zip(self.layers, self.entropy.tolist(), self.load.tolist(), strict=True)
+        ]
+        return "\n".join([head, *rows])
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a heat map of the load, layers by experts, to an image file."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(2.5 + 0.6 * self.load.shape[1], 1.8 + 0.35 * len(self.layers)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(self.load.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+        axes.set_xticks(range(self.load.shape[1]))
+        axes.set_yticks(range(len(self.layers)), [f"{n}  (H {h:.2f})" for n, h in zip(self.layers, self.entropy, strict=True)])
+        axes.set_xlabel("expert")
+        axes.set_ylabel("layer  (load entropy)")
+        figure.colorbar(image, label="share of choices")
+        figure.savefig(path, dpi=150)
+
+
+def normalized_entropy(load: Tensor) -> Tensor:
+    """Entropy over the last axis as a share of its maximum; (..., E) to (...)."""
+    return torch.special.entr(load).sum(dim=-1) / math.log(load.shape[-1])
+
+
+def tally(record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over one record per sample: choices (B, E), gates (B, E) and the number of routed inputs (B,).
+
+    A choice of K experts counts 1/K for each, so that an input counts once; padding counts nothing.
+    """
+    gates = record.log_gates.float().exp()
+    chosen = torch.isfinite(record.log_gates).float()
+    chosen = chosen / chosen.sum(dim=-1, keepdim=True)
+    if gates.ndim == 2:
+        return chosen, gates, torch.ones(gates.shape[0], device=gates.device)
+    real = record.real.float() if record.real is not None else torch.ones(gates.shape[:2], device=gates.device)
+    weight = real[..., None]
+    return (chosen * weight).sum(dim=1), (gates * weight).sum(dim=1), real.sum(dim=1)
+
+
+def routed_layers(model: nn.Module, adapter: str | None) -> list[tuple[PromptLayer, str]]:
+    """The prompt layers that have a router, with the adapter asked for (by default the first active one).
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = []
+    for layer in prompt_layers(model):
+        names = [adapter] if adapter is not None else layer.active_adapters[:1]
+        found += [(layer, name) for name in names if name in layer.prompt_config and layer.has_router(name)]
+    if not found:
+        raise ValueError(
+            "The model has no prompt layer with a router"
+            + (f" for adapter {adapter!r}" if adapter is not None else "")
+            + ": nothing is routed without an adapter of peft_promptmoe, or with num_experts=1."
+        )
+    return found
+
+
+def routing_report(model: nn.Module, adapter: str | None = None) -> RoutingReport:
+    """Report of the last forward pass.
+
+    Args:
+        model: a model with an adapter of this package.
+        adapter: which adapter; by default the first active one.
+
+    Raises:
+        ValueError: nothing is routed, or there has been no forward yet.
+    """
+    loads, gates, numbers = [], [], []
+    for layer, name in routed_layers(model, adapter):
+        record = layer.last_routing.get(name)
+        if record is None:
+            raise ValueError("No forward pass has been routed yet; run the model once before asking for a report.")
+        chosen, gate, count = (part.sum(dim=0).cpu() for part in tally(record))
+        loads.append(chosen / count.clamp(min=1.0))
+        gates.append(gate / count.clamp(min=1.0))
+        numbers.append(layer.site.index)
+    return RoutingReport(numbers, torch.stack(loads), torch.stack(gates))
+
+
+class RoutingRecorder:
+    """Routing summed over many forward passes, by class if the samples' classes are known.
+
+    Args:
+        layers: layers to record, with the adapter.
+        labels: class of every sample in the order in which they will pass through the model; None for no classes.
+    """
+
+    def __init__(self, layers: list[tuple[PromptLayer, str]], labels: Sequence[Any] | None) -> None:
+        self.layers = layers
+        self.classes = sorted(set(labels)) if labels is not None else [None]
+        self._label = [self.classes.index(label) for label in labels] if labels is not None else None
+        self._sums: dict[str, list[Tensor]] = {}
+        self._seen: dict[str, int] = {}
+
+    def observe(self, name: str, adapter: str, record: RoutingRecord) -> None:
+        """Take one layer's record in; called by the layer. Training forwards do not count."""
+        if record.training or (name, adapter) not in {(layer.site.name, own) for layer, own in self.layers}:
+            return
+        chosen, gates, count = (part.double().cpu() for part in tally(record))
+        start = self._seen.get(name, 0)
+        stop = self._seen[name] = start + chosen.shape[0]
+        rows = torch.zeros(chosen.shape[0], dtype=torch.long)
+        if self._label is not None:
+            if stop > len(self._label):
+                raise ValueError(
+                    f"record_routing got {len(self._label)} labels and has now seen {stop} samples. Pass one label for "
+                    "each sample that goes through the model, in order."
+                )
+            rows = torch.tensor(self._label[start:stop])
+        if name not in self._sums:
+            shape = (len(self.classes), chosen.shape[1])
+            self._sums[name] = [torch.zeros(shape).double(), torch.zeros(shape).double(), torch.zeros(shape[0]).double()]
+        for total, part in zip(self._sums[name], (chosen, gates, count), strict=True):
+            total.index_add_(0, rows, part)
+
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._sums:
+            raise ValueError("No forward pass in evaluation mode was recorded; call model.eval() and run the data.")
+        sums = [self._sums[layer.site.name] for layer, _ in self.layers]
+        chosen, gates, count = (torch.stack(parts) for parts in zip(*sums, strict=True))
+        return chosen, gates, count
+
+    def report(self) -> RoutingReport:
+        """Report over everything recorded."""
+        chosen, gates, count = (part.sum(dim=1) for part in self._stacked())
+        numbers = [layer.site.index for layer, _ in self.layers]
+        count = count[:, None].clamp(min=1.0)
+        return RoutingReport(numbers, (chosen / count).float(), (gates / count).float())
+
+    def pathways(self) -> Tensor:
+        """(C, L, E) share of each class's choices that fell on an expert."""
+        chosen, _, count = self._stacked()
+        return (chosen / count[..., None].clamp(min=1.0)).transpose(0, 1).float()
+
+    def mutual_information(self) -> Tensor:
+        """(L,) bits that the chosen expert tells about the class, every class weighing the same."""
+        given = self.pathways().double()
+        marginal = given.mean(dim=0)
+        entropy = torch.special.entr(marginal).sum(dim=-1) - torch.special.entr(given).sum(dim=-1).mean(dim=0)
+        return (entropy / math.log(2.0)).clamp(min=0.0).float()
+
+    def plot_pathways(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of each class's way through the experts: a line over the layers along its favourites."""
+        from matplotlib.figure import Figure
+
+        ways = self.pathways()
+        count, depth, experts = ways.shape
+        figure = Figure(figsize=(2.0 + 0.7 * depth, 1.5 + 0.6 * experts), layout="constrained")
+        axes = figure.subplots()
+        for number, way in enumerate(ways):
+            shift = (number - (count - 1) / 2) * 0.6 / max(count, 1)
+            best = way.max(dim=-1)
+            line = axes.plot(range(depth), (best.indices + shift).tolist(), label=str(self.classes[number]))[0]
+            axes.scatter(range(depth), (best.indices + shift).tolist(), s=(120 * best.values).tolist(), color=line.get_color())
+        axes.set_xticks(range(depth), [str(layer.site.index) for layer, _ in self.layers])
+        axes.set_yticks(range(experts))
+        axes.set_ylim(-0.5, experts - 0.5)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("favourite expert (dot: its share)")
+        if self._label is not None:
+            axes.legend(title="class", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        figure.savefig(path, dpi=150)
+
+
+@contextmanager
+def record_routing(
+    model: nn.Module, labels: Sequence[Any] | None = None, adapter: str | None = None
+) -> Iterator[RoutingRecorder]:
+    """Record the routing of all evaluation forwards within the block.
+
+    Args:
+        model: a model with an adapter of this package.
+        labels: class of every sample, in the order in which they pass through the model, for pathways per class.
+        adapter: which adapter; by default the first active one.
+    """
+    layers = routed_layers(model, adapter)
+    if isinstance(labels, Tensor):
+        labels = labels.tolist()
+    recorder = RoutingRecorder(layers, labels)
+    for layer, _ in layers:
+        layer.observers.append(recorder.observe)
+    try:
+        yield recorder
+    finally:
+        for layer, _ in layers:
+            layer.observers.remove(recorder.observe)
+
+
+class RoutingCallback(TrainerCallback):
+    """Logs expert load, load entropy and balance loss to whatever the Trainer reports to, and warns of collapse.
+
+    Logged with the training loss, over the steps since the last log: `routing/entropy` (mean of the layers),
+    `routing/min_entropy`, `routing/max_load`, and `routing/balance_loss` where there is one.
+
+    Args:
+        per_layer: also log `routing/layer_<n>/entropy` and `routing/layer_<n>/load_<expert>`.
+        collapse_below: a layer whose load entropy stays under this share of its maximum counts as collapsed; there is
+            one warning. 0 for none.
+    """
+
+    def __init__(self, per_layer: bool = False, collapse_below: float = 0.1) -> None:
+        self.per_layer = per_layer
+        self.collapse_below = collapse_below
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._warned = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The Trainer puts its reporters before a user's callbacks, and they pass the logs on as they get them; values
+        # added later would reach none of them. It offers no way to ask for another order, hence the look at the caller.
+        frame = inspect.currentframe()
+        handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
+        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        assert model is not None
+        for layer, name in routed_layers(model, None):
+            record = layer.last_routing.get(name)
+            if record is None:
+                continue
+            chosen, _, count = (part.sum(dim=0) for part in tally(record))
+            old = self._sums.get(layer.site.index)
+            self._sums[layer.site.index] = (chosen, count) if old is None else (old[0] + chosen, old[1] + count)
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or not self._sums:
+            return
+        load = {index: (chosen / count.clamp(min=1.0)).cpu() for index, (chosen, count) in self._sums.items()}
+        self._sums = {}
+        entropy = {index: float(normalized_entropy(share)) for index, share in load.items()}
+        values = {
+            "routing/entropy": sum(entropy.values()) / len(entropy),
+            "routing/min_entropy": min(entropy.values()),
+            "routing/max_load": max(float(share.max()) for share in load.values()),
+        }
+        balance = last_balance_loss(model) if model is not None else None
+        if balance is not None:
+            values["routing/balance_loss"] = balance
+        if self.per_layer:
+            for index, share in load.items():
+                values[f"routing/layer_{index}/entropy"] = entropy[index]
+                values |= {f"routing/layer_{index}/load_{e}": float(part) for e, part in enumerate(share)}
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+        self._warn_of_collapse(entropy)
+
+    def _warn_of_collapse(self, entropy: dict[int, float]) -> None:
+        collapsed = [index for index, value in entropy.items() if value < self.collapse_below]
+        if not collapsed or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"The routers of layers {collapsed} send nearly everything to one expert (load entropy below "
+            f"{self.collapse_below}), which makes them static prompts. Try router_centering=True, routing='token' or a "
+            "balance_loss_weight, or save parameters with num_experts=1.",
+            stacklevel=2,
+        )
