@@ -131,7 +131,8 @@ def promptmoe_attention(
         return kernel(module, query, key, value, attention_mask, **kwargs)
     if isinstance(columns, Harvest):
         columns.key, columns.value = key, value
-        return query.transpose(1, 2), None
+        # Of the shape that the output projection takes; heads may be narrower in values than in keys.
+        return query.transpose(1, 2)[..., :1].expand(-1, -1, -1, value.shape[-1]), None
     check_kernel(kernel_name)
     columns.arrived += 1
     return _attend(kernel, kernel_name, module, query, key, value, attention_mask, columns, kwargs)
@@ -364,13 +365,27 @@ def relative_bias(site: Site, first: Tensor | None, offsets: Tensor, length: int
     start = first[:, None, None] if first is not None else 0
     query = torch.arange(length, device=offsets.device)[None, :, None]
     distance = offsets[None, None, :] + start - query
-    bucket = owner._relative_position_bucket(  # type: ignore[operator]
-        distance,
-        bidirectional=not owner.is_decoder,
-        num_buckets=owner.relative_attention_num_buckets,
-        max_distance=owner.relative_attention_max_distance,
-    )
-    return owner.relative_attention_bias(bucket).permute(0, 3, 1, 2)  # type: ignore[operator]
+    return bias_at(owner, distance)
+
+
+def bias_at(owner: Any, distance: Tensor) -> Tensor:
+    """Entries of a T5 table for distances key - query.
+
+    Args:
+        owner: the attention layer that holds the table.
+        distance: (B, T, R) integers.
+
+    Returns:
+        (B, heads, T, R).
+    """
+    settings = {}
+    if "bidirectional" in inspect.signature(owner._relative_position_bucket).parameters:  # UMT5 reads its own
+        settings = {
+            "bidirectional": not owner.is_decoder,
+            "num_buckets": owner.relative_attention_num_buckets,
+            "max_distance": owner.relative_attention_max_distance,
+        }
+    return owner.relative_attention_bias(owner._relative_position_bucket(distance, **settings)).permute(0, 3, 1, 2)
 
 
 def project_rows(site: Site, rows: Tensor, tables: tuple[Tensor, Tensor] | None, bound: dict[str, Any]) -> Columns:

@@ -57,22 +57,31 @@ class PromptConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bool("init_weights", self.init_weights)
+        check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
+        check_names("target_modules", self.target_modules, alone=True)
+        check_names("exclude_modules", self.exclude_modules, alone=True)
+        check_names("modules_to_save", self.modules_to_save)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        check_bool("init_weights", self.init_weights)
-        check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
         layers = self.layers_to_transform
         if layers is not None:
-            for layer in [layers] if isinstance(layers, int) else layers:
+            for layer in layers if isinstance(layers, (list, tuple, set, range)) else [layers]:
                 check_int("layers_to_transform", layer, 0)
         if self.layers_pattern and layers is None:
             raise ValueError("layers_pattern names where layers_to_transform counts; set layers_to_transform as well.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as a dict; sets become sorted lists, so that two processes write the same bytes."""
-        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+        """The config as a dict; sets become sorted lists, so that two processes write the same bytes.
+
+        PEFT's task wrappers add the names of heads to `modules_to_save` on every load; each is written once.
+        """
+        fields = {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+        if isinstance(fields.get("modules_to_save"), list):
+            fields["modules_to_save"] = list(dict.fromkeys(fields["modules_to_save"]))
+        return fields
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the lines a stranger needs to load the adapter into the model card."""
@@ -111,3 +120,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def check_names(name: str, value: Any, *, alone: bool = False) -> None:
+    """Raise TypeError unless `value` is None or a collection of strings; with `alone`, one string will do, too."""
+    if value is None or (alone and isinstance(value, str)):
+        return
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name} must be a list of names, got {value!r}.")

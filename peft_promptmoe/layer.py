@@ -30,6 +30,7 @@ from .tokens import TokenForm
 CHILD = "promptmoe"
 CALL = "promptmoe_call"
 LAYER_INPUT = "_promptmoe_layer_input"
+BLOCK_INPUT = "_promptmoe_block_input"
 CACHE_ROWS = "_promptmoe_rows"
 
 
@@ -72,6 +73,10 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     # -- what a method defines ----------------------------------------------------------------------------------------
 
     @abstractmethod
+    def update_layer(self, adapter: str, config: Any) -> None:
+        """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""
+
+    @abstractmethod
     def rows(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor:
         """Prompt rows in the place of layer inputs.
 
@@ -109,10 +114,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         return self.site.attention
 
-    @property
-    def weight(self) -> Tensor:
-        return next(p for p in self.site.attention.parameters() if p.is_floating_point())
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(no_merge(self.method))
 
@@ -120,15 +121,11 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         raise ValueError(no_merge(self.method))
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
-        own = {id(p) for p in self.parameters()}
-        for parameter in base_layer.parameters():
-            if id(parameter) not in own and parameter.is_floating_point():
-                return parameter.device, parameter.dtype
-        return None, None
-
-    def new_table(self, adapter: str, container: str, weight: Tensor) -> None:
-        """Store a trained tensor under `<container>.<adapter>.weight`."""
-        getattr(self, container)[adapter] = PromptTable(weight)
+        own = {id(parameter) for parameter in self.parameters()}
+        others = [parameter for parameter in base_layer.parameters() if id(parameter) not in own]
+        # A quantised layer may have no floating parameter; then the adapter keeps the dtype it was made in.
+        dtype = next((parameter.dtype for parameter in others if parameter.is_floating_point()), None)
+        return (others[0].device if others else None), dtype
 
     # -- in and out of the model --------------------------------------------------------------------------------------
 
@@ -143,6 +140,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         ]
         if self.site.norm is not None:
             self._handles.append(self.site.norm.register_forward_hook(self._after_norm, with_kwargs=True))
+        if self.site.family is None:
+            self._handles.append(self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True))
 
     def detach(self) -> None:
         """Leave the attention layer as it was before `attach`."""
@@ -188,6 +187,12 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         if isinstance(output, Tensor) and output is not layer_input:
             setattr(output, LAYER_INPUT, layer_input)
 
+    def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Mark the block's input, so that a wrong guess of the generic rule about norms cannot go unnoticed."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor):
+            setattr(hidden, BLOCK_INPUT, id(block))
+
     def _before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -218,14 +223,22 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             )
 
     def _layer_input(self, hidden: Tensor) -> Tensor:
-        if self.site.norm is None or isinstance(self.site.norm, nn.Identity):
-            return hidden
-        layer_input = getattr(hidden, LAYER_INPUT, None)
-        if layer_input is None:
+        layer_input: Tensor | None = hidden
+        if self.site.norm is not None and not isinstance(self.site.norm, nn.Identity):
+            layer_input = getattr(hidden, LAYER_INPUT, None)
+            if layer_input is None:
+                raise RuntimeError(
+                    f"The input of {self.site.name!r} is not the output of {type(self.site.norm).__name__}, so the "
+                    "router cannot see the layer's input. This architecture is not supported."
+                )
+        check = self.site.family is None and not torch.compiler.is_compiling()
+        if check and getattr(layer_input, BLOCK_INPUT, None) != id(self.site.block):
             raise RuntimeError(
-                f"The input of {self.site.name!r} is not the output of {type(self.site.norm).__name__}, so the router "
-                "cannot see the layer's input. This architecture is not supported."
+                f"More than one norm stands between the input of {type(self.site.block).__name__} and "
+                f"{self.site.name!r}, so prompts would not pass through what the text passes through. This "
+                "architecture is not supported."
             )
+        assert layer_input is not None
         return layer_input
 
     def _cached_rows(self, bound: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:

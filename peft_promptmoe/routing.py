@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,11 @@ RMS_EPS = 1e-6  # of the unit-gain RMS norm that the router reads through (offic
 def routing_dtype(x: Tensor) -> torch.dtype:
     """Routers compute in float32, or in float64 where the model does."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Context in which autocast lets routers be; the meta device, which only counts, has no autocast to turn off."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def unit_rms(x: Tensor) -> Tensor:
@@ -161,10 +167,10 @@ class PromptCall:
 
     def __init__(self, query: Tensor | None = None) -> None:
         self.query = query
-        self.balance: dict[int, Tensor] = {}
+        self.balance: dict[str, Tensor] = {}
         self.loss_gradient: Tensor | None = None
         self.terms: list[Tensor] = []
-        self.centers: dict[tuple[int, str], Tensor] = {}
+        self.centers: dict[tuple[str, str], Tensor] = {}
 
 
 class _BalanceGradient(torch.autograd.Function):
@@ -201,14 +207,14 @@ class _LossGradient(torch.autograd.Function):
         return gradients[0], None
 
 
-def carry_balance_loss(carrier: Tensor, term: Tensor, call: PromptCall, key: int) -> Tensor:
+def carry_balance_loss(carrier: Tensor, term: Tensor, call: PromptCall, site: str) -> Tensor:
     """Attach a router's balance term to a tensor that the layer's output depends on.
 
     In eager mode the term rides on `carrier` and gets its gradient when that of `carrier` is computed, so it needs no
     path to the loss: re-entrant checkpointing runs the layer without a graph and would cut any other. Compiled code
     may not write from a backward pass to the outside, but there the whole graph is in view: the term is listed.
     """
-    call.balance[key] = term.detach()
+    call.balance[site] = term.detach()
     if not torch.is_grad_enabled():
         return carrier
     if torch.compiler.is_compiling():

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -136,6 +139,41 @@ def calls_attention_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
+@lru_cache(maxsize=256)
+def calls_in_order(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Attributes of `self` that a function calls, in the order of the calls; arguments are evaluated before a call."""
+    calls: list[str] = []
+
+    class Visitor(ast.NodeVisitor):
+        def visit_Call(self, node: ast.Call) -> None:
+            self.generic_visit(node)
+            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                calls.append(node.func.attr if node.func.value.id == "self" else "")
+
+    Visitor().visit(_source_tree(function))
+    return tuple(filter(None, calls))
+
+
+@lru_cache(maxsize=256)
+def passes_on_keywords(function: Callable[..., Any]) -> bool:
+    """Whether a function takes keyword arguments it does not name and hands them to something it calls."""
+    parameters = inspect.signature(function).parameters.values()
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    calls = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Call))
+    handed_on = (word.value for call in calls for word in call.keywords if word.arg is None)
+    return rest is not None and any(isinstance(value, ast.Name) and value.id == rest for value in handed_on)
+
+
+def _source_tree(function: Callable[..., Any]) -> ast.AST:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except OSError as error:
+        raise ValueError(
+            f"The source of {function.__qualname__} cannot be read, from which the generic rule for architectures "
+            "outside the tested table learns where a norm stands. This model is not supported."
+        ) from error
+
+
 def has_language_model_head(model: nn.Module) -> bool:
     """Whether the model predicts tokens."""
     return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
@@ -168,16 +206,22 @@ def default_targets(model: nn.Module) -> str | list[str]:
 
 def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every self-attention layer by the generic rule; of an encoder-decoder only the encoder's."""
-    decoder = None
-    if is_encoder_decoder(model):
-        decoder = model.get_decoder()  # type: ignore[operator]
-    inside_decoder = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    inside_decoder = _inside_decoder(model)
     for path, module in model.named_modules():
-        if id(module) in inside_decoder or CROSS_ATTENTION.search(path.rpartition(".")[2]):
-            continue
-        if getattr(module, "is_cross_attention", False) or not calls_attention_interface(module):
-            continue
-        yield path, module
+        if id(module) not in inside_decoder and not _is_cross(path, module) and calls_attention_interface(module):
+            yield path, module
+
+
+def _inside_decoder(model: nn.Module) -> set[int]:
+    """The modules of an encoder-decoder's decoder, by id."""
+    if not is_encoder_decoder(model):
+        return set()
+    return {id(module) for module in model.get_decoder().modules()}  # type: ignore[operator]
+
+
+def _is_cross(path: str, attention: nn.Module) -> bool:
+    name = path.rpartition(".")[2]
+    return bool(CROSS_ATTENTION.search(name)) or bool(getattr(attention, "is_cross_attention", False))
 
 
 def find_site(model: nn.Module, path: str) -> Site:
@@ -194,10 +238,18 @@ def find_site(model: nn.Module, path: str) -> Site:
             "calls transformers' AttentionInterface. Name the attention layers themselves (for example 'self_attn'), "
             "not their projections, or leave `target_modules` unset."
         )
+    if _is_cross(path, attention) or id(attention) in _inside_decoder(model):
+        raise ValueError(
+            f"`target_modules` matched {path!r}. Prompts join self-attention, and of an encoder-decoder the encoder's "
+            "only; its decoder sees them through what the encoder puts out. Name layers of the encoder, or leave "
+            "`target_modules` unset."
+        )
     kind = model_type(model) or ""
     family = FAMILIES.get(kind)
     if family is not None and not re.fullmatch(family.attention, path):
         family = None
+    if family is None:
+        _check_reachable(attention, path)
     block_path, index = _block_of(path)
     block = model.get_submodule(block_path or path.rpartition(".")[0])
     config = attention.config
@@ -220,6 +272,21 @@ def find_site(model: nn.Module, path: str) -> Site:
     )
 
 
+def _check_reachable(attention: nn.Module, path: str) -> None:
+    """Refuse what the generic rule is known not to reach: layers with other inputs, or deaf to keyword arguments."""
+    forward = unwrapped_forward(attention)
+    reason = None
+    if "hidden_states" not in inspect.signature(forward).parameters:
+        reason = "it takes queries, keys and values from different inputs"
+    elif not passes_on_keywords(forward):
+        reason = "it does not pass keyword arguments on to the AttentionInterface, by which prompt rows travel"
+    if reason is not None:
+        raise ValueError(
+            f"Prompts cannot join {path!r}, a {type(attention).__name__}: {reason}. This architecture is not "
+            "supported; leave such layers out by `exclude_modules`, or use another model."
+        )
+
+
 def _block_of(path: str) -> tuple[str, int]:
     """Path and number of the block that holds the attention layer: everything up to the first number."""
     match = re.match(r"(?:.*?\.)?(\d+)(?=\.)", path)
@@ -229,16 +296,16 @@ def _block_of(path: str) -> tuple[str, int]:
 def _input_norm(model: nn.Module, path: str, block_path: str, family: Family | None) -> nn.Module | None:
     """The norm between the block's input and the attention layer; None in post-norm blocks.
 
-    Without a table entry it is the norm that the attention layer's parent (or its parent, up to the block) uses last
-    before it calls attention. The names a function uses stand in its code object in the order of their first use.
+    Without a table entry it is the norm that the attention layer's parent (or its parent, up to the block) calls last
+    before it calls attention.
     """
     parent_path, _, name = path.rpartition(".")
     if family is not None:
         return getattr(model.get_submodule(parent_path), family.norm) if family.norm else None
     while True:
         parent = model.get_submodule(parent_path)
-        used = unwrapped_forward(parent).__code__.co_names
-        before = used[: used.index(name)] if name in used else ()
+        calls = calls_in_order(unwrapped_forward(parent))
+        before = calls[: calls.index(name)] if name in calls else ()
         norms = [child for child in before if _is_norm(getattr(parent, child, None))]
         if norms and getattr(parent, "do_layer_norm_before", True):
             return getattr(parent, norms[-1])
@@ -297,6 +364,11 @@ def _input_std(model: nn.Module, path: str, index: int, family: Family | None) -
     if isinstance(bias, torch.Tensor):
         square = square + bias.detach().float().square().mean()
     return float(square.sqrt())
+
+
+def caps_scores(site: Site) -> bool:
+    """Whether the attention layer squashes its scores before the softmax (Gemma 2)."""
+    return getattr(site.attention, "attn_logit_softcapping", None) is not None
 
 
 def accepts_keyword_arguments(model: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import first_real, parameter_names, real_tokens, relative_bias
+from .attention import bias_at, first_real, parameter_names, real_tokens, relative_bias
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ class TokenForm:
         return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (more, 0), value=1)}
 
 
+def takes_bias(site: Site) -> bool:
+    """Whether relative positions, if the layer has any, can be given to its block from outside (T5, not UMT5)."""
+    return site.bias_owner is None or "position_bias" in parameter_names(site.block)
+
+
 def extend_both_ways(mask: Tensor | None, slots: int) -> Tensor | None:
     """Mask of a bidirectional block with `slots` prompt tokens in front, which everyone sees and which see all text.
 
@@ -127,12 +132,6 @@ def extend_bias(site: Site, bias: Tensor, slots: Tensor, first: Tensor | None) -
     start = first if first is not None else torch.zeros(1, dtype=torch.long, device=slots.device)
     text = torch.arange(length, device=slots.device)[None] - start[:, None]  # (b, T)
     memory = torch.cat([slots.expand(batch, -1), text], dim=1)
-    bucket = owner._relative_position_bucket(  # type: ignore[operator]
-        memory[:, None, :] - slots[None, :, None],
-        bidirectional=True,
-        num_buckets=owner.relative_attention_num_buckets,
-        max_distance=owner.relative_attention_max_distance,
-    )
-    from_prompts = owner.relative_attention_bias(bucket).permute(0, 3, 1, 2)  # type: ignore[operator]
+    from_prompts = bias_at(owner, memory[:, None, :] - slots[None, :, None])
     from_text = torch.cat([to_prompts, bias.expand(batch, -1, -1, -1)], dim=-1)
     return torch.cat([from_prompts, from_text], dim=2)

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
@@ -33,7 +33,7 @@ class PromptTuner(BaseTuner):
     prefix: str
     method: str
     tuner_layer_cls: type[PromptLayer]
-    target_module_mapping: dict[str, Any] = {}
+    target_module_mapping: ClassVar[dict[str, Any]] = {}
 
     # -- what a method may define -------------------------------------------------------------------------------------
 
@@ -68,10 +68,8 @@ class PromptTuner(BaseTuner):
         if peft_config.target_modules is None:
             found = default_targets(self.model)
             peft_config.target_modules = found if isinstance(found, str) else set(found)  # type: ignore[assignment]
-        paths = [
-            path for path, _ in self.model.named_modules() if path and self._check_target_module_exists(peft_config, path)
-        ]
-        paths = [path for path in paths if f"{CHILD}." not in f"{path}."]
+        paths = [path for path, _ in self.model.named_modules() if path and f"{CHILD}." not in f"{path}."]
+        paths = [path for path in paths if self._check_target_module_exists(peft_config, path)]
         if not paths:
             raise ValueError(self._no_match(peft_config))
         sites = [find_site(self.model, path) for path in paths]
@@ -80,16 +78,16 @@ class PromptTuner(BaseTuner):
             check_kernel(site.attention.config._attn_implementation_internal)
             if not isinstance(getattr(site.attention, CHILD, None), (self.tuner_layer_cls, type(None))):
                 raise ValueError(
-                    f"{site.name!r} already carries prompts of another method. Unload that adapter first; {self.method} "
-                    "cannot share an attention layer with it."
+                    f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
+                    f"{self.method} cannot share an attention layer with it."
                 )
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)
         if any(site.family is None for site in sites):
             warnings.warn(
-                f"{model_type(self.model) or type(self.model).__name__} is not among the architectures peft_promptmoe is "
-                f"tested with ({', '.join(sorted(FAMILIES))}); its attention layers were found by a generic rule.",
+                f"{model_type(self.model) or type(self.model).__name__} is not among the architectures peft_promptmoe "
+                f"is tested with ({', '.join(sorted(FAMILIES))}); its attention layers were found by a generic rule.",
                 stacklevel=2,
             )
         self._save_heads(peft_config)
@@ -199,6 +197,6 @@ def check_adapter_name(name: str, prefix: str) -> None:
         raise ValueError(f"The adapter name {name!r} must not contain '.', '/' or '\\'; use '_' or '-' instead.")
     if prefix in name or name in prefix or name == CHILD:
         raise ValueError(
-            f"The adapter name {name!r} overlaps the parameter prefix {prefix!r} or the module name {CHILD!r}, by which "
-            "prompts are found in files. Choose another name."
+            f"The adapter name {name!r} overlaps the parameter prefix {prefix!r} or the module name {CHILD!r}, by "
+            "which prompts are found in files. Choose another name."
         )

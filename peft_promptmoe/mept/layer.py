@@ -17,6 +17,7 @@ from ..routing import (
     pooled_input,
     token_logits,
     top_k_log_gates,
+    without_autocast,
 )
 from ..sites import Site
 from .config import MEPTConfig
@@ -29,12 +30,14 @@ class RouterCenter(nn.Module):
 
     Args:
         width: D.
-        dtype: of the mean.
     """
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    weight: Tensor
+    steps: Tensor
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.zeros(width, dtype=dtype))
+        self.register_buffer("weight", torch.zeros(width))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -63,21 +66,17 @@ class MEPTLayer(PromptLayer):
         self.mept_router_center = nn.ModuleDict()
 
     def update_layer(self, adapter: str, config: MEPTConfig) -> None:
-        """Add an adapter's tensors to this layer."""
         width, slots = self.site.width, config.num_virtual_tokens
         std = self._initial_std(config) / config.prompt_scale
-        dtype = torch.promote_types(self.weight.dtype, torch.float32) if self.weight.dtype.itemsize > 2 else None
-        kwargs = {"dtype": dtype} if dtype is not None else {}
         self.prompt_config[adapter] = config
-        experts = torch.randn(config.num_experts, slots, width, **kwargs) * std
-        self.mept_prompts[adapter] = PromptTable(experts)
+        self.mept_prompts[adapter] = PromptTable(torch.randn(config.num_experts, slots, width) * std)
         if config.num_shared_experts:
-            shared = torch.randn(config.num_shared_experts, slots, width, **kwargs) * std
+            shared = torch.randn(config.num_shared_experts, slots, width) * std
             self.mept_shared_prompts[adapter] = PromptTable(shared)
         if config.num_experts > 1:
-            self.mept_router[adapter] = PromptTable(orthogonal_rows(config.num_experts, width, **kwargs))
+            self.mept_router[adapter] = PromptTable(orthogonal_rows(config.num_experts, width))
             if config.router_centering:
-                self.mept_router_center[adapter] = RouterCenter(width, experts.dtype)
+                self.mept_router_center[adapter] = RouterCenter(width)
 
     def _initial_std(self, config: MEPTConfig) -> float:
         if not config.init_weights:
@@ -107,7 +106,7 @@ class MEPTLayer(PromptLayer):
             return experts
         if self.reads_query(adapter) and call is not None and call.query is not None:
             real = call.query if real is None else real & call.query
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             pooled = pooled_input(x, real, config.router_norm)
             some = None if real is None else real.any(dim=1)
             center = self._center(adapter, pooled, some, call)
@@ -128,7 +127,7 @@ class MEPTLayer(PromptLayer):
         config = self.prompt_config[adapter]
         if config.routing != "token" or config.num_experts == 1:
             return None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weight = self.mept_router[adapter]()
             center = self._token_center(adapter, x, real, call)
             logits = token_logits(x, weight, center, config.router_norm)
@@ -160,6 +159,7 @@ class MEPTLayer(PromptLayer):
         if adapter not in self.mept_router_center:
             return None
         center = self.mept_router_center[adapter]
+        assert isinstance(center, RouterCenter)
         if not self.training:
             return center.weight
         assert call is not None
@@ -196,9 +196,9 @@ class MEPTLayer(PromptLayer):
         return self.training and config.num_experts > 1 and config.balance_loss_weight > 0.0
 
 
-def orthogonal_rows(rows: int, width: int, **kwargs: torch.dtype) -> Tensor:
+def orthogonal_rows(rows: int, width: int) -> Tensor:
     """(rows, width) orthonormal rows (the router's intended start in the official code), in groups if rows > width."""
-    weight = torch.empty(rows, width, **kwargs)
+    weight = torch.empty(rows, width)
     for start in range(0, rows, width):
         nn.init.orthogonal_(weight[start : start + width])
     return weight

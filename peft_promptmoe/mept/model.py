@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from ..sites import Site, is_encoder_decoder
+from ..sites import Site, caps_scores, is_encoder_decoder
+from ..tokens import takes_bias
 from ..tuner import PromptTuner
 from .config import MEPTConfig
 from .layer import MEPTLayer
@@ -44,4 +45,14 @@ class MEPTModel(PromptTuner):
             raise ValueError(
                 "decoder_sees_prompts=True hands the decoder one set of prompt tokens per sample, and routing='token' has "
                 "none. Set decoder_sees_prompts=False or routing='sample'."
+            )
+        if config.decoder_sees_prompts and is_encoder_decoder(self.model) and not takes_bias(site):
+            raise ValueError(
+                f"decoder_sees_prompts=True needs to place prompt tokens in the relative positions of "
+                f"{type(site.attention).__name__}, which keeps them to itself. Set decoder_sees_prompts=False."
+            )
+        if config.routing == "token" and config.num_experts > 1 and caps_scores(site):
+            raise ValueError(
+                f"routing='token' adds its gates to the attention scores, and {type(site.attention).__name__} caps "
+                "them afterwards. Use routing='sample' with this model."
             )

@@ -1,0 +1,558 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of the contract: methods x architectures x variants, and what a test needs to run one cell.
+
+A test asks for cases with `each_case` and never names a method or an architecture. A new architecture is an entry in
+`ARCHITECTURES`, a new method an entry in `METHODS` (and architectures of its own, if it works on images).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_promptmoe import MEPTConfig
+
+VOCAB, WIDTH, HEADS, LENGTH, TARGETS, IGNORED = 64, 32, 4, 8, 5, -100
+LENGTHS = (LENGTH, LENGTH - 4, LENGTH - 1)
+CHILD = "promptmoe"
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture: how to build a tiny model of it, and how it differs from others in use.
+
+    Attributes:
+        model: model class of transformers.
+        config: config class of transformers.
+        settings: arguments of the config.
+        task_type: PEFT's name for the task, which decides the inputs.
+        left: how left padding is used: "ids" with position_ids, "free" without (relative positions, or positions that
+            the model counts itself), None where the architecture cannot have it.
+        heads: modules at the model's root that train and are saved along with the adapter.
+    """
+
+    model: str
+    config: str
+    settings: dict[str, Any]
+    task_type: str
+    left: str | None
+    heads: tuple[str, ...] = ()
+
+    @property
+    def auto_peft(self) -> str:
+        names = {
+            "SEQ_CLS": "SequenceClassification",
+            "TOKEN_CLS": "TokenClassification",
+            "QUESTION_ANS": "QuestionAnswering",
+            "CAUSAL_LM": "CausalLM",
+            "SEQ_2_SEQ_LM": "Seq2SeqLM",
+        }
+        return f"AutoPeftModelFor{names[self.task_type]}"
+
+    @property
+    def generates(self) -> bool:
+        return self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+_BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "pad_token_id": 0,
+}
+_LLAMA = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture(
+        "BertForSequenceClassification", "BertConfig", _BERT | {"num_labels": 3}, "SEQ_CLS", "ids", ("classifier",)
+    ),
+    "roberta": Architecture(
+        "RobertaForQuestionAnswering", "RobertaConfig", _BERT, "QUESTION_ANS", "free", ("qa_outputs",)
+    ),
+    "distilbert": Architecture(
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {
+            "vocab_size": VOCAB,
+            "dim": WIDTH,
+            "n_layers": 2,
+            "n_heads": HEADS,
+            "hidden_dim": 48,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+            "pad_token_id": 0,
+            "num_labels": 3,
+        },
+        "SEQ_CLS",
+        "ids",
+        ("classifier", "pre_classifier"),
+    ),
+    "modernbert": Architecture(
+        "ModernBertForTokenClassification",
+        "ModernBertConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 3,
+            "num_attention_heads": HEADS,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "local_attention": 4,
+            "global_attn_every_n_layers": 2,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "num_labels": 3,
+        },
+        "TOKEN_CLS",
+        "free",
+        ("classifier",),
+    ),
+    "t5": Architecture(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": VOCAB,
+            "d_model": WIDTH,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_heads": HEADS,
+            "relative_attention_num_buckets": 16,
+            "relative_attention_max_distance": 20,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
+        "SEQ_2_SEQ_LM",
+        "free",
+    ),
+    "bart": Architecture(
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            "vocab_size": VOCAB,
+            "d_model": WIDTH,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "activation_dropout": 0.0,
+            "forced_eos_token_id": None,
+        },
+        "SEQ_2_SEQ_LM",
+        None,
+    ),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": WIDTH,
+            "n_layer": 2,
+            "n_head": HEADS,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        "CAUSAL_LM",
+        "ids",
+    ),
+    "llama": Architecture("LlamaForCausalLM", "LlamaConfig", _LLAMA, "CAUSAL_LM", "free"),
+    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", _LLAMA, "CAUSAL_LM", "free"),
+    "mistral": Architecture("MistralForCausalLM", "MistralConfig", _LLAMA | {"sliding_window": 5}, "CAUSAL_LM", "free"),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        _LLAMA
+        | {
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "CAUSAL_LM",
+        "free",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to configure a method.
+
+    Attributes:
+        settings: arguments of the config.
+        causal: whether no output of a causal language model may depend on later tokens, whatever the labels.
+        kernels: attention kernels to run it under.
+    """
+
+    settings: dict[str, Any]
+    causal: bool = False
+    kernels: tuple[str, ...] = ("sdpa",)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: its config, what it runs on and how, and what it refuses.
+
+    Attributes:
+        config: config class.
+        prefix: prefix of its trained tensors.
+        settings: arguments of the config that all tests share.
+        variants: by architecture and name of the variant.
+        refusals: configs that an architecture refuses: architecture, arguments, pattern of the error.
+        widths: values of the argument that sets how many experts are active, for batch invariance.
+        active: name of that argument.
+        router: part of the name of router tensors; None for methods without router.
+        noisy: settings that make training forwards random and must not matter in evaluation.
+        balance: name of the argument that weighs the balance loss; None for methods without one.
+        single: settings of one expert, which has nothing to balance.
+        other: settings of a second adapter, of another size than the first.
+    """
+
+    config: type[PeftConfig]
+    prefix: str
+    settings: dict[str, Any]
+    variants: dict[str, dict[str, Variant]]
+    refusals: tuple[tuple[str, dict[str, Any], str], ...] = ()
+    active: str | None = None
+    widths: tuple[int, ...] = ()
+    router: str | None = None
+    noisy: dict[str, Any] = field(default_factory=dict)
+    balance: str | None = None
+    single: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
+
+
+_BOTH = ("sdpa", "eager")
+
+
+def _mept_variants() -> dict[str, dict[str, Variant]]:
+    """Both routings everywhere; the decoder of an encoder-decoder sees prompts of sample routing only."""
+    table: dict[str, dict[str, Variant]] = {}
+    for name, architecture in ARCHITECTURES.items():
+        alone = {"decoder_sees_prompts": False} if architecture.task_type == "SEQ_2_SEQ_LM" else {}
+        eager = name in ("bert", "t5", "gpt2", "gemma3")
+        table[name] = {
+            "sample": Variant({"routing": "sample"}, kernels=_BOTH if name in ("bert", "t5", "bart") else ("sdpa",)),
+            "token": Variant({"routing": "token"} | alone, causal=True, kernels=_BOTH if eager else ("sdpa",)),
+        }
+    return table
+
+
+_NO_TOKENS_FOR_DECODER = {"routing": "token", "decoder_sees_prompts": True}
+
+METHODS: dict[str, Method] = {
+    "mept": Method(
+        config=MEPTConfig,
+        prefix="mept_",
+        settings={"num_virtual_tokens": 3, "num_experts": 4, "top_k": 2},
+        variants=_mept_variants(),
+        refusals=(
+            ("t5", _NO_TOKENS_FOR_DECODER, "decoder_sees_prompts=True .* routing='token'"),
+            ("bart", _NO_TOKENS_FOR_DECODER, "decoder_sees_prompts=True .* routing='token'"),
+        ),
+        active="top_k",
+        widths=(1, 2, 3, 4),
+        router="router",
+        noisy={"router_noise": 0.5, "router_dropout": 0.5},
+        balance="balance_loss_weight",
+        single={"num_experts": 1, "top_k": 1},
+        other={"num_virtual_tokens": 2, "num_experts": 3, "top_k": 1},
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One column of the contract: a method in one variant on one architecture under one attention kernel."""
+
+    method_name: str
+    architecture_name: str
+    variant_name: str
+    kernel: str
+
+    def __str__(self) -> str:
+        """Names the case in test ids and files."""
+        parts = [self.method_name, self.architecture_name, self.variant_name]
+        return "-".join(parts if self.kernel == "sdpa" else [*parts, self.kernel])
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.method_name]
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.architecture_name]
+
+    @property
+    def variant(self) -> Variant:
+        return self.method.variants[self.architecture_name][self.variant_name]
+
+    @property
+    def task_type(self) -> str:
+        return self.architecture.task_type
+
+    @property
+    def is_causal_lm(self) -> bool:
+        return self.task_type == "CAUSAL_LM"
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def base(self, seed: int = 0, **settings: Any) -> nn.Module:
+        """A random base model in eval mode whose weights are large enough for every prompt to matter."""
+        made = getattr(transformers, self.architecture.config)(
+            **self.architecture.settings | settings, attn_implementation=self.kernel
+        )
+        model = getattr(transformers, self.architecture.model)(made).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                noise = torch.randn(weight.shape, generator=generator)
+                if weight.ndim == 1:  # biases, and gains of norms around what they start from
+                    weight.add_(0.1 * noise)
+                elif name.endswith("relative_attention_bias.weight"):
+                    weight.copy_(noise)
+                elif name.endswith(".q.weight"):  # T5 folds the scale of the scores into the query
+                    weight.copy_(0.1 * noise)
+                else:
+                    weight.copy_(0.25 * noise)
+        return model
+
+    def config(self, **settings: Any) -> PeftConfig:
+        return self.method.config(
+            task_type=self.task_type, **self.method.settings | self.variant.settings | settings
+        )
+
+    def model(self, base: nn.Module | None = None, adapter: str = "default", **settings: Any) -> PeftModel:
+        """The base model with a fresh adapter, in eval mode."""
+        base = base if base is not None else self.base()
+        torch.manual_seed(1)
+        return get_peft_model(base, self.config(**settings), adapter).eval()
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    def batch(self, lengths: tuple[int, ...] = LENGTHS, side: str = "right", seed: int = 0, pad_to: int = 0) -> Batch:
+        """A batch with labels; samples shorter than the longest (or `pad_to`) are padded on `side`.
+
+        A sample's text and labels do not depend on the others nor on the padding.
+        """
+        samples = [self._sample(length, seed + 10 * i) for i, length in enumerate(lengths)]
+        return self.collate(samples, side, pad_to)
+
+    def _sample(self, length: int, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(5, VOCAB, (LENGTH,), generator=generator)[:length]
+        if self.task_type == "SEQ_CLS":
+            return {"input_ids": ids, "labels": ids[0] % 3}
+        if self.task_type == "TOKEN_CLS":
+            return {"input_ids": ids, "labels": ids % 3}
+        if self.task_type == "QUESTION_ANS":
+            return {"input_ids": ids, "start_positions": ids[0] % length, "end_positions": ids[1] % length}
+        if self.task_type == "SEQ_2_SEQ_LM":
+            return {"input_ids": ids, "labels": torch.randint(5, VOCAB, (TARGETS,), generator=generator)}
+        labels = ids.clone()
+        labels[: max(1, length // 3)] = IGNORED
+        return {"input_ids": ids, "labels": labels}
+
+    def collate(self, samples: list[Batch], side: str = "right", pad_to: int = 0) -> Batch:
+        longest = max(pad_to, *(len(sample["input_ids"]) for sample in samples))
+        padded = any(len(sample["input_ids"]) < longest for sample in samples)
+
+        def fill(name: str, value: int) -> Tensor:
+            rows = []
+            for sample in samples:
+                fill = torch.full((longest - len(sample[name]),), value)
+                rows.append(torch.cat([sample[name], fill] if side == "right" else [fill, sample[name]]))
+            return torch.stack(rows)
+
+        batch = {"input_ids": fill("input_ids", self.pad_id)}
+        if padded:
+            ones = [{"mask": torch.ones_like(sample["input_ids"])} for sample in samples]
+            samples = [sample | one for sample, one in zip(samples, ones, strict=True)]
+            batch["attention_mask"] = fill("mask", 0)
+            if side == "left" and self.architecture.left == "ids":
+                batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        for name in samples[0].keys() - {"input_ids", "mask"}:
+            if name == "labels" and self.task_type in ("TOKEN_CLS", "CAUSAL_LM"):
+                batch[name] = fill(name, IGNORED)
+            elif name.endswith("_positions"):
+                starts = [longest - len(sample["input_ids"]) if side == "left" else 0 for sample in samples]
+                batch[name] = torch.stack([sample[name] + start for sample, start in zip(samples, starts, strict=True)])
+            else:
+                batch[name] = torch.stack([sample[name] for sample in samples])
+        return batch
+
+    @property
+    def pad_id(self) -> int:
+        return 1 if self.architecture_name == "bart" else 0
+
+    def prompt_only(self, batch: Batch) -> Batch:
+        """The batch without its targets, for `generate`."""
+        return {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tests do with a model and a batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
+    """(B, ...) logits, start and end logits of question answering side by side."""
+    output = model(**batch, **kwargs)
+    if "start_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], dim=-1)
+    return output["logits"]
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
+    return logits(model, batch, **kwargs)
+
+
+def real_logits(case: Case, model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Logits of each sample at its real tokens (of a classifier or decoder: all of them)."""
+    found = predict(model, batch)
+    mask = batch.get("attention_mask")
+    if mask is None or case.task_type in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
+        return list(found)
+    return [row[real] for row, real in zip(found, mask.bool(), strict=True)]
+
+
+def train(model: nn.Module, batch: Batch, steps: int = 3, rate: float = 0.05) -> list[float]:
+    """Losses of plain gradient descent; the model ends in eval mode."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+def gradients(
+    model: nn.Module, batch: Batch, scale: float = 1.0, forward: Callable[..., Any] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one training step, the gradients divided by `scale`, which the loss was multiplied by."""
+    model.train()
+    model.zero_grad()
+    loss = (model if forward is None else forward)(**batch).loss
+    (loss * scale).backward()
+    model.eval()
+    return loss.detach(), {
+        name: parameter.grad.clone() / scale for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+def adapter_parameters(case: Case, model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if case.method.prefix in name and f".{adapter}." in name
+    }
+
+
+def set_head(model: nn.Module, adapter: str = "default") -> bool:
+    """Change the trained head of an adapter by a lot; False if it has none."""
+    changed = False
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"modules_to_save.{adapter}." in name:
+                parameter.add_(1.0)
+                changed = True
+    return changed
+
+
+def assert_equal(left: Tensor, right: Tensor, what: str) -> None:
+    """Bit by bit."""
+    assert left.dtype == right.dtype and left.shape == right.shape, f"{what}: {left.dtype} {left.shape}"
+    if not torch.equal(left, right):
+        raise AssertionError(f"{what} differ by up to {(left - right).abs().max():.3g} and should be equal bit by bit")
+
+
+def assert_different(left: Tensor, right: Tensor, what: str, at_least: float = 1e-3) -> None:
+    """By enough that a test that compares them means something."""
+    assert (left - right).abs().max() > at_least, f"{what} should differ"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parametrisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+CASES: list[Case] = [
+    Case(method, architecture, variant, kernel)
+    for method, entry in METHODS.items()
+    for architecture, variants in entry.variants.items()
+    for variant, settings in variants.items()
+    for kernel in settings.kernels
+]
+
+
+def each_case(
+    keep: Callable[[Case], bool] = lambda case: True, kernels: tuple[str, ...] = ("sdpa",), name: str = "case"
+) -> pytest.MarkDecorator:
+    """Run a test for every case that `keep` keeps; a behaviour that a case cannot have is no cell of the matrix.
+
+    Args:
+        keep: what the behaviour needs of a case.
+        kernels: kernels to run it under. Only what depends on the kernel needs more than sdpa.
+    """
+    cases = [case for case in CASES if case.kernel in kernels and keep(case)]
+    assert cases, "no case is left"
+    return pytest.mark.parametrize(name, cases, ids=str)
+
+
+def one_per_architecture(case: Case) -> bool:
+    """Keep each architecture's default variant, for behaviours that do not depend on the variant."""
+    default = "token" if case.is_causal_lm else "sample"
+    return case.variant_name == default or len(case.method.variants[case.architecture_name]) == 1
+
+
+def trains_alone(case: Case) -> bool:
+    return not case.architecture.heads
+
+
+ALL_KERNELS = ("sdpa", "eager")

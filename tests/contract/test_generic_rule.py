@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Architectures that only the generic rule reaches: right, or refused; never silently wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from generic_models import (
+    ARCHITECTURES,
+    AT_ATTACH,
+    AT_FORWARD,
+    EXACT,
+    NOT_ON_INTERFACE,
+    WORKS,
+    make_inputs,
+    make_model,
+    run,
+    with_outcome,
+)
+from naive_blocks import rows_through_blocks
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_promptmoe import MEPTConfig
+from peft_promptmoe.attention import ConfigView
+from peft_promptmoe.root import prompt_layers
+
+P = 3
+GENERIC = "were found by a generic rule"
+
+
+def attach(name: str, model: nn.Module, **settings: Any) -> tuple[Any, list[str]]:
+    """The prompted model in eval mode, and the warnings that making it gave."""
+    settings = ARCHITECTURES[name].mept | settings
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks by the old name
+        torch.manual_seed(1)
+        prompted = get_peft_model(model, MEPTConfig(num_virtual_tokens=P, **settings))
+    return prompted.eval(), [str(warning.message) for warning in caught]
+
+
+def census(model: nn.Module) -> str:
+    """A digest of what attaching could change: tensors, modules, hooks, config views (and `requires_grad`, apart)."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    for name, module in model.named_modules():
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks), len(module._load_state_dict_pre_hooks)
+        view = isinstance(getattr(module, "config", None), ConfigView)
+        digest.update(f"{name}{type(module).__name__}{hooks}{view}{module.training}".encode())
+    return digest.hexdigest()
+
+
+def trainable(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def static_rows(model: nn.Module) -> list[torch.Tensor]:
+    return [layer.mept_prompts["default"].weight.detach()[0] * 25.0 for layer in prompt_layers(model)]
+
+
+@pytest.mark.parametrize("name", with_outcome(EXACT))
+def test_equals_rows_run_through_the_whole_block(name: str) -> None:
+    model = make_model(name)
+    one = {
+        "num_experts": 1,
+        "num_shared_experts": 0,
+        "routing": "sample",
+        "init_weights": False,
+        "decoder_sees_prompts": False,
+    }
+    prompted, _ = attach(name, model, **one)
+    for padded in (False, True) if model.main_input_name == "input_ids" else (False,):
+        inputs = make_inputs(model, padded)
+        got = run(model, inputs)
+        with prompted.disable_adapter():
+            base = run(model, inputs)
+            with rows_through_blocks(model, [layer.site for layer in prompt_layers(model)], static_rows(model)):
+                expected = run(model, inputs)
+        assert (expected - base).abs().max() > 0.03, "the prompts have no effect to compare"
+        torch.testing.assert_close(got, expected, rtol=0, atol=ARCHITECTURES[name].tolerance)
+
+
+@pytest.mark.parametrize("name", ["mt5", "switch_transformers", "mbart", "pegasus", "marian", "m2m_100", "whisper"])
+def test_decoder_sees_the_last_rows_as_run_through_the_block(name: str) -> None:
+    model = make_model(name)
+    prompted, _ = attach(name, model, num_experts=1, num_shared_experts=0, init_weights=False)
+    got = []
+    for padded in (False, True) if model.main_input_name == "input_ids" else (False,):
+        inputs = make_inputs(model, padded)
+        got.append((inputs, run(model, inputs)))
+    sites, rows = [layer.site for layer in prompt_layers(model)], static_rows(model)
+    prompted.unload()
+    for inputs, output in got:
+        with rows_through_blocks(model, sites, rows, last_stays=True):
+            expected = run(model, inputs)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", with_outcome(EXACT, WORKS))
+def test_one_warning_and_the_whole_contract(name: str, tmp_path: Path) -> None:
+    model = make_model(name)
+    before, inputs = census(model), make_inputs(model, padded=True)
+    base = run(model, inputs)
+    prompted, messages = attach(name, model)
+    kind = ARCHITECTURES[name].config or name
+    assert len(messages) == 1, messages
+    assert messages[0].startswith(f"{kind} is not among") and GENERIC in messages[0]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "routing='sample' on a causal language model reads the whole input")
+        got = run(prompted, inputs)
+        assert torch.isfinite(got).all()
+        assert not torch.equal(got, base)
+        with prompted.disable_adapter():
+            assert torch.equal(run(prompted, inputs), base)
+        prompted.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{GENERIC}")
+            loaded = PeftModel.from_pretrained(make_model(name), tmp_path).eval()
+        assert torch.equal(run(loaded, inputs), got)
+    assert prompted.unload() is model
+    assert torch.equal(run(model, inputs), base)
+    assert census(model) == before
+
+
+@pytest.mark.parametrize("name", with_outcome(*AT_ATTACH))
+def test_refused_before_anything_is_changed(name: str) -> None:
+    model = make_model(name)
+    before, training = census(model), trainable(model)
+    with pytest.raises(ValueError, match=ARCHITECTURES[name].outcome):
+        attach(name, model)
+    assert census(model) == before
+    assert trainable(model) == training
+
+
+@pytest.mark.parametrize("name", with_outcome(*AT_FORWARD))
+def test_refused_at_the_first_forward(name: str) -> None:
+    model = make_model(name)
+    inputs = make_inputs(model)
+    base = run(model, inputs)
+    prompted, _ = attach(name, model)
+    with pytest.raises((ValueError, RuntimeError), match=ARCHITECTURES[name].outcome):
+        run(prompted, inputs)
+    with prompted.disable_adapter():
+        assert torch.equal(run(prompted, inputs), base)
+    assert torch.equal(run(prompted.unload(), inputs), base)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "lfm2", "qwen2", "vit"])
+def test_a_norm_that_was_overlooked_is_noticed(name: str) -> None:
+    model = make_model(name)
+    prompted, _ = attach(name, model)
+    for layer in prompt_layers(model):
+        layer.site.norm = None
+    with pytest.raises(RuntimeError, match="More than one norm"):
+        run(prompted, make_inputs(model))
+
+
+def test_scores_that_are_capped_refuse_token_routing_before_anything_is_changed() -> None:
+    model = make_model("gemma2")
+    before = census(model)
+    with pytest.raises(ValueError, match="routing='sample'"):
+        attach("gemma2", model, routing="token")
+    assert census(model) == before
+
+
+def test_bias_inside_the_attention_layer_refuses_prompts_that_the_decoder_sees() -> None:
+    model = make_model("umt5")
+    before = census(model)
+    with pytest.raises(ValueError, match="decoder_sees_prompts=False"):
+        attach("umt5", model, decoder_sees_prompts=True)
+    assert census(model) == before
+
+
+def test_the_message_names_a_way_out() -> None:
+    with pytest.raises(ValueError, match=NOT_ON_INTERFACE) as caught:
+        attach("bloom", make_model("bloom"))
+    assert "BloomForCausalLM" in str(caught.value) and "AttentionInterface" in str(caught.value)

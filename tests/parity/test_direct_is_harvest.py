@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For every family of the table: projecting prompt rows directly equals running the attention layer on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from tiny import FAMILIES, make_model
+from tiny import Family as Builder
+from torch import Tensor
+
+from peft_promptmoe import MEPTConfig, sites
+from peft_promptmoe.attention import harvest, project_directly, rotary_tables
+from peft_promptmoe.root import prompt_layers
+
+P, TOKENS = 5, 7
+
+_bert = {"vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0}
+_small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def _other(model: str, config: str, **settings: Any) -> Builder:
+    def build(attn_implementation: str) -> Any:
+        made = getattr(transformers, config)(attn_implementation=attn_implementation, **settings)
+        return getattr(transformers, model)(made)
+
+    return Builder(build, FAMILIES["bert"].oracle, "FEATURE_EXTRACTION", True)
+
+
+MODELS = {
+    "bert": FAMILIES["bert"],
+    "roberta": _other("RobertaModel", "RobertaConfig", **_bert, **_small),
+    "distilbert": _other("DistilBertModel", "DistilBertConfig", **_bert, dim=32, n_layers=3, n_heads=4, hidden_dim=48),
+    "modernbert": _other("ModernBertModel", "ModernBertConfig", **_bert, **_small, local_attention=4),
+    "t5": FAMILIES["t5_sees"],
+    "bart": FAMILIES["bart"],
+    "gpt2": FAMILIES["gpt2"],
+    "llama": FAMILIES["llama"],
+    "mistral": _other(
+        "MistralForCausalLM", "MistralConfig", **_bert, **_small, num_key_value_heads=2, sliding_window=4
+    ),
+    "qwen3": FAMILIES["qwen3"],
+    "gemma3_text": FAMILIES["gemma3"],
+}
+
+
+def layer_tables(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rotary tables for P rows before a text that starts in another column for each sample."""
+    site = layer.site
+    if site.rotary is None:
+        return None
+    kind = {"layer_type": site.rotary_type} if site.rotary_type else {}
+    given = site.rotary(hidden, torch.arange(TOKENS)[None], **kind)
+    return rotary_tables(site, given, torch.tensor([0, 3]), torch.arange(-P, 0))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_direct_is_harvest(name: str, implementation: str) -> None:
+    model = make_model(MODELS[name], implementation)
+    prompted = get_peft_model(model, MEPTConfig(num_virtual_tokens=P, routing="sample"))
+    layers = prompt_layers(prompted)
+    assert len(layers) == 3
+    for layer in layers:
+        assert layer.site.family is sites.FAMILIES[name]
+        normed = torch.randn(2, P, layer.site.width, dtype=torch.float64)
+        tables = layer_tables(layer, torch.zeros(2, TOKENS, layer.site.width, dtype=torch.float64))
+        assert (tables is None) == (name in ("bert", "roberta", "distilbert", "t5", "bart", "gpt2"))
+        direct = project_directly(layer.site, normed, tables)
+        reference = harvest(layer.site, normed, tables, {})
+        assert direct.key.shape == reference.key.shape and direct.key.abs().max() > 0.1
+        torch.testing.assert_close(direct.key, reference.key, rtol=0, atol=1e-12)
+        torch.testing.assert_close(direct.value, reference.value, rtol=0, atol=1e-12)
+
+
+def test_every_family_is_here() -> None:
+    assert MODELS.keys() == sites.FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", ["modernbert", "gpt2"])
+def test_a_wrapped_fused_projection_is_asked_itself(name: str) -> None:
+    model = make_model(MODELS[name], "sdpa")
+    layer = prompt_layers(get_peft_model(model, MEPTConfig(num_virtual_tokens=P, routing="sample")))[0]
+    normed = torch.randn(2, P, layer.site.width, dtype=torch.float64)
+    tables = layer_tables(layer, torch.zeros(2, TOKENS, layer.site.width, dtype=torch.float64))
+    plain = project_directly(layer.site, normed, tables)
+    fused = layer.site.family.fused
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    setattr(layer.site.attention, fused, Wrapped(getattr(layer.site.attention, fused)))
+    wrapped = project_directly(layer.site, normed, tables)
+    torch.testing.assert_close(wrapped.key, plain.key, rtol=0, atol=1e-12)
+    torch.testing.assert_close(wrapped.value, plain.value, rtol=0, atol=1e-12)

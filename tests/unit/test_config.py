@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MEPTConfig refuses every bad value at once, naming the field."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import warnings
+from typing import Any
+
+import pytest
+
+from peft_promptmoe import MEPTConfig
+from peft_promptmoe.config import MAX_SLOTS_PER_LAYER
+
+NAN, INF = math.nan, math.inf
+NO_INTEGERS = (True, False, 1.0, 1.5, NAN, INF, "3", "", [1], {}, b"1", 1 + 0j)
+NO_NUMBERS = (True, False, "0.1", "", [0.1], {}, 1 + 0j)
+NO_BOOLS = (0, 1, "True", "", 1.0, [True])
+NO_NAMES = (0, True, 1.5, ["sample"], {})
+
+# Field, and values that are not of its kind or out of its range.
+BAD: dict[str, tuple[Any, ...]] = {
+    "num_virtual_tokens": (*NO_INTEGERS, None, 0, -1, MAX_SLOTS_PER_LAYER + 1, 10**9, 10**30),
+    "num_experts": (*NO_INTEGERS, None, 0, -1, 10**7, 10**30),
+    "top_k": (*NO_INTEGERS, None, 0, -1, 5, 10**9),
+    "num_shared_experts": (*NO_INTEGERS, None, -1, 10**7, 10**30),
+    "routing": (*NO_NAMES, None, "", "Sample", "tokens", "none"),
+    "router_norm": (*NO_BOOLS, None),
+    "router_centering": (*NO_BOOLS, None),
+    "renormalize_top_k": (*NO_BOOLS, None),
+    "router_noise": (*NO_NUMBERS, None, NAN, INF, -INF, -0.1),
+    "router_dropout": (*NO_NUMBERS, None, NAN, INF, -0.1, 1.0, 2),
+    "balance_loss_weight": (*NO_NUMBERS, None, NAN, INF, -INF, -1e-9),
+    "prompt_positions": (*NO_NAMES, None, "", "suffix"),
+    "decoder_sees_prompts": (*NO_BOOLS, None),
+    "prompt_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0),
+    "init_std": (True, False, None, "matched", "", NAN, INF, -1.0, [0.1]),
+    "init_weights": (*NO_BOOLS, None),
+    "layers_to_transform": (True, 1.5, NAN, "3", -1, [-1], [True], [0, "1"], [1.0], [None], {"a": 1}),
+    "target_modules": (3, True, 1.5, [1], ["a", None], b"a"),
+    "exclude_modules": (3, True, 1.5, [1], ["a", None], b"a"),
+    "modules_to_save": (3, True, "classifier", [1], [None]),
+}
+
+
+def short(value: Any) -> str:
+    return f"{type(value).__name__}:{str(value)[:12]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [pytest.param(name, value, id=f"{name}={short(value)}") for name, values in BAD.items() for value in values],
+)
+def test_bad_value_names_the_field(name: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        MEPTConfig(**{name: value})
+    assert name in str(caught.value)
+
+
+def test_every_own_field_is_in_the_table() -> None:
+    common = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+    fields = set(MEPTConfig.__dataclass_fields__) - common - {"inference_mode", "layers_pattern"}
+    assert fields == BAD.keys()
+
+
+def test_top_k_above_num_experts() -> None:
+    with pytest.raises(ValueError, match="top_k must be from 1 to 2, got 3"):
+        MEPTConfig(num_experts=2, top_k=3)
+    assert MEPTConfig(num_experts=3, top_k=3).top_k == 3
+
+
+def test_renormalized_single_gate_is_dead() -> None:
+    with pytest.raises(ValueError, match=r"renormalize_top_k=True with top_k=1.*top_k of at least 2"):
+        MEPTConfig(renormalize_top_k=True, top_k=1)
+    assert MEPTConfig(renormalize_top_k=True, top_k=2).renormalize_top_k
+    assert MEPTConfig(renormalize_top_k=True, top_k=1, num_experts=1).renormalize_top_k  # no router
+
+
+def test_starved_router_warns() -> None:
+    with pytest.warns(UserWarning, match="starves the router"):
+        MEPTConfig(routing="sample", top_k=1, num_shared_experts=0)
+    for settings in ({"routing": "token"}, {"routing": "sample", "num_experts": 1}, {"routing": "sample", "top_k": 2}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            MEPTConfig(num_shared_experts=0, **settings)
+
+
+def test_slots_are_bounded_together() -> None:
+    with pytest.raises(ValueError, match=r"num_experts.*num_virtual_tokens is 16500 slots"):
+        MEPTConfig(num_experts=164, num_shared_experts=1, num_virtual_tokens=100)
+
+
+def test_layers_pattern_alone() -> None:
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        MEPTConfig(layers_pattern="layers")
+
+
+def test_good_values_at_the_edges() -> None:
+    config = MEPTConfig(
+        num_virtual_tokens=1,
+        num_experts=1,
+        num_shared_experts=0,
+        router_noise=0,
+        router_dropout=0,
+        init_std=0,
+        layers_to_transform=0,
+        balance_loss_weight=1,
+    )
+    assert config.layers_to_transform == 0
+    assert MEPTConfig(layers_to_transform=[2, 0]).layers_to_transform == [2, 0]
+    assert MEPTConfig(target_modules="all.*").target_modules == "all.*"
+
+
+def test_ten_thousand_random_configs_raise_nothing_else() -> None:
+    """Anything that is not a valid config is a TypeError or ValueError, and quick: nothing is allocated."""
+    source = random.Random(0)
+    junk = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2,
+        4,
+        10**18,
+        1.5,
+        NAN,
+        INF,
+        "",
+        "sample",
+        "match",
+        "a" * 99,
+        [],
+        [0],
+        ["x"],
+        {},
+        {1},
+    ]
+    names = list(BAD)
+    made = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(10_000):
+            settings = {name: source.choice(junk) for name in source.sample(names, source.randint(1, 4))}
+            try:
+                MEPTConfig(**settings)
+                made += 1
+            except (TypeError, ValueError):
+                pass
+    assert 0 < made < 5_000
+
+
+def test_defaults_are_valid_and_saved_sorted() -> None:
+    config = MEPTConfig(target_modules=["z", "y", "x"], exclude_modules=["q", "p"])
+    assert config.target_modules == {"x", "y", "z"}
+    written = config.to_dict()
+    assert written["target_modules"] == ["x", "y", "z"] and written["exclude_modules"] == ["p", "q"]
+    for pair in itertools.permutations(["c", "b", "a"]):
+        assert MEPTConfig(target_modules=list(pair)).to_dict()["target_modules"] == ["a", "b", "c"]
