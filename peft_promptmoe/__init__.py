@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
+from .callback import RoutingCallback
 from .mept import MEPTConfig, MEPTModel
-from .report import RoutingCallback, RoutingReport, record_routing, routing_report
+from .report import RoutingReport, record_routing, routing_report
 
 __version__ = "0.1.0"
 

@@ -14,15 +14,12 @@ from .attention import (
     COLUMNS,
     Columns,
     ConfigView,
-    first_real,
     merge_columns,
-    parameter_names,
-    project_rows,
-    real_tokens,
-    relative_bias,
-    rotary_tables,
+    open_columns,
 )
 from .config import PromptConfig
+from .inspection import parameter_names
+from .projection import first_real, project_rows, real_tokens, relative_bias, rotary_tables
 from .routing import Observer, PromptCall, RoutingRecord
 from .sites import Site
 from .tokens import TokenForm
@@ -301,35 +298,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 def _offsets(rows: int, slots: int, device: torch.device) -> Tensor:
     """(R,) positions of prompt rows relative to the first token: slot p of every expert stands at p - slots."""
     return torch.arange(rows, device=device) % slots - slots
-
-
-def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -> Columns:
-    """Put gates on columns; for a single query per sample keep only the columns of the experts it chose.
-
-    So a decoding step costs the active experts, not all of them.
-
-    Args:
-        columns: key and value of (B or 1, H, R, d), the gated experts' rows first.
-        log_gates: (B, T, G).
-        active: experts that are open for one token.
-        slots: rows of one expert.
-    """
-    gates = log_gates.shape[-1]
-    if log_gates.shape[1] == 1 and active < gates:
-        best, index = log_gates[:, 0].topk(active, dim=-1)
-        columns = Columns(_gather(columns.key, index, gates, slots), _gather(columns.value, index, gates, slots))
-        log_gates, gates = best[:, None], active
-    owner = torch.arange(columns.key.shape[2], device=log_gates.device) // slots
-    return Columns(columns.key, columns.value, log_gates, torch.where(owner < gates, owner, -1))
-
-
-def _gather(rows: Tensor, index: Tensor, gates: int, slots: int) -> Tensor:
-    """(B, H, K * slots + rest, d) of (B or 1, H, G * slots + rest, d) and chosen experts (B, K)."""
-    batch, active = index.shape
-    rows = rows.expand(batch, -1, -1, -1)
-    gated = rows[:, :, : gates * slots].unflatten(2, (gates, slots))
-    index = index[:, None, :, None, None].expand(-1, rows.shape[1], -1, slots, rows.shape[-1])
-    return torch.cat([gated.gather(2, index).flatten(2, 3), rows[:, :, gates * slots :]], dim=2)
 
 
 def no_merge(method: str) -> str:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .attention import parameter_names, real_tokens
+from .inspection import accepts_keyword_arguments, parameter_names
 from .layer import CALL, CHILD, PromptLayer
+from .projection import real_tokens
 from .routing import PromptCall, add_balance_loss
-from .sites import accepts_keyword_arguments
 
 
 class PromptRoot(nn.Module):
@@ -25,6 +27,7 @@ class PromptRoot(nn.Module):
         self._passes_on = accepts_keyword_arguments(model)
         self._handles: list[Any] = []
         self._layers: list[PromptLayer] = []
+        self._unread: dict[str, Unread] = {}
 
     def attach(self, model: nn.Module) -> None:
         model.add_module(CHILD, self)
@@ -39,9 +42,10 @@ class PromptRoot(nn.Module):
             handle.remove()
         delattr(model, CHILD)
 
-    def watch(self, model: nn.Module) -> None:
-        """Note the prompt layers of the model; called after each injection."""
+    def watch(self, model: nn.Module, adapter: str, unread: Unread) -> None:
+        """Note the prompt layers of the model and the adapter that came; called after each injection."""
         self._layers = prompt_layers(model)
+        self._unread[adapter] = unread
 
     @property
     def last_balance_loss(self) -> float | None:
@@ -52,6 +56,10 @@ class PromptRoot(nn.Module):
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._unread and not torch.compiler.is_compiling():
+            for adapter in self._unread:
+                check_read(self._layers, adapter)
+            self._unread = {}
         asking = [layer for layer in self._layers if any(map(layer.needs_call, layer.working_adapters()))]
         if not asking or not self._passes_on:
             return None
@@ -109,7 +117,44 @@ class PromptRoot(nn.Module):
             )
 
     def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        check_tensors(model, state_dict, prefix)
+        unread, self._unread = self._unread, {}
+        try:
+            check_tensors(model, state_dict, prefix)
+        except ValueError:
+            for adapter, injection in unread.items():
+                if injection.for_inference:
+                    injection.take_back(adapter)
+            raise
+
+
+@dataclass
+class Unread:
+    """An adapter that was put into a model and of which nothing is known to have been loaded or used.
+
+    PEFT makes an adapter before it reads the file; when the file is refused, the model has to become what it was.
+
+    Attributes:
+        tuner: that put it in.
+        requires_grad: of the model's parameters before, where this was the model's first adapter; else None.
+        for_inference: whether the config says so, as it does when PEFT is about to read a file.
+    """
+
+    tuner: Any
+    requires_grad: list[tuple[nn.Parameter, bool]] | None
+    for_inference: bool
+
+    def take_back(self, adapter: str) -> None:
+        """Take the adapter out of the model again."""
+        if self.requires_grad is None:
+            self.tuner.delete_adapter(adapter)
+            return
+        model = self.tuner.model
+        heads = {path: m.original_module for path, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+        self.tuner.unload()
+        for path, head in heads.items():
+            model.set_submodule(path, head)
+        for parameter, required in self.requires_grad:
+            parameter.requires_grad_(required)
 
 
 def prompt_layers(model: nn.Module) -> list[PromptLayer]:
@@ -150,12 +195,35 @@ def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
         if given.isdisjoint(tensors):
             continue
         if missing := sorted(tensors.keys() - given):
-            raise ValueError(
-                f"The adapter file lacks {len(missing)} of the {len(tensors)} prompt tensors of adapter {adapter!r}, for "
-                f"example {missing[0]!r}. It was trained on a model with fewer layers, or it is damaged."
-            )
+            raise ValueError(_lacks(adapter, missing, len(tensors)))
         for name, tensor in tensors.items():
             _check_tensor(name, state_dict[name], tensor)
+
+
+def check_read(layers: list[PromptLayer], adapter: str) -> None:
+    """Check what transformers' own loader has read: it passes over missing tensors and does not look at values.
+
+    Raises:
+        ValueError: some of the adapter's tensors were read and others not, or some are not finite.
+    """
+    tensors = {
+        f"{layer.site.name}.{name}": tensor
+        for layer in layers
+        for name, tensor in layer.state_dict(keep_vars=True).items()
+        if name.rsplit(".", 2)[1] == adapter
+    }
+    read = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
+    if read and (missing := sorted(tensors.keys() - read)):
+        raise ValueError(_lacks(adapter, missing, len(tensors)))
+    for name in sorted(read):
+        _check_tensor(name, tensors[name], tensors[name])
+
+
+def _lacks(adapter: str, missing: list[str], total: int) -> str:
+    return (
+        f"The adapter file lacks {len(missing)} of the {total} prompt tensors of adapter {adapter!r}, for example "
+        f"{missing[0]!r}. It was trained on a model with fewer layers, or it is damaged."
+    )
 
 
 def _check_tensor(name: str, given: Any, expected: Tensor) -> None:

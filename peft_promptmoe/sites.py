@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import nn
+
+from .inspection import calls_attention_interface, calls_in_order, passes_on_keywords, unwrapped_forward
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 
@@ -126,52 +124,6 @@ def model_type(model: nn.Module) -> str | None:
     """Type of a transformers model as its config names it; None for anything else."""
     found = getattr(getattr(model, "config", None), "model_type", None)
     return found if isinstance(found, str) else None
-
-
-def unwrapped_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward function as its modelling file defines it, below decorators and device hooks."""
-    return inspect.unwrap(type(module).forward)
-
-
-def calls_attention_interface(module: nn.Module) -> bool:
-    """Whether the module's own forward computes attention through transformers' `AttentionInterface`."""
-    code = getattr(unwrapped_forward(module), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
-
-
-@lru_cache(maxsize=256)
-def calls_in_order(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Attributes of `self` that a function calls, in the order of the calls; arguments are evaluated before a call."""
-    calls: list[str] = []
-
-    class Visitor(ast.NodeVisitor):
-        def visit_Call(self, node: ast.Call) -> None:
-            self.generic_visit(node)
-            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-                calls.append(node.func.attr if node.func.value.id == "self" else "")
-
-    Visitor().visit(_source_tree(function))
-    return tuple(filter(None, calls))
-
-
-@lru_cache(maxsize=256)
-def passes_on_keywords(function: Callable[..., Any]) -> bool:
-    """Whether a function takes keyword arguments it does not name and hands them to something it calls."""
-    parameters = inspect.signature(function).parameters.values()
-    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
-    calls = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Call))
-    handed_on = (word.value for call in calls for word in call.keywords if word.arg is None)
-    return rest is not None and any(isinstance(value, ast.Name) and value.id == rest for value in handed_on)
-
-
-def _source_tree(function: Callable[..., Any]) -> ast.AST:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except OSError as error:
-        raise ValueError(
-            f"The source of {function.__qualname__} cannot be read, from which the generic rule for architectures "
-            "outside the tested table learns where a norm stands. This model is not supported."
-        ) from error
 
 
 def has_language_model_head(model: nn.Module) -> bool:
@@ -369,9 +321,3 @@ def _input_std(model: nn.Module, path: str, index: int, family: Family | None) -
 def caps_scores(site: Site) -> bool:
     """Whether the attention layer squashes its scores before the softmax (Gemma 2)."""
     return getattr(site.attention, "attn_logit_softcapping", None) is not None
-
-
-def accepts_keyword_arguments(model: nn.Module) -> bool:
-    """Whether the model's forward takes keyword arguments it does not name, which transformers hands on to attention."""
-    parameters = inspect.signature(unwrapped_forward(model)).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import bias_at, first_real, parameter_names, real_tokens, relative_bias
+from .inspection import parameter_names
+from .projection import bias_at, first_real, real_tokens, relative_bias
 from .sites import Site
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import nn
 from .attention import check_kernel
 from .config import PromptConfig
 from .layer import CHILD, PromptLayer, no_merge
-from .root import PromptRoot, prompt_layers
+from .root import PromptRoot, Unread, prompt_layers
 from .sites import FAMILIES, Site, default_targets, find_site, is_encoder_decoder, model_type
 from .tokens import TokenForm
 
@@ -57,12 +57,13 @@ class PromptTuner(BaseTuner):
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
             inner = f".{CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         root = getattr(model, CHILD, None)
+        before = [(p, p.requires_grad) for p in model.parameters()] if root is None else None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         if root is None:
             root = PromptRoot(model)
             root.attach(model)
-        root.watch(model)
+        root.watch(model, adapter_name, Unread(self, before, self.peft_config[adapter_name].inference_mode))
 
     def _prepare_adapter_config(self, peft_config: PromptConfig, model_config: dict[str, Any]) -> PromptConfig:
         if peft_config.target_modules is None:

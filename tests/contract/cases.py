@@ -199,7 +199,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "llama": Architecture("LlamaForCausalLM", "LlamaConfig", _LLAMA, "CAUSAL_LM", "free"),
     "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config", _LLAMA, "CAUSAL_LM", "free"),
-    "mistral": Architecture("MistralForCausalLM", "MistralConfig", _LLAMA | {"sliding_window": 5}, "CAUSAL_LM", "free"),
+    "mistral": Architecture(
+        "MistralForCausalLM", "MistralConfig", _LLAMA | {"sliding_window": 5}, "CAUSAL_LM", "free"
+    ),
     "gemma3": Architecture(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
@@ -359,9 +361,7 @@ class Case:
         return model
 
     def config(self, **settings: Any) -> PeftConfig:
-        return self.method.config(
-            task_type=self.task_type, **self.method.settings | self.variant.settings | settings
-        )
+        return self.method.config(task_type=self.task_type, **self.method.settings | self.variant.settings | settings)
 
     def model(self, base: nn.Module | None = None, adapter: str = "default", **settings: Any) -> PeftModel:
         """The base model with a fresh adapter, in eval mode."""
@@ -417,7 +417,9 @@ class Case:
                 batch[name] = fill(name, IGNORED)
             elif name.endswith("_positions"):
                 starts = [longest - len(sample["input_ids"]) if side == "left" else 0 for sample in samples]
-                batch[name] = torch.stack([sample[name] + start for sample, start in zip(samples, starts, strict=True)])
+                batch[name] = torch.stack(
+                    [sample[name] + start for sample, start in zip(samples, starts, strict=True)]
+                )
             else:
                 batch[name] = torch.stack([sample[name] for sample in samples])
         return batch
@@ -483,7 +485,9 @@ def gradients(
     (loss * scale).backward()
     model.eval()
     return loss.detach(), {
-        name: parameter.grad.clone() / scale for name, parameter in model.named_parameters() if parameter.grad is not None
+        name: parameter.grad.clone() / scale
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
     }
 
 

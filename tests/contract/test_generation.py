@@ -49,7 +49,9 @@ def test_cached_equals_uncached(case: Case, model: PeftModel, batch: Batch, beam
     cached, uncached = (generate(model, batch, use_cache=use_cache, **options) for use_cache in (True, False))
     assert cached.sequences.tolist() == uncached.sequences.tolist()
     for step, (left, right) in enumerate(zip(cached.scores, uncached.scores, strict=True)):
-        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3, msg=lambda text, step=step: f"step {step}: {text}")
+        torch.testing.assert_close(
+            left, right, rtol=1e-3, atol=1e-3, msg=lambda text, step=step: f"step {step}: {text}"
+        )
     with model.disable_adapter():
         base = generate(model, batch, **options)
     assert_different(base.scores[-1].clamp(min=-1e4), cached.scores[-1].clamp(min=-1e4), "scores of base and prompted")
@@ -67,7 +69,9 @@ def test_a_static_cache_equals_a_dynamic_one(case: Case, model: PeftModel, batch
 def test_beams_run(case: Case, model: PeftModel, batch: Batch) -> None:
     found = generate(model, batch, num_beams=3, num_return_sequences=2)
     assert new_tokens(case, found, batch).shape == (4, NEW)
-    singles = [generate(model, {name: value[i : i + 1] for name, value in batch.items()}, num_beams=3) for i in range(2)]
+    singles = [
+        generate(model, {name: value[i : i + 1] for name, value in batch.items()}, num_beams=3) for i in range(2)
+    ]
     together = generate(model, batch, num_beams=3)
     assert together.tolist() == torch.cat(singles).tolist()
 

@@ -177,7 +177,9 @@ def test_unload_keeps_the_trained_head_and_disable_uses_the_original(case: Case)
     with model.disable_adapter():
         assert_equal(predict(model, batch), original, "logits with the original head")
     trained = {
-        name: tensor.detach().clone() for name, tensor in model.named_parameters() if ".modules_to_save.default." in name
+        name: tensor.detach().clone()
+        for name, tensor in model.named_parameters()
+        if ".modules_to_save.default." in name
     }
     unloaded = dict(model.unload().named_parameters())
     for name, tensor in trained.items():
@@ -289,7 +291,9 @@ def test_what_a_method_refuses(case: Case, settings: dict[str, Any], pattern: st
 @each_case(one_per_architecture)
 def test_an_untested_kernel_is_refused(case: Case) -> None:
     base = case.base()
-    for config in {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}.values():
+    for config in {
+        id(module.config): module.config for module in base.modules() if hasattr(module, "config")
+    }.values():
         config._attn_implementation = "flex_attention"
     before = census(base)
     with pytest.raises(ValueError, match=r"Load it with attn_implementation='sdpa'"):
@@ -328,7 +332,9 @@ def test_set_requires_grad(case: Case) -> None:
     assert all(parameter.requires_grad for parameter in adapter_parameters(case, model).values())
 
 
-@each_case(lambda case: "layers_to_transform" in type(case.config()).__dataclass_fields__ and one_per_architecture(case))
+@each_case(
+    lambda case: "layers_to_transform" in type(case.config()).__dataclass_fields__ and one_per_architecture(case)
+)
 @pytest.mark.parametrize("layers", [1, [0], [0, 1]], ids=["int", "list", "all"])
 def test_layers_to_transform(case: Case, layers: int | list[int], tmp_path: Any) -> None:
     base, batch = case.base(), case.batch()

@@ -94,7 +94,10 @@ def test_training_changes_nothing_of_the_base_model(case: Case) -> None:
             if name not in mine and ".modules_to_save." not in name
         }
 
-    before, trained = others(), {name: tensor.detach().clone() for name, tensor in adapter_parameters(case, model).items()}
+    before, trained = (
+        others(),
+        {name: tensor.detach().clone() for name, tensor in adapter_parameters(case, model).items()},
+    )
     train(model, case.batch(), 3)
     after = others()
     assert before.keys() == after.keys()
@@ -137,9 +140,7 @@ class AttentionCalls:
 
     def __init__(self, model: nn.Module) -> None:
         self.count = 0
-        self.layers = [
-            module for module in model.modules() if hasattr(getattr(module, CHILD, None), "prompt_config")
-        ]
+        self.layers = [module for module in model.modules() if hasattr(getattr(module, CHILD, None), "prompt_config")]
         for layer in self.layers:
             layer.register_forward_hook(self._hook)
 

@@ -14,7 +14,7 @@ from tiny import Family as Builder
 from torch import Tensor
 
 from peft_promptmoe import MEPTConfig, sites
-from peft_promptmoe.attention import harvest, project_directly, rotary_tables
+from peft_promptmoe.projection import harvest, project_directly, rotary_tables
 from peft_promptmoe.root import prompt_layers
 
 P, TOKENS = 5, 7

@@ -26,12 +26,11 @@ from peft_promptmoe.attention import (
     Columns,
     ConfigView,
     add_gates,
-    first_real,
     fold_gates,
     merge_columns,
-    real_tokens,
+    open_columns,
 )
-from peft_promptmoe.layer import open_columns
+from peft_promptmoe.projection import first_real, real_tokens
 from peft_promptmoe.root import prompt_layers
 from peft_promptmoe.routing import top_k_log_gates
 

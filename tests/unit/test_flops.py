@@ -89,7 +89,7 @@ def test_sample_routing_does_not_grow_with_experts(shape: str) -> None:
 def test_token_routing_grows_linearly_with_experts(shape: str) -> None:
     """Every token meets every expert's columns in a pass over many tokens: the price is known and documented."""
     base = flops(shape)
-    extra = {e: flops(shape, routing="token", num_virtual_tokens=20, num_experts=e) - base for e in (4, 8, 12)}
+    extra = {e: flops(shape, **TOKEN | {"num_virtual_tokens": 20, "num_experts": e}) - base for e in (4, 8, 12)}
     assert extra[8] - extra[4] == extra[12] - extra[8] > 0
 
 

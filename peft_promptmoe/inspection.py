@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading what a module's forward does: its parameters, and what it calls in which order."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+
+def unwrapped_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward function as its modelling file defines it, below decorators and device hooks."""
+    return inspect.unwrap(type(module).forward)
+
+
+def parameter_names(attention: nn.Module) -> tuple[str, ...]:
+    """Names of the attention layer's positional arguments, in order."""
+    return tuple(inspect.signature(unwrapped_forward(attention)).parameters)[1:]
+
+
+def calls_attention_interface(module: nn.Module) -> bool:
+    """Whether the module's own forward computes attention through transformers' `AttentionInterface`."""
+    code = getattr(unwrapped_forward(module), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
+
+
+@lru_cache(maxsize=256)
+def calls_in_order(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Attributes of `self` that a function calls, in the order of the calls; arguments are evaluated before a call."""
+    calls: list[str] = []
+
+    class Visitor(ast.NodeVisitor):
+        def visit_Call(self, node: ast.Call) -> None:
+            self.generic_visit(node)
+            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+                calls.append(node.func.attr if node.func.value.id == "self" else "")
+
+    Visitor().visit(_source_tree(function))
+    return tuple(filter(None, calls))
+
+
+@lru_cache(maxsize=256)
+def passes_on_keywords(function: Callable[..., Any]) -> bool:
+    """Whether a function takes keyword arguments it does not name and hands them to something it calls."""
+    parameters = inspect.signature(function).parameters.values()
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    calls = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Call))
+    handed_on = (word.value for call in calls for word in call.keywords if word.arg is None)
+    return rest is not None and any(isinstance(value, ast.Name) and value.id == rest for value in handed_on)
+
+
+def _source_tree(function: Callable[..., Any]) -> ast.AST:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except OSError as error:
+        raise ValueError(
+            f"The source of {function.__qualname__} cannot be read, from which the generic rule for architectures "
+            "outside the tested table learns where a norm stands. This model is not supported."
+        ) from error
+
+
+def accepts_keyword_arguments(model: nn.Module) -> bool:
+    """Whether the model's forward takes keyword arguments it does not name, which transformers hands on to attention."""
+    parameters = inspect.signature(unwrapped_forward(model)).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile and broken adapter folders: refused with a message that helps, nothing allocated, the model as it was."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_promptmoe import MEPTConfig
+from peft_promptmoe.attention import ConfigView
+
+Tensors = dict[str, Tensor]
+IDS = torch.tensor([[3, 4, 5, 6]])
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def make_base(width: int = 16, layers: int = 3) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of three layers, width 16, four experts of two slots and a shared one, with a trained head."""
+    folder = tmp_path_factory.mktemp("good")
+    model = get_peft_model(make_base(), MEPTConfig(num_virtual_tokens=2, modules_to_save=["lm_head"]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def spoil(good: Path, target: Path, tensors: Tensors | None = None, **config: Any) -> Path:
+    """A copy of the good adapter with other tensors or settings."""
+    shutil.copytree(good, target)
+    if tensors is not None:
+        save_file(tensors, target / FILE)
+    if config:
+        settings = json.loads((target / CONFIG).read_text()) | config
+        (target / CONFIG).write_text(json.dumps(settings))
+    return target
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that loading could change."""
+    return {
+        "tensors": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "objects": {name: id(parameter) for name, parameter in model.named_parameters()},
+        "trains": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "modules": {name: (type(module), module.training) for name, module in model.named_modules()},
+        "hooks": {
+            name: (len(module._forward_pre_hooks), len(module._forward_hooks), len(module._load_state_dict_pre_hooks))
+            for name, module in model.named_modules()
+        },
+        "views": [name for name, m in model.named_modules() if isinstance(getattr(m, "config", None), ConfigView)],
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    for name, tensor in before.pop("tensors").items():
+        assert torch.equal(after["tensors"].pop(name), tensor), name
+    assert not after.pop("tensors")
+    assert after == before
+
+
+# -- tensors that do not belong to the config or the model ------------------------------------------------------------
+
+
+def _first(tensors: Tensors) -> str:
+    return next(name for name in sorted(tensors) if "mept_prompts" in name)
+
+
+def _without(tensors: Tensors, part: str) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def _with(tensors: Tensors, value: Tensor, name: str | None = None) -> Tensors:
+    return tensors | {name or _first(tensors): value}
+
+
+BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
+    "one_tensor_missing": (lambda t: _without(t, _first(t)), {}, "lacks 1 of the 9 prompt tensors"),
+    "routers_missing": (lambda t: _without(t, "mept_router"), {}, "lacks 3 of the 9 prompt tensors"),
+    "last_layer_missing": (lambda t: _without(t, "layers.2."), {}, "lacks 3 of the 9.*fewer layers"),
+    "extra_layer": (
+        lambda t: _with(t, torch.zeros(4, 2, 16), _first(t).replace("layers.0", "layers.7")),
+        {},
+        "holds 1 prompt tensors that this model has no place for.*layers.7",
+    ),
+    "extra_tensor": (
+        lambda t: _with(t, torch.zeros(2), _first(t).replace("mept_prompts", "mept_more")),
+        {},
+        "no place for.*mept_more",
+    ),
+    "nan": (lambda t: _with(t, t[_first(t)].clone().fill_(float("nan"))), {}, "not finite"),
+    "one_inf": (
+        lambda t: _with(t, t[_first(t)].clone().index_fill_(0, torch.tensor([3]), float("-inf"))),
+        {},
+        "not finite",
+    ),
+    "wrong_shape": (lambda t: _with(t, torch.zeros(4, 3, 16)), {}, r"shape \(4, 3, 16\) in the adapter file and"),
+    "flattened": (lambda t: _with(t, t[_first(t)].flatten().clone()), {}, r"shape \(128,\)"),
+    "scalar": (lambda t: _with(t, torch.zeros(())), {}, r"shape \(\)"),
+    "empty": (lambda t: _with(t, torch.zeros(0, 2, 16)), {}, r"shape \(0, 2, 16\)"),
+    "config_names_fewer_experts": (
+        lambda t: t,
+        {"num_experts": 2},
+        r"\(4, 2, 16\) in the adapter file and \(2, 2, 16\)",
+    ),
+    "config_names_more_experts": (
+        lambda t: t,
+        {"num_experts": 8},
+        r"\(4, 2, 16\) in the adapter file and \(8, 2, 16\)",
+    ),
+    "config_names_more_slots": (lambda t: t, {"num_virtual_tokens": 5}, "num_virtual_tokens"),
+    "config_names_no_shared": (lambda t: t, {"num_shared_experts": 0}, "no place for.*mept_shared_prompts"),
+    "config_names_more_shared": (lambda t: t, {"num_shared_experts": 2}, r"\(2, 2, 16\) in the model"),
+    "config_names_one_expert": (lambda t: t, {"num_experts": 1}, "no place for.*mept_router"),
+    "config_names_fewer_layers": (lambda t: t, {"layers_to_transform": [0, 1]}, "no place for.*layers.2"),
+    "config_centres_routers": (lambda t: t, {"router_centering": True}, "lacks 6 of the 15"),
+}
+
+
+@pytest.mark.parametrize("entry", ["from_pretrained", "load_adapter"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_tensors(case: str, entry: str, good: Path, tmp_path: Path) -> None:
+    change, config, message = BROKEN[case]
+    folder = spoil(good, tmp_path / "bad", change(load_file(good / FILE)), **config)
+    base = make_base()
+    model = PeftModel.from_pretrained(base, good, adapter_name="first") if entry == "load_adapter" else base
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=message):
+        if entry == "load_adapter":
+            model.load_adapter(folder, adapter_name="second")
+        else:
+            PeftModel.from_pretrained(base, folder)
+    assert_untouched(base, before)
+    if entry == "load_adapter":
+        assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
+    # And what was refused does not stand in the way of a good one.
+    again = PeftModel.from_pretrained(make_base(), good)
+    later = model if entry == "load_adapter" else PeftModel.from_pretrained(base, good)
+    with torch.no_grad():
+        assert torch.equal(later(input_ids=IDS).logits, again(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "message"),
+    [
+        pytest.param(32, 3, r"\(4, 2, 16\) in the adapter file and \(4, 2, 32\) in the model", id="wider_model"),
+        pytest.param(8, 3, r"\(4, 2, 16\) in the adapter file and \(4, 2, 8\) in the model", id="narrower_model"),
+        pytest.param(16, 2, "no place for.*layers.2", id="shallower_model"),
+        pytest.param(16, 4, "lacks 3 of the 12 prompt tensors", id="deeper_model"),
+    ],
+)
+def test_adapter_of_another_model(width: int, layers: int, message: str, good: Path, tmp_path: Path) -> None:
+    folder = spoil(good, tmp_path / "bad", _without(load_file(good / FILE), "lm_head"), modules_to_save=None)
+    base = make_base(width, layers)
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, folder)
+    assert_untouched(base, before)
+
+
+def test_a_refused_file_takes_away_no_adapter_in_use(good: Path) -> None:
+    """Only an adapter that was made to be read into is taken back; one that is being trained stays."""
+    model = get_peft_model(make_base(), MEPTConfig(num_virtual_tokens=2))
+    name = next(n for n in model.state_dict() if "mept_prompts" in n)
+    with pytest.raises(ValueError, match="lacks"):
+        model.load_state_dict({name: torch.zeros(4, 2, 16)}, strict=False)
+    assert list(model.peft_config) == ["default"] and name in model.state_dict()
+    trained = PeftModel.from_pretrained(make_base(), good)
+    with torch.no_grad():
+        trained(input_ids=IDS)
+    with pytest.raises(ValueError, match="not finite"):
+        trained.load_state_dict({n: t * torch.nan for n, t in trained.state_dict().items()})
+    assert list(trained.peft_config) == ["default"]
+
+
+# -- numbers in the config --------------------------------------------------------------------------------------------
+
+HOSTILE_SETTINGS = [
+    ("num_experts", 10_000_000),
+    ("num_experts", 10**30),
+    ("num_experts", -1),
+    ("num_experts", 0),
+    ("num_experts", True),
+    ("num_experts", "4"),
+    ("num_experts", float("nan")),
+    ("num_experts", 4.0),
+    ("num_experts", [4]),
+    ("num_virtual_tokens", 50_000_000),
+    ("num_virtual_tokens", -5),
+    ("num_virtual_tokens", "10"),
+    ("num_shared_experts", 10_000_000),
+    ("num_shared_experts", -1),
+    ("top_k", 0),
+    ("top_k", 5),
+    ("top_k", False),
+    ("router_noise", float("nan")),
+    ("router_noise", float("inf")),
+    ("router_dropout", 1.5),
+    ("balance_loss_weight", "1e9"),
+    ("prompt_scale", float("-inf")),
+    ("prompt_scale", 0),
+    ("init_std", float("nan")),
+    ("routing", "__import__('os')"),
+    ("prompt_positions", {"a": 1}),
+    ("layers_to_transform", [-1]),
+    ("layers_to_transform", ["0"]),
+    ("layers_to_transform", [99]),
+    ("layers_to_transform", [0, 10**12]),
+    ("target_modules", ["q_proj"]),
+    ("target_modules", [1]),
+    ("target_modules", "no_such_module"),
+    ("modules_to_save", 3),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [pytest.param(name, value, id=f"{name}={value!r:.16}") for name, value in HOSTILE_SETTINGS]
+)
+def test_hostile_settings(field: str, value: Any, good: Path, tmp_path: Path) -> None:
+    folder = spoil(good, tmp_path / "bad", **{field: value})
+    base = make_base()
+    before = snapshot(base)
+    tracemalloc.start()
+    try:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            PeftModel.from_pretrained(base, folder)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert field in str(caught.value) or "num_virtual_tokens" in str(caught.value)
+    assert peak < 64 * 2**20
+    assert_untouched(base, before)
+
+
+def test_millions_allocate_no_tensors(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    plain = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: (sizes.append(1), plain(*args, **kwargs))[1])
+    for field in ("num_experts", "num_virtual_tokens", "num_shared_experts"):
+        with pytest.raises(ValueError, match=field):
+            PeftModel.from_pretrained(make_base(), spoil(good, tmp_path / field, **{field: 3_000_000}))
+    assert not sizes
+
+
+def test_unknown_fields_of_a_newer_version_are_dropped_with_a_warning(good: Path, tmp_path: Path) -> None:
+    folder = spoil(good, tmp_path / "newer", field_of_the_future={"trust_remote_code": True, "path": "/etc/passwd"})
+    with pytest.warns(UserWarning, match="field_of_the_future"):
+        config = PeftConfig.from_pretrained(folder)
+    assert not hasattr(config, "field_of_the_future")
+
+
+@pytest.mark.parametrize("library", ["os", "subprocess", "evil_package"])
+def test_config_that_names_a_module_to_import(library: str, good: Path, tmp_path: Path) -> None:
+    mapping = {"base_model_class": "system", "parent_library": library}
+    folder = spoil(good, tmp_path / "bad", auto_mapping=mapping, task_type=None, base_model_name_or_path="x")
+    with pytest.raises((ValueError, ImportError, KeyError, TypeError), match=r"(?i)import|allow|library|task"):
+        AutoPeftModelForCausalLM.from_pretrained(folder)
+
+
+# -- files that are no safetensors ------------------------------------------------------------------------------------
+
+
+def _write(folder: Path, data: bytes) -> None:
+    (folder / FILE).write_bytes(data)
+
+
+def _file(header: bytes, size: int) -> bytes:
+    return struct.pack("<Q", len(header)) + header + bytes(size)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda data: data[: len(data) // 2], id="truncated_data"),
+        pytest.param(lambda data: data[:100], id="truncated_header"),
+        pytest.param(lambda data: data[:4], id="truncated_length"),
+        pytest.param(lambda data: b"", id="empty"),
+        pytest.param(lambda data: struct.pack("<Q", 2**62) + data[8:], id="header_length_bomb"),
+        pytest.param(lambda data: struct.pack("<Q", 2**31) + data[8:], id="header_of_two_gigabytes"),
+        pytest.param(lambda data: data[:8] + b"\xff" * (len(data) - 8), id="header_is_no_json"),
+        pytest.param(
+            lambda data: _file(b'{"a":{"dtype":"F32","shape":[999999999,999999999],"data_offsets":[0,4]}}', 4),
+            id="shape_bomb",
+        ),
+        pytest.param(
+            lambda data: _file(
+                b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+                b'"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+                8,
+            ),
+            id="duplicate_keys",
+        ),
+    ],
+)
+def test_damaged_safetensors(damage: Callable[[bytes], bytes], good: Path, tmp_path: Path) -> None:
+    """PEFT reads the file behind the tuner's back, so the message is that of safetensors; nothing is loaded."""
+    folder = spoil(good, tmp_path / "bad")
+    _write(folder, damage((good / FILE).read_bytes()))
+    base = make_base()
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises((SafetensorError, ValueError)):
+        PeftModel.from_pretrained(base, folder)
+    for name, tensor in weights.items():
+        now = base.state_dict()
+        assert torch.equal(now.get(name, now.get(name.replace("lm_head.", "lm_head.original_module."))), tensor)
+
+
+class Payload:
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return exec, (f"open({str(self.witness)!r}, 'w').write('executed')",)
+
+
+@pytest.mark.parametrize("entry", ["peft", "transformers"])
+def test_pickle_payload_is_never_executed(entry: str, good: Path, tmp_path: Path) -> None:
+    folder, witness = spoil(good, tmp_path / "bad"), tmp_path / "witness"
+    (folder / FILE).unlink()
+    torch.save({"base_model.model.x.mept_prompts.weight": Payload(witness)}, folder / "adapter_model.bin")
+    with pytest.raises((pickle.UnpicklingError, ValueError, OSError, RuntimeError)):
+        if entry == "peft":
+            PeftModel.from_pretrained(make_base(), folder)
+        else:
+            make_base().load_adapter(folder)
+    assert not witness.exists()
+    # The bait works where pickles are trusted.
+    torch.load(folder / "adapter_model.bin", weights_only=False)
+    assert witness.exists()
+
+
+# -- names and kernels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.b", ".", "a/b", "../up", "a\\b", "mept_", "my_mept_adapter", "mept", "m", "promptmoe", "", "weight.x"],
+    ids=lambda name: name or "empty",
+)
+@pytest.mark.parametrize("entry", ["get_peft_model", "from_pretrained", "add_adapter", "load_adapter", "transformers"])
+def test_adapter_names(name: str, entry: str, good: Path) -> None:
+    base = make_base()
+    model: Any = base
+    if entry in ("add_adapter", "load_adapter"):
+        model = get_peft_model(base, MEPTConfig(num_virtual_tokens=2))
+    before = snapshot(base)
+    with pytest.raises(ValueError, match=r"name|module path|substring|not allowed"):
+        if entry == "get_peft_model":
+            get_peft_model(base, MEPTConfig(num_virtual_tokens=2), adapter_name=name)
+        elif entry == "from_pretrained":
+            PeftModel.from_pretrained(base, good, adapter_name=name)
+        elif entry == "add_adapter":
+            model.add_adapter(name, MEPTConfig(num_virtual_tokens=2))
+        elif entry == "load_adapter":
+            model.load_adapter(good, adapter_name=name)
+        else:
+            base.load_adapter(good, adapter_name=name)
+    assert_untouched(base, before)
+    if entry in ("add_adapter", "load_adapter"):
+        assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|sdpa"])
+def test_kernels_that_are_not_supported(kernel: str, good: Path) -> None:
+    for attempt in (
+        lambda base: get_peft_model(base, MEPTConfig(num_virtual_tokens=2)),
+        lambda base: PeftModel.from_pretrained(base, good),
+        lambda base: base.load_adapter(good),
+    ):
+        base = make_base()
+        base.config._attn_implementation_internal = kernel
+        before = snapshot(base)
+        with pytest.raises(ValueError, match=r"sdpa and eager only.*set_attn_implementation\('sdpa'\)"):
+            attempt(base)
+        assert_untouched(base, before)
+
+
+# -- transformers' own loader -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["one_tensor_missing", "routers_missing", "last_layer_missing", "nan", "one_inf"])
+def test_transformers_loader_is_checked_at_the_first_forward(case: str, good: Path, tmp_path: Path) -> None:
+    """It reads tensor by tensor and only logs what is missing; the adapter does not run before somebody looked."""
+    change, config, message = BROKEN[case]
+    base = make_base()
+    base.load_adapter(spoil(good, tmp_path / "bad", change(load_file(good / FILE)), **config))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            base(input_ids=IDS)
+
+
+@pytest.mark.parametrize("case", ["wrong_shape", "config_names_fewer_experts", "config_names_more_experts"])
+def test_transformers_loader_refuses_shapes_itself(case: str, good: Path, tmp_path: Path) -> None:
+    change, config, _ = BROKEN[case]
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        make_base().load_adapter(spoil(good, tmp_path / "bad", change(load_file(good / FILE)), **config))
+
+
+def test_transformers_loader_of_a_good_file(good: Path) -> None:
+    base = make_base()
+    base.load_adapter(good)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make_base(), good)(input_ids=IDS).logits
+        assert torch.equal(base(input_ids=IDS).logits, expected)
