@@ -120,6 +120,8 @@ class PromptRoot(nn.Module):
         unread, self._unread = self._unread, {}
         try:
             check_tensors(model, state_dict, prefix)
+            if any(injection.for_inference for injection in unread.values()):
+                check_strangers(model, state_dict, prefix)
         except ValueError:
             for adapter, injection in unread.items():
                 if injection.for_inference:
@@ -224,6 +226,28 @@ def _lacks(adapter: str, missing: list[str], total: int) -> str:
         f"The adapter file lacks {len(missing)} of the {total} prompt tensors of adapter {adapter!r}, for example "
         f"{missing[0]!r}. It was trained on a model with fewer layers, or it is damaged."
     )
+
+
+def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Refuse tensors in an adapter file that are no adapter's: by them a file could overwrite the base model.
+
+    Embeddings are let through; PEFT saves them with an adapter when the vocabulary has grown.
+
+    Raises:
+        ValueError: the file holds prompt tensors and others that belong to no adapter, head or embedding.
+    """
+    names = [name for name in state_dict if name.startswith(prefix)]
+    ours = [name for name in names if f"{CHILD}." in name]
+    getters = [getattr(model, f"get_{which}_embeddings", None) for which in ("input", "output")]
+    embeddings = [get() for get in getters if get is not None]
+    allowed = {id(module.weight) for module in embeddings if hasattr(module, "weight")}
+    known = {f"{prefix}{name}" for name, tensor in model.named_parameters() if id(tensor) in allowed}
+    strangers = sorted(n for n in names if n not in ours and n not in known and ".modules_to_save." not in n)
+    if ours and strangers:
+        raise ValueError(
+            f"The adapter file holds {len(strangers)} tensors that are neither prompts nor saved modules, for example "
+            f"{strangers[0]!r}. An adapter must not bring weights of the base model; do not trust this file."
+        )
 
 
 def _check_tensor(name: str, given: Any, expected: Tensor) -> None:

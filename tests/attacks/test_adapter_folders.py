@@ -114,6 +114,16 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
         {},
         "no place for.*mept_more",
     ),
+    "base_weight": (
+        lambda t: _with(t, torch.zeros(16), "base_model.model.model.norm.weight"),
+        {},
+        "neither prompts nor saved modules.*model.norm.weight",
+    ),
+    "tensor_of_nobody": (
+        lambda t: _with(t, torch.zeros(16), "base_model.model.evil.weight"),
+        {},
+        "neither prompts nor saved modules.*evil",
+    ),
     "nan": (lambda t: _with(t, t[_first(t)].clone().fill_(float("nan"))), {}, "not finite"),
     "one_inf": (
         lambda t: _with(t, t[_first(t)].clone().index_fill_(0, torch.tensor([3]), float("-inf"))),
@@ -182,6 +192,18 @@ def test_adapter_of_another_model(width: int, layers: int, message: str, good: P
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, folder)
     assert_untouched(base, before)
+
+
+def test_embeddings_that_grew_are_saved_and_loaded(tmp_path: Path) -> None:
+    model = get_peft_model(make_base(), MEPTConfig(num_virtual_tokens=2))
+    model.base_model.model.resize_token_embeddings(24)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("embed_tokens" in name for name in load_file(tmp_path / FILE))
+    base = make_base()
+    base.resize_token_embeddings(24)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 
 def test_a_refused_file_takes_away_no_adapter_in_use(good: Path) -> None:

@@ -100,7 +100,7 @@ def test_reload_of_package_and_submodules() -> None:
         importlib.reload(peft_promptmoe)
         assert forward()
         # Everything, dependencies first, as an interactive session does after an edit.
-        names = "sites attention routing config tokens layer root tuner registration " \\
+        names = "inspection sites projection attention routing config tokens layer root tuner registration " \\
                 "mept.config mept.layer mept.model mept".split()
         for name in names:
             importlib.reload(sys.modules[f"peft_promptmoe.{name}"])
