@@ -199,7 +199,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         kwargs = dict(kwargs)
         call = kwargs.pop(CALL, None)
         bound = dict(zip(self._names, args, strict=False)) | kwargs
-        x = self._layer_input(bound["hidden_states"])
+        x = self.layer_input(bound["hidden_states"])
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
@@ -219,7 +219,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
                 "defined. This architecture (or this option of it) is not supported; unload the adapter."
             )
 
-    def _layer_input(self, hidden: Tensor) -> Tensor:
+    def layer_input(self, hidden: Tensor) -> Tensor:
         layer_input: Tensor | None = hidden
         if self.site.norm is not None and not isinstance(self.site.norm, nn.Identity):
             layer_input = getattr(hidden, LAYER_INPUT, None)

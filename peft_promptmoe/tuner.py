@@ -40,6 +40,9 @@ class PromptTuner(BaseTuner):
     def resolve(self, config: Any, sites: list[Site]) -> None:
         """Fill in settings of the config that follow from the model, before anything is changed."""
 
+    def initialize(self, config: Any, adapter_name: str) -> None:
+        """Initialise a new adapter's tensors by running the model, once its layers are in place."""
+
     def check_site(self, config: Any, site: Site) -> None:
         """Raise ValueError where the config cannot work at this attention layer."""
 
@@ -63,6 +66,10 @@ class PromptTuner(BaseTuner):
         if root is None:
             root = PromptRoot(model)
             root.attach(model)
+        config = self.peft_config[adapter_name]
+        # An adapter that is loaded for inference gets its values from a file.
+        if not config.inference_mode and not any(p.is_meta for layer in prompt_layers(model) for p in layer.parameters()):
+            self.initialize(config, adapter_name)
         root.watch(model, adapter_name, Unread(self, before, self.peft_config[adapter_name].inference_mode))
 
     def _prepare_adapter_config(self, peft_config: PromptConfig, model_config: dict[str, Any]) -> PromptConfig:

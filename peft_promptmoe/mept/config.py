@@ -43,8 +43,13 @@ class MEPTConfig(PromptConfig):
             (official code: yes). Needs routing="sample".
         prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. With the
             default an ordinary 1e-3 suits prompts, router and head alike.
-        init_std: spread of the initial rows; "match" takes the spread of the layer's input where a norm makes it
-            (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
+        prompt_init: "sample_vocab" starts every expert as the layer's own inputs on a row of random vocabulary tokens,
+            for which the base model runs once over (E + S) * P tokens. Text models cope with such rows from the first
+            step, where random ones can throw a causal language model off entirely: they take attention away from its
+            first token. "random" draws from a normal distribution (official code, intended: Xavier). "auto" is
+            "sample_vocab" for models with token embeddings whose weights are in memory, else "random".
+        init_std: spread of randomly initialised rows; "match" takes the spread of the layer's input where a norm makes
+            it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
     """
 
     num_experts: int = field(default=4, metadata={"help": "Routed experts per layer, E; 1 for static prompts."})
@@ -66,6 +71,9 @@ class MEPTConfig(PromptConfig):
         default=True, metadata={"help": "Whether a decoder attends to the last encoder block's prompts."}
     )
     prompt_scale: float = field(default=25.0, metadata={"help": "Rows are this times the trained tensor."})
+    prompt_init: str = field(
+        default="auto", metadata={"help": "Start of the rows: 'sample_vocab', 'random', or 'auto' by the model."}
+    )
     init_std: float | str = field(default="match", metadata={"help": "Spread of the initial rows, or 'match'."})
 
     def __post_init__(self) -> None:
@@ -82,6 +90,7 @@ class MEPTConfig(PromptConfig):
             )
         check_choice("routing", self.routing, ("auto", "sample", "token"))
         check_choice("prompt_positions", self.prompt_positions, ("prefix", "unrotated"))
+        check_choice("prompt_init", self.prompt_init, ("auto", "sample_vocab", "random"))
         for name in ("router_norm", "router_centering", "renormalize_top_k", "decoder_sees_prompts"):
             check_bool(name, getattr(self, name))
         check_number("router_noise", self.router_noise, 0.0)

@@ -78,6 +78,17 @@ class MEPTLayer(PromptLayer):
             if config.router_centering:
                 self.mept_router_center[adapter] = RouterCenter(width)
 
+    @torch.no_grad()
+    def start_from(self, adapter: str, inputs: Tensor) -> None:
+        """Make the rows of an adapter's experts what `inputs` (E + S, P, D) holds, routed experts first."""
+        config = self.prompt_config[adapter]
+        tables = [self.mept_prompts[adapter]]
+        if config.num_shared_experts:
+            tables.append(self.mept_shared_prompts[adapter])
+        parts = inputs.split([config.num_experts, config.num_shared_experts][: len(tables)])
+        for table, part in zip(tables, parts, strict=True):
+            table.weight.copy_(part / config.prompt_scale)
+
     def _initial_std(self, config: MEPTConfig) -> float:
         if not config.init_weights:
             return 1.0

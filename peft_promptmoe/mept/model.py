@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from ..root import prompt_layers
 from ..sites import Site, caps_scores, is_encoder_decoder
 from ..tokens import takes_bias
 from ..tuner import PromptTuner
+from ..warmstart import can_read_vocabulary, vocabulary_inputs
 from .config import MEPTConfig
 from .layer import MEPTLayer
 
@@ -39,6 +41,18 @@ class MEPTModel(PromptTuner):
         if config.routing == "auto":
             config.routing = "token" if any(site.generates for site in sites) else "sample"
             config._check_dead_settings()
+
+    def initialize(self, config: MEPTConfig, adapter_name: str) -> None:
+        if not config.init_weights or config.prompt_init == "random":
+            return
+        if config.prompt_init == "auto" and not can_read_vocabulary(self.model):
+            return
+        inputs = vocabulary_inputs(
+            self.model, config.num_experts + config.num_shared_experts, config.num_virtual_tokens
+        )
+        for layer in prompt_layers(self.model):
+            if adapter_name in layer.prompt_config:
+                layer.start_from(adapter_name, inputs[layer.site.name])
 
     def check_site(self, config: MEPTConfig, site: Site) -> None:
         if config.decoder_sees_prompts and config.routing == "token" and is_encoder_decoder(self.model):
