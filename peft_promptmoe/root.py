@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,9 +239,7 @@ def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str) -
     """
     names = [name for name in state_dict if name.startswith(prefix)]
     ours = [name for name in names if f"{CHILD}." in name]
-    getters = [getattr(model, f"get_{which}_embeddings", None) for which in ("input", "output")]
-    embeddings = [get() for get in getters if get is not None]
-    allowed = {id(module.weight) for module in embeddings if hasattr(module, "weight")}
+    allowed = {id(embedding.weight) for embedding in _embeddings(model)}
     known = {f"{prefix}{name}" for name, tensor in model.named_parameters() if id(tensor) in allowed}
     strangers = sorted(n for n in names if n not in ours and n not in known and ".modules_to_save." not in n)
     if ours and strangers:
@@ -248,6 +247,16 @@ def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str) -
             f"The adapter file holds {len(strangers)} tensors that are neither prompts nor saved modules, for example "
             f"{strangers[0]!r}. An adapter must not bring weights of the base model; do not trust this file."
         )
+
+
+def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for which in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found = getattr(model, which)()
+        except (AttributeError, NotImplementedError):  # a model that has none
+            continue
+        if hasattr(found, "weight"):
+            yield found
 
 
 def _check_tensor(name: str, given: Any, expected: Tensor) -> None:

@@ -15,7 +15,9 @@ from .sites import is_encoder_decoder
 
 
 def can_read_vocabulary(model: nn.Module) -> bool:
-    """Whether the model embeds tokens and its weights are in memory, so that it can be run on some."""
+    """Whether the model reads token ids and its weights are in memory, so that it can be run on some."""
+    if getattr(model, "main_input_name", None) != "input_ids":  # Whisper has embeddings, for what it writes
+        return False
     if any(parameter.is_meta for parameter in model.parameters()):
         return False
     try:

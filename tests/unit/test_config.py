@@ -37,6 +37,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "decoder_sees_prompts": (*NO_BOOLS, None),
     "prompt_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0),
     "init_std": (True, False, None, "matched", "", NAN, INF, -1.0, [0.1]),
+    "prompt_init": (*NO_NAMES, None, "", "zeros", "Random"),
     "init_weights": (*NO_BOOLS, None),
     "layers_to_transform": (True, 1.5, NAN, "3", -1, [-1], [True], [0, "1"], [1.0], [None], {"a": 1}),
     "target_modules": (3, True, 1.5, [1], ["a", None], b"a"),
