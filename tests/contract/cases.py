@@ -536,17 +536,21 @@ CASES: list[Case] = [
 
 
 def each_case(
-    keep: Callable[[Case], bool] = lambda case: True, kernels: tuple[str, ...] = ("sdpa",), name: str = "case"
+    keep: Callable[[Case], bool] = lambda case: True,
+    kernels: tuple[str, ...] = ("sdpa",),
+    slow: Callable[[Case], bool] = lambda case: False,
 ) -> pytest.MarkDecorator:
     """Run a test for every case that `keep` keeps; a behaviour that a case cannot have is no cell of the matrix.
 
     Args:
         keep: what the behaviour needs of a case.
         kernels: kernels to run it under. Only what depends on the kernel needs more than sdpa.
+        slow: cases that add time rather than coverage, and wait for the full run.
     """
     cases = [case for case in CASES if case.kernel in kernels and keep(case)]
     assert cases, "no case is left"
-    return pytest.mark.parametrize(name, cases, ids=str)
+    marked = [pytest.param(case, marks=[pytest.mark.slow] if slow(case) else []) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=[str(case) for case in cases])
 
 
 def one_per_architecture(case: Case) -> bool:

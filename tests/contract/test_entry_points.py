@@ -38,7 +38,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from torch import Tensor, nn
+from torch import nn
 
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
@@ -285,7 +285,7 @@ def test_the_snippet_of_the_saved_card_runs(case: Case, saved: tuple[PeftModel, 
 
 
 def check_snippet(case: Case, snippet: str, model: PeftModel, folder: Path, tmp_path: Path) -> None:
-    batch = {name: value for name, value in case.batch().items()}
+    batch = case.batch()
     torch.save(batch, tmp_path / "batch.pt")
     code = f"""
 import sys, torch

@@ -159,7 +159,8 @@ def test_saved_names_are_those_of_the_manifest(case: Case) -> None:
         lost = sorted(set(expected[what]) - set(found[what]))
         new = sorted(set(found[what]) - set(expected[what]))
         assert not lost and not new, (
-            f"The {what} of {case} are not those of tests/contract/manifests/{case}.json.\n  lost: {lost}\n  new: {new}\n"
+            f"The {what} of {case} are not those of tests/contract/manifests/{case}.json.\n"
+            f"  lost: {lost}\n  new: {new}\n"
             "Adapters that users have saved hold the old names and would no longer load. If that is meant, keep a way "
             "to load the old names, say so in CHANGELOG.md and run python tests/contract/test_saving.py."
         )

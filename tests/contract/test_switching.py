@@ -23,6 +23,7 @@ from cases import (
     predict,
     set_head,
     train,
+    trains_alone,
 )
 from peft import PeftModel, get_layer_status, get_model_status
 from torch import Tensor, nn
@@ -186,7 +187,7 @@ def test_unload_keeps_the_trained_head_and_disable_uses_the_original(case: Case)
         plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
         assert_equal(unloaded[plain], tensor, plain)
     expected = case.base()
-    expected.load_state_dict({**expected.state_dict(), **{n: t for n, t in unloaded.items()}})
+    expected.load_state_dict(expected.state_dict() | unloaded)
     assert_equal(predict(base, batch), predict(expected, batch), "logits of the base model with the trained head")
     assert_different(predict(base, batch), original, "logits with trained and original head", 1e-2)
 
@@ -231,18 +232,26 @@ def test_adapters_are_independent_and_can_be_deleted(case: Case) -> None:
     assert_equal(predict(model, batch), second, "logits of an adapter that was deleted and added again")
 
 
-@each_case()
+@each_case(trains_alone)
 def test_two_active_adapters_add_their_prompts(case: Case) -> None:
     model, batch = case.model(), case.batch()
     alone = predict(model, batch)
     model.add_adapter("other", case.config(**case.method.other))
-    try:
-        model.base_model.set_adapter(["default", "other"])
-    except ValueError:
-        return  # heads: PEFT itself refuses two
+    model.base_model.set_adapter(["default", "other"])
     both = predict(model, batch)
     assert torch.isfinite(both).all()
     assert_different(both, alone, "logits of one adapter and of both")
+    model.base_model.set_adapter("default")
+    assert_equal(predict(model, batch), alone, "logits of one adapter after both were active")
+
+
+@each_case(lambda case: not trains_alone(case) and one_per_architecture(case))
+def test_two_active_heads_are_refused(case: Case) -> None:
+    """By PEFT: one model has one head at a time."""
+    model = case.model()
+    model.add_adapter("other", case.config(**case.method.other))
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        model.base_model.set_adapter(["default", "other"])
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------

@@ -150,11 +150,17 @@ class AttentionCalls:
 
 @each_case()
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("balance", [False, True], ids=["plain", "balance"])
-def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool, balance: bool) -> None:
-    if balance and not has_balance(case):
-        return
-    settings = with_balance(case) if balance else {}
+def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> None:
+    check_checkpointing(case, reentrant, {})
+
+
+@each_case(has_balance)
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_gives_the_same_gradients_of_a_balance_loss(case: Case, reentrant: bool) -> None:
+    check_checkpointing(case, reentrant, with_balance(case))
+
+
+def check_checkpointing(case: Case, reentrant: bool, settings: dict[str, Any]) -> None:
     batch = case.batch()
     loss, expected = gradients(case.model(**settings), batch)
     model = case.model(**settings)
@@ -207,7 +213,13 @@ def compiles_its_loss(case: Case) -> bool:
     return case.architecture_name != "gpt2"
 
 
-@each_case(compiles_its_loss)
+COMPILED_TWICE = ("bert", "t5", "llama")
+
+
+@each_case(
+    compiles_its_loss,
+    slow=lambda case: not one_per_architecture(case) and case.architecture_name not in COMPILED_TWICE,
+)
 def test_compiled_training_equals_eager(case: Case) -> None:
     settings = with_balance(case) if has_balance(case) else {}
     model, batch = case.model(**settings), case.batch()
