@@ -75,7 +75,7 @@ class Columns:
 
 
 class Harvest:
-    """Stands in for `Columns` when the attention layer itself is run on the prompt rows to get their keys and values."""
+    """Stands in for `Columns` when the attention layer itself is run on prompt rows to get their keys and values."""
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
@@ -128,7 +128,7 @@ def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -
 
 def _gather(rows: Tensor, index: Tensor, gates: int, slots: int) -> Tensor:
     """(B, H, K * slots + rest, d) of (B or 1, H, G * slots + rest, d) and chosen experts (B, K)."""
-    batch, active = index.shape
+    batch = index.shape[0]
     rows = rows.expand(batch, -1, -1, -1)
     gated = rows[:, :, : gates * slots].unflatten(2, (gates, slots))
     index = index[:, None, :, None, None].expand(-1, rows.shape[1], -1, slots, rows.shape[-1])
@@ -148,7 +148,8 @@ def promptmoe_attention(
     Without rows (adapter disabled, another method's layer) the call passes through untouched.
     """
     columns = kwargs.pop(COLUMNS, None)
-    kernel_name = module.config.real._attn_implementation
+    view: Any = module.config
+    kernel_name = view.real._attn_implementation
     kernel = _kernel(module, kernel_name)
     if columns is None:
         return kernel(module, query, key, value, attention_mask, **kwargs)
@@ -193,8 +194,8 @@ def _attend(
     rows = columns.key.shape[2]
     if columns.key.shape[0] not in (1, batch):
         raise ValueError(
-            f"The prompt rows were made for a batch of {columns.key.shape[0]} and attention now runs on {batch}. A cache "
-            "that is filled with one batch cannot go on with another; start from a new cache."
+            f"The prompt rows were made for a batch of {columns.key.shape[0]} and attention now runs on {batch}. A "
+            "cache that is filled with one batch cannot go on with another; start from a new cache."
         )
     is_causal = kwargs.get("is_causal")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -208,12 +209,14 @@ def _attend(
     if bias is not None:
         if columns.bias is None:
             raise ValueError(
-                f"{type(module).__name__} adds a relative position bias whose table peft_promptmoe cannot find, so the "
-                "prompt rows have no bias. This architecture is not supported."
+                f"{type(module).__name__} adds a relative position bias whose table peft_promptmoe cannot find, so "
+                "the prompt rows have no bias. This architecture is not supported."
             )
         prompt_bias = columns.bias.to(bias.dtype)
         common = max(bias.shape[0], prompt_bias.shape[0])
-        bias = torch.cat([prompt_bias.expand(common, *prompt_bias.shape[1:]), bias.expand(common, *bias.shape[1:])], -1)
+        bias = torch.cat(
+            [prompt_bias.expand(common, *prompt_bias.shape[1:]), bias.expand(common, *bias.shape[1:])], -1
+        )
         kwargs = {**kwargs, "position_bias": bias}
     prompt_key = columns.key.to(key.dtype).expand(batch, *columns.key.shape[1:])
     prompt_value = columns.value.to(value.dtype).expand(batch, *columns.value.shape[1:])

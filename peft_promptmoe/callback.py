@@ -35,7 +35,8 @@ class RoutingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The Trainer puts its reporters before a user's callbacks, and they pass the logs on as they get them; values
-        # added later would reach none of them. It offers no way to ask for another order, hence the look at the caller.
+        # added later would reach none of them. It offers no way to ask for another order, hence the look at the
+        # caller.
         frame = inspect.currentframe()
         handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
         if isinstance(handler, CallbackHandler) and self in handler.callbacks:
@@ -90,7 +91,7 @@ class RoutingCallback(TrainerCallback):
         self._warned = True
         warnings.warn(
             f"The routers of layers {collapsed} send nearly everything to one expert (load entropy below "
-            f"{self.collapse_below}), which makes them static prompts. Try router_centering=True, routing='token' or a "
-            "balance_loss_weight, or save parameters with num_experts=1.",
+            f"{self.collapse_below}), which makes them static prompts. Try router_centering=True, routing='token' or "
+            "a balance_loss_weight, or save parameters with num_experts=1.",
             stacklevel=2,
         )

@@ -60,7 +60,7 @@ def write_card(config: PromptConfig, folder: str | os.PathLike[str]) -> None:
     labels = getattr(config, "card_num_labels", 2)
     section = SECTION.format(
         marker=MARKER,
-        method=str(config.peft_type.value),
+        method=str(getattr(config.peft_type, "value", config.peft_type)),
         auto_class=AUTO_CLASSES.get(str(config.task_type or ""), "AutoPeftModel"),
         arguments=f", num_labels={labels}" if labels != 2 else "",
     )

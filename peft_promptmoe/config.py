@@ -21,7 +21,7 @@ class PromptConfig(PeftConfig):
     """Base of the method configs.
 
     Args:
-        target_modules: attention layers that prompts join, as in PEFT: a list of name endings, or a regular expression.
+        target_modules: attention layers that prompts join, as in PEFT: a list of name endings or a regular expression.
             Unset, they follow from the model's architecture.
         exclude_modules: attention layers to leave out, in the same form.
         layers_to_transform: numbers of the blocks to prompt; unset for all. Prompts live in these blocks only.
@@ -37,9 +37,7 @@ class PromptConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Attention layers that prompts join; unset, the architecture decides."}
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Attention layers to leave out."}
-    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Attention layers to leave out."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Numbers of the blocks to prompt; unset for all."}
     )
@@ -78,7 +76,9 @@ class PromptConfig(PeftConfig):
 
         PEFT's task wrappers add the names of heads to `modules_to_save` on every load; each is written once.
         """
-        fields = {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+        fields = {
+            name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()
+        }
         if isinstance(fields.get("modules_to_save"), list):
             fields["modules_to_save"] = list(dict.fromkeys(fields["modules_to_save"]))
         return fields

@@ -65,6 +65,6 @@ def _source_tree(function: Callable[..., Any]) -> ast.AST:
 
 
 def accepts_keyword_arguments(model: nn.Module) -> bool:
-    """Whether the model's forward takes keyword arguments it does not name, which transformers hands on to attention."""
+    """Whether the model's forward takes keyword arguments it does not name, which go on to attention."""
     parameters = inspect.signature(unwrapped_forward(model)).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

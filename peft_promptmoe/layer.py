@@ -87,7 +87,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """
 
     def log_gates(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
-        """(B, T, G) log-gates on the first G * slots rows, minus infinity for closed ones; None if nothing is gated."""
+        """(B, T, G) log-gates on the first G * slots rows, minus infinity if closed; None if nothing is gated."""
         return None
 
     def num_active(self, adapter: str) -> int:
@@ -117,7 +117,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         raise ValueError(no_merge(self.method))
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
         own = {id(parameter) for parameter in self.parameters()}
         others = [parameter for parameter in base_layer.parameters() if id(parameter) not in own]
         # A quantised layer may have no floating parameter; then the adapter keeps the dtype it was made in.
@@ -130,7 +132,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """Become a child of the attention layer, hook it, and put the read-through view over its config."""
         attention = self.site.attention
         attention.add_module(CHILD, self)
-        attention.config = ConfigView(attention.config)
+        self.site.attention.config = ConfigView(attention.config)
         self._handles = [
             attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attention.register_forward_hook(self._after_attention, with_kwargs=True),
@@ -210,7 +212,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         kwargs[COLUMNS] = merge_columns(parts)
         return args, kwargs
 
-    def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after_attention(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         columns = kwargs.get(COLUMNS)
         if isinstance(columns, Columns) and columns.arrived != 1:
             raise RuntimeError(
@@ -271,8 +275,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         if past:
             if adapter not in cached:
                 raise ValueError(
-                    f"The cache holds tokens but no prompt rows of adapter {adapter!r}: it was filled while the adapter "
-                    "was off, by another model, or by code that copies caches. Start from a new cache."
+                    f"The cache holds tokens but no prompt rows of adapter {adapter!r}: it was filled while the "
+                    "adapter was off, by another model, or by code that copies caches. Start from a new cache."
                 )
             columns = Columns(*cached[adapter])
         else:
@@ -302,14 +306,14 @@ def _offsets(rows: int, slots: int, device: torch.device) -> Tensor:
 
 def no_merge(method: str) -> str:
     return (
-        f"{method} cannot be merged into the base weights: its prompts are extra attention rows, no change of a weight. "
-        "Keep the adapter loaded, or use unload() to get the base model back."
+        f"{method} cannot be merged into the base weights: its prompts are extra attention rows, no change of a "
+        "weight. Keep the adapter loaded, or use unload() to get the base model back."
     )
 
 
 def no_call(attention: nn.Module) -> str:
     return (
-        f"The model does not pass keyword arguments on to {type(attention).__name__}, so its prompt layers cannot learn "
-        "which tokens belong to the query or take part in a balance loss. Use routing='token' (causal language models) "
-        "and balance_loss_weight=0."
+        f"The model does not pass keyword arguments on to {type(attention).__name__}, so its prompt layers cannot "
+        "learn which tokens belong to the query or take part in a balance loss. Use routing='token' (causal language "
+        "models) and balance_loss_weight=0."
     )

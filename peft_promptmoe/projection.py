@@ -55,8 +55,8 @@ def rotary_tables(
     module; the sum of angles needs neither position ids nor the layout of the tables.
 
     Args:
-        position_embeddings: (cos, sin), each (B or 1, T, r), as the attention layer receives them; None if it has none.
-        first: (B,) column of the first real token, None for column 0 of all.
+        position_embeddings: (cos, sin), each (B or 1, T, r), as the attention layer receives them; None if it has
+        none. first: (B,) column of the first real token, None for column 0 of all.
         offsets: (R,) integers; None puts every row where the first token is ("unrotated").
 
     Returns:
@@ -67,7 +67,9 @@ def rotary_tables(
     if not (isinstance(position_embeddings, (tuple, list)) and len(position_embeddings) == 2) or any(
         not isinstance(table, Tensor) or table.ndim != 3 for table in position_embeddings
     ):
-        raise ValueError(f"{type(site.attention).__name__} takes rotary tables of a form peft_promptmoe does not know.")
+        raise ValueError(
+            f"{type(site.attention).__name__} takes rotary tables of a form peft_promptmoe does not know."
+        )
     cos, sin = position_embeddings
     if first is None:
         cos, sin = cos[:, :1], sin[:, :1]
@@ -80,8 +82,8 @@ def rotary_tables(
     if site.rotary is None or rotary_kind(site) in LENGTH_DEPENDENT:
         raise ValueError(
             f"prompt_positions='prefix' needs the rotary angles of the positions before the text, and "
-            f"{type(site.attention).__name__} has none that can be reached or has frequencies that depend on the text's "
-            "length. Use prompt_positions='unrotated' with this model."
+            f"{type(site.attention).__name__} has none that can be reached or has frequencies that depend on the "
+            "text's length. Use prompt_positions='unrotated' with this model."
         )
     named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
     by_cos, by_sin = site.rotary(cos, offsets[None], **named)
@@ -182,10 +184,12 @@ def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Te
     weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
     if type(projection) is nn.Linear and isinstance(weight, Tensor):
         third = weight.shape[0] // 3
-        return F.linear(normed, weight[third:], None if bias is None else bias[third:]).chunk(2, dim=-1)  # type: ignore
+        both = F.linear(normed, weight[third:], bias[third:] if isinstance(bias, Tensor) else None)
+        return both.tensor_split(2, dim=-1)  # type: ignore[return-value]
     if type(projection).__name__ == "Conv1D" and isinstance(weight, Tensor):
         third = weight.shape[1] // 3
-        return F.linear(normed, weight[:, third:].T, None if bias is None else bias[third:]).chunk(2, dim=-1)  # type: ignore
+        both = F.linear(normed, weight[:, third:].T, bias[third:] if isinstance(bias, Tensor) else None)
+        return both.tensor_split(2, dim=-1)  # type: ignore[return-value]
     # Another adapter or a quantiser has wrapped it: the module itself knows best.
     _, key, value = projection(normed).chunk(3, dim=-1)
     return key, value

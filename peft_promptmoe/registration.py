@@ -28,7 +28,7 @@ def ensure_peft_type(name: str) -> PeftType:
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
-    member._sort_order_ = len(PeftType._member_names_)
+    member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)

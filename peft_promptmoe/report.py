@@ -74,7 +74,9 @@ class RoutingReport:
         axes = figure.subplots()
         image = axes.imshow(self.load.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
         axes.set_xticks(range(self.load.shape[1]))
-        axes.set_yticks(range(len(self.layers)), [f"{n}  (H {h:.2f})" for n, h in zip(self.layers, self.entropy, strict=True)])
+        axes.set_yticks(
+            range(len(self.layers)), [f"{n}  (H {h:.2f})" for n, h in zip(self.layers, self.entropy, strict=True)]
+        )
         axes.set_xlabel("expert")
         axes.set_ylabel("layer  (load entropy)")
         figure.colorbar(image, label="share of choices")
@@ -168,13 +170,17 @@ class RoutingRecorder:
         if self._label is not None:
             if stop > len(self._label):
                 raise ValueError(
-                    f"record_routing got {len(self._label)} labels and has now seen {stop} samples. Pass one label for "
-                    "each sample that goes through the model, in order."
+                    f"record_routing got {len(self._label)} labels and has now seen {stop} samples. Pass one label "
+                    "for each sample that goes through the model, in order."
                 )
             rows = torch.tensor(self._label[start:stop])
         if name not in self._sums:
             shape = (len(self.classes), chosen.shape[1])
-            self._sums[name] = [torch.zeros(shape).double(), torch.zeros(shape).double(), torch.zeros(shape[0]).double()]
+            self._sums[name] = [
+                torch.zeros(shape).double(),
+                torch.zeros(shape).double(),
+                torch.zeros(shape[0]).double(),
+            ]
         for total, part in zip(self._sums[name], (chosen, gates, count), strict=True):
             total.index_add_(0, rows, part)
 
@@ -216,7 +222,9 @@ class RoutingRecorder:
             shift = (number - (count - 1) / 2) * 0.6 / max(count, 1)
             best = way.max(dim=-1)
             line = axes.plot(range(depth), (best.indices + shift).tolist(), label=str(self.classes[number]))[0]
-            axes.scatter(range(depth), (best.indices + shift).tolist(), s=(120 * best.values).tolist(), color=line.get_color())
+            axes.scatter(
+                range(depth), (best.indices + shift).tolist(), s=(120 * best.values).tolist(), color=line.get_color()
+            )
         axes.set_xticks(range(depth), [str(layer.site.index) for layer, _ in self.layers])
         axes.set_yticks(range(experts))
         axes.set_ylim(-0.5, experts - 0.5)
@@ -229,7 +237,7 @@ class RoutingRecorder:
 
 @contextmanager
 def record_routing(
-    model: nn.Module, labels: Sequence[Any] | None = None, adapter: str | None = None
+    model: nn.Module, labels: Sequence[Any] | Tensor | None = None, adapter: str | None = None
 ) -> Iterator[RoutingRecorder]:
     """Record the routing of all evaluation forwards within the block.
 

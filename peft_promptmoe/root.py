@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on the base model itself: what one forward tells its layers, the balance loss, and checks of loaded tensors."""
+"""Hooks on the base model itself: what a forward tells its layers, the balance loss, checks of loaded tensors."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class PromptRoot(nn.Module):
         return output
 
     def _query(self, model: nn.Module, bound: dict[str, Any]) -> Tensor | None:
-        """(B, T) the tokens before the first label, which routers of a causal language model may read; None for all."""
+        """(B, T) tokens before the first label, which routers of a causal language model may read; None for all."""
         if bound.get("cu_seq_lens_q") is not None:
             raise ValueError(
                 "routing='sample' chooses experts once per row and packed rows hold several samples. Use "
@@ -262,9 +262,9 @@ def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
 def _check_tensor(name: str, given: Any, expected: Tensor) -> None:
     if tuple(given.shape) != tuple(expected.shape):
         raise ValueError(
-            f"{name!r} has shape {tuple(given.shape)} in the adapter file and {tuple(expected.shape)} in the model: the "
-            "adapter was trained with another num_experts, num_virtual_tokens or model width than its config and this "
-            "model have."
+            f"{name!r} has shape {tuple(given.shape)} in the adapter file and {tuple(expected.shape)} in the model: "
+            "the adapter was trained with another num_experts, num_virtual_tokens or model width than its config and "
+            "this model have."
         )
     if not given.is_meta and not bool(torch.isfinite(given).all()):
         raise ValueError(f"{name!r} holds values that are not finite; the adapter file is damaged.")

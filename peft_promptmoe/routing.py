@@ -130,8 +130,8 @@ def mix_experts(experts: Tensor, log_gates: Tensor, index: Tensor) -> Tensor:
 def balance_loss(logits: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
     """Load-balance term of one router, E * sum_e f_e * p_e (Switch Transformer, arXiv 2101.03961, section 2.2).
 
-    `f_e` is the fraction of choices that fell on expert e, `p_e` its mean probability; 1 at perfect balance, E when one
-    expert gets everything. Tokens or samples that are not real count in neither.
+    `f_e` is the fraction of choices that fell on expert e, `p_e` its mean probability. It is 1 at perfect balance
+    and E when one expert gets everything. Tokens or samples that are not real count in neither.
 
     Args:
         logits: (N..., E).
@@ -226,8 +226,8 @@ def carry_balance_loss(carrier: Tensor, term: Tensor, call: PromptCall, site: st
 def add_balance_loss(loss: Tensor, call: PromptCall) -> Tensor:
     """The model's loss, unchanged in value, with the balance terms of its layers in its gradient.
 
-    Their gradient is scaled like that of the loss, whatever the trainer does to it afterwards: division by accumulation
-    steps, a gradient scaler, a weight in a sum.
+    Their gradient is scaled like that of the loss, whatever the trainer does to it afterwards: division by
+    accumulation steps, a gradient scaler, a weight in a sum.
     """
     for term in call.terms:
         loss = loss + (term - term.detach()).to(loss.dtype)

@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,8 @@ class Family:
         fused: the projection that makes queries, keys and values at once, instead of `key` and `value`.
         head_dim: attribute of the attention layer with the width of one head.
         input_norm: path from the block to the norm that ends it, whose output is the next block's input (post-norm).
-        stem_norm: the norm behind the embeddings, whose output is the first block's input (post-norm), as a path suffix.
+        stem_norm: end of the path of the norm behind the embeddings, whose output is the first block's input
+            (post-norm).
     """
 
     attention: str
@@ -107,16 +109,16 @@ class Site:
 
     name: str
     index: int
-    attention: nn.Module
-    block: nn.Module
-    norm: nn.Module | None
+    attention: Any
+    block: Any
+    norm: Any
     family: Family | None
     width: int
     causal: bool
     generates: bool
-    rotary: nn.Module | None
+    rotary: Any
     rotary_type: str | None
-    bias_owner: nn.Module | None
+    bias_owner: Any
     input_std: float | None
 
 
@@ -126,7 +128,7 @@ def model_type(model: nn.Module) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def has_language_model_head(model: nn.Module) -> bool:
+def has_language_model_head(model: Any) -> bool:
     """Whether the model predicts tokens."""
     return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
 
@@ -149,9 +151,9 @@ def default_targets(model: nn.Module) -> str | list[str]:
     paths = [path for path, _ in _generic_attentions(model)]
     if not paths:
         raise ValueError(
-            f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: none of its modules computes "
-            "attention through transformers' AttentionInterface. Use a model whose attention does (most architectures "
-            "of transformers 5), or name such layers in `target_modules`."
+            f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: none of its modules "
+            "computes attention through transformers' AttentionInterface. Use a model whose attention does (most "
+            "architectures of transformers 5), or name such layers in `target_modules`."
         )
     return paths
 
@@ -183,7 +185,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         ValueError: the module at `path` is not an attention layer that the engine can reach, or the architecture is
             one where its output is known to differ from the definition.
     """
-    attention = model.get_submodule(path)
+    attention: Any = model.get_submodule(path)
     if not calls_attention_interface(attention):
         raise ValueError(
             f"`target_modules` matched {path!r}, a {type(attention).__name__}, which is not an attention layer that "

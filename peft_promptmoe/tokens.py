@@ -58,7 +58,8 @@ class TokenForm:
             return None
         if len(adapters) < len(working):
             raise ValueError(
-                "Of the active adapters some have decoder_sees_prompts=True and some False; activate adapters that agree."
+                "Of the active adapters some have decoder_sees_prompts=True and some False; activate adapters that "
+                "agree."
             )
         from .layer import CALL, no_call
 
@@ -77,7 +78,7 @@ class TokenForm:
             slots = torch.cat([torch.arange(-r.shape[1], 0, device=x.device) for r in rows])
             bias = bound.get("position_bias")
             if bias is None:
-                bias = self.site.bias_owner.compute_bias(x.shape[1], x.shape[1], device=x.device)  # type: ignore
+                bias = self.site.bias_owner.compute_bias(x.shape[1], x.shape[1], device=x.device)
             bound["position_bias"] = extend_bias(self.site, bias, slots, first_real(real))
         # What came by position goes on by position: re-entrant checkpointing gives gradients to nothing else.
         positional = tuple(bound.pop(name) for name in self._names[: len(args)])

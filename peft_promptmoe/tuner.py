@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
@@ -33,7 +33,7 @@ class PromptTuner(BaseTuner):
     prefix: str
     method: str
     tuner_layer_cls: type[PromptLayer]
-    target_module_mapping: ClassVar[dict[str, Any]] = {}
+    target_module_mapping = {}  # noqa: RUF012  declared by BaseTuner
 
     # -- what a method may define -------------------------------------------------------------------------------------
 
@@ -68,14 +68,15 @@ class PromptTuner(BaseTuner):
             root.attach(model)
         config = self.peft_config[adapter_name]
         # An adapter that is loaded for inference gets its values from a file.
-        if not config.inference_mode and not any(p.is_meta for layer in prompt_layers(model) for p in layer.parameters()):
+        tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
+        if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
             self.initialize(config, adapter_name)
         root.watch(model, adapter_name, Unread(self, before, self.peft_config[adapter_name].inference_mode))
 
-    def _prepare_adapter_config(self, peft_config: PromptConfig, model_config: dict[str, Any]) -> PromptConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         if peft_config.target_modules is None:
             found = default_targets(self.model)
-            peft_config.target_modules = found if isinstance(found, str) else set(found)  # type: ignore[assignment]
+            peft_config.target_modules = found if isinstance(found, str) else set(found)
         paths = [path for path, _ in self.model.named_modules() if path and f"{CHILD}." not in f"{path}."]
         paths = [path for path in paths if self._check_target_module_exists(peft_config, path)]
         if not paths:
@@ -129,7 +130,7 @@ class PromptTuner(BaseTuner):
         config.card_num_labels = getattr(getattr(self.model, "config", None), "num_labels", 2)  # type: ignore
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PromptConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         """PEFT's rule, except that `layers_to_transform` counts for regular expressions, too."""
         found = check_target_module_exists(peft_config, key)
         asked = peft_config.layers_to_transform
@@ -142,13 +143,13 @@ class PromptTuner(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: PromptConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         layer = getattr(target, CHILD, None)
         if layer is None:
@@ -167,16 +168,16 @@ class PromptTuner(BaseTuner):
         if not is_encoder_decoder(self.model):
             return False
         blocks = site.name.split(f".{site.index}.")[0]
-        return site.index == len(self.model.get_submodule(blocks)) - 1  # type: ignore[arg-type]
+        return site.index == len(self.model.get_submodule(blocks)) - 1
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
-        model = super()._unload_and_optionally_merge(False, *args, **kwargs)
+        super()._unload_and_optionally_merge(False, *args, **kwargs)
         for layer in prompt_layers(self.model):
             layer.detach()
         getattr(self.model, CHILD).detach(self.model)
-        return model if model is not None else self.model
+        return self.model
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(no_merge(self.method))

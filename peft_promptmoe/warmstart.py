@@ -46,8 +46,8 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
     """
     if not can_read_vocabulary(model):
         raise ValueError(
-            "prompt_init='sample_vocab' runs the model on vocabulary tokens, and this one has no token embeddings or its "
-            "weights are not in memory. Set prompt_init='random'."
+            "prompt_init='sample_vocab' runs the model on vocabulary tokens, and this one has no token embeddings or "
+            "its weights are not in memory. Set prompt_init='random'."
         )
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.randint(embeddings.num_embeddings, (rows, length)).to(embeddings.weight.device)

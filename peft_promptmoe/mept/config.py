@@ -21,12 +21,12 @@ class MEPTConfig(PromptConfig):
         num_virtual_tokens: slots per expert, P.
         num_experts: routed experts per layer, E. One expert means no router: static deep prompts.
         top_k: experts that are active for a sample or token, K.
-        num_shared_experts: experts that are always active, S (paper, method figure; the official code has one or none).
-        routing: "sample" is the paper's: the router reads the mean of the layer's input over the real tokens, and the
-            rows of the chosen experts, weighted by their gates, and of the shared experts are summed into P rows per
-            sample. "token" is ours: every token weighs the slots of its own chosen experts inside attention, so it
-            never looks ahead. "auto" takes "token" for causal language models and "sample" for all others; the choice
-            is saved with the adapter.
+        num_shared_experts: experts that are always active, S (paper, method figure; the official code has one or
+        none). routing: "sample" is the paper's: the router reads the mean of the layer's input over the real tokens,
+            and the rows of the chosen experts, weighted by their gates, and of the shared experts are summed into P
+            rows per sample. "token" is ours: every token weighs the slots of its own chosen experts inside attention,
+            so it never looks ahead. "auto" takes "token" for causal language models and "sample" for all others; the
+            choice is saved with the adapter.
         router_norm: whether the router reads its input through an RMS norm without gain (official code: yes).
         router_centering: whether a running mean is subtracted from the router's input. Layer inputs share one
             direction, and without centering sample routing usually sends everything to one expert; with it, experts
@@ -39,8 +39,8 @@ class MEPTConfig(PromptConfig):
         balance_loss_weight: weight of the load-balance term of every router; off in evaluation (not in the paper).
         prompt_positions: where prompt keys stand for rotary embeddings and T5 biases: "prefix" right before the text
             (official code), "unrotated" at the first token's position, for models whose rotary table is out of reach.
-        decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder block
-            (official code: yes). Needs routing="sample".
+        decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder
+            block (official code: yes). Needs routing="sample".
         prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. With the
             default an ordinary 1e-3 suits prompts, router and head alike.
         prompt_init: "sample_vocab" starts every expert as the layer's own inputs on a row of random vocabulary tokens,
@@ -113,7 +113,7 @@ class MEPTConfig(PromptConfig):
             )
         if self.routing == "sample" and self.top_k == 1 and self.num_shared_experts == 0:
             warnings.warn(
-                "routing='sample' with top_k=1 and no shared expert starves the router in pre-norm models: the gate only "
-                "scales the rows, and the block's norm removes the scale. Set num_shared_experts=1 or top_k=2.",
+                "routing='sample' with top_k=1 and no shared expert starves the router in pre-norm models: the gate "
+                "only scales the rows, and the block's norm removes the scale. Set num_shared_experts=1 or top_k=2.",
                 stacklevel=3,
             )

@@ -82,12 +82,10 @@ class MEPTLayer(PromptLayer):
     def start_from(self, adapter: str, inputs: Tensor) -> None:
         """Make the rows of an adapter's experts what `inputs` (E + S, P, D) holds, routed experts first."""
         config = self.prompt_config[adapter]
-        tables = [self.mept_prompts[adapter]]
+        routed, shared = inputs.split([config.num_experts, config.num_shared_experts])
+        self.mept_prompts[adapter]().copy_(routed / config.prompt_scale)
         if config.num_shared_experts:
-            tables.append(self.mept_shared_prompts[adapter])
-        parts = inputs.split([config.num_experts, config.num_shared_experts][: len(tables)])
-        for table, part in zip(tables, parts, strict=True):
-            table.weight.copy_(part / config.prompt_scale)
+            self.mept_shared_prompts[adapter]().copy_(shared / config.prompt_scale)
 
     def _initial_std(self, config: MEPTConfig) -> float:
         if not config.init_weights:
@@ -108,9 +106,7 @@ class MEPTLayer(PromptLayer):
         mixed = self._mix(adapter, experts, x, real, call)
         return mixed if shared is None else mixed + shared.sum(dim=0)
 
-    def _mix(
-        self, adapter: str, experts: Tensor, x: Tensor, real: Tensor | None, call: PromptCall | None
-    ) -> Tensor:
+    def _mix(self, adapter: str, experts: Tensor, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor:
         """(B or 1, P, D) gate-weighted sum of the experts that each sample's pooled input chooses."""
         config = self.prompt_config[adapter]
         if config.num_experts == 1:
@@ -155,17 +151,13 @@ class MEPTLayer(PromptLayer):
             logits = perturb(logits, config.router_noise, config.router_dropout)
         return *top_k_log_gates(logits, config.top_k, config.renormalize_top_k), logits
 
-    def _token_center(
-        self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None
-    ) -> Tensor | None:
+    def _token_center(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
         if adapter not in self.mept_router_center:
             return None
         pooled = pooled_input(x, real, self.prompt_config[adapter].router_norm) if self.training else x[:, 0]
         return self._center(adapter, pooled, None if real is None else real.any(dim=1), call)
 
-    def _center(
-        self, adapter: str, pooled: Tensor, some: Tensor | None, call: PromptCall | None
-    ) -> Tensor | None:
+    def _center(self, adapter: str, pooled: Tensor, some: Tensor | None, call: PromptCall | None) -> Tensor | None:
         """(D,) the centre to subtract; a training forward takes its batch in once, after reading the old value."""
         if adapter not in self.mept_router_center:
             return None

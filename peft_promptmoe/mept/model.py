@@ -51,14 +51,14 @@ class MEPTModel(PromptTuner):
             self.model, config.num_experts + config.num_shared_experts, config.num_virtual_tokens
         )
         for layer in prompt_layers(self.model):
-            if adapter_name in layer.prompt_config:
+            if isinstance(layer, MEPTLayer) and adapter_name in layer.prompt_config:
                 layer.start_from(adapter_name, inputs[layer.site.name])
 
     def check_site(self, config: MEPTConfig, site: Site) -> None:
         if config.decoder_sees_prompts and config.routing == "token" and is_encoder_decoder(self.model):
             raise ValueError(
-                "decoder_sees_prompts=True hands the decoder one set of prompt tokens per sample, and routing='token' has "
-                "none. Set decoder_sees_prompts=False or routing='sample'."
+                "decoder_sees_prompts=True hands the decoder one set of prompt tokens per sample, and routing='token' "
+                "has none. Set decoder_sees_prompts=False or routing='sample'."
             )
         if config.decoder_sees_prompts and is_encoder_decoder(self.model) and not takes_bias(site):
             raise ValueError(

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One plain training loop for every method compared, and a JSON file in which finished cells are kept."""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+
+HEAD_NAMES = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Tokenised texts: `input_ids` one list per text, `labels` (N,), `tasks` (N,) the task each text belongs to."""
+
+    input_ids: list[list[int]]
+    labels: Tensor
+    tasks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every method gets alike."""
+
+    epochs: int = 3
+    batch_size: int = 32
+    head_lr: float = 1e-2
+    warmup: float = 0.06
+    bf16: bool = True
+
+
+def collate(data: Split, chosen: list[int], pad_id: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, N), padded on the right to the longest text, and `labels` (B,)."""
+    rows = [data.input_ids[i] for i in chosen]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": data.labels[chosen]}
+
+
+def batches(data: Split, size: int, generator: torch.Generator) -> list[list[int]]:
+    """A random order of random batches; texts of like length share one, which saves a third of the padding."""
+    order = torch.randperm(len(data), generator=generator).tolist()
+    pools = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
+    order = [i for pool in pools for i in sorted(pool, key=lambda i: len(data.input_ids[i]))]
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+
+
+def parameter_groups(model: nn.Module, lr: float, head_lr: float) -> list[dict[str, Any]]:
+    """The method's tensors at `lr`, the head at `head_lr`: one rate for both would favour some methods."""
+    head: list[nn.Parameter] = []
+    method: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (head if any(part in HEAD_NAMES for part in name.split(".")) else method).append(parameter)
+    if not method:  # head-only: its learning rate is the one that is searched
+        return [{"params": head, "lr": lr}]
+    return [{"params": method, "lr": lr}, {"params": head, "lr": head_lr}]
+
+
+def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, pad_id: int, label: str) -> float:
+    """Train what is trainable in `model` and return the mean loss of the last 50 steps."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = math.ceil(len(data) / budget.batch_size) * budget.epochs
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr, budget.head_lr), weight_decay=0.0)
+    schedule = LambdaLR(optimizer, lambda step: _linear(step, steps, budget.warmup))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    losses: list[float] = []
+    model.train()
+    order = (chosen for _ in range(budget.epochs) for chosen in batches(data, budget.batch_size, generator))
+    for chosen in tqdm(order, total=steps, desc=label, mininterval=5.0):
+        with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
+            loss = model(**collate(data, chosen, pad_id)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return sum(losses[-50:]) / len(losses[-50:])
+
+
+def _linear(step: int, steps: int, warmup: float) -> float:
+    rise = max(1, int(warmup * steps))
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+
+def prediction_order(data: Split) -> list[int]:
+    """The order in which `predict` goes through the texts: short ones first, which saves padding."""
+    return sorted(range(len(data)), key=lambda i: len(data.input_ids[i]))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: Split, budget: Budget, pad_id: int) -> Tensor:
+    """Predicted class of every text, (N,)."""
+    model.eval()
+    predicted = torch.empty(len(data), dtype=torch.long)
+    order = prediction_order(data)
+    for start in range(0, len(order), 64):
+        chosen = order[start : start + 64]
+        batch = collate(data, chosen, pad_id)
+        batch.pop("labels")
+        with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
+            predicted[chosen] = model(**batch).logits.argmax(-1)
+    return predicted
+
+
+class Results:
+    """Cells by key in one JSON file, written after every cell, so that a stopped run goes on where it was."""
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path = path
+        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"config": config, "cells": {}}
+        if self.data["config"] != config:
+            raise SystemExit(
+                f"{path} holds results of another configuration ({self.data['config']}): name a new file."
+            )
+
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        return self.data["cells"]
+
+    @property
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        return self.data.setdefault("summary", {})
+
+    def add(self, key: str, cell: dict[str, Any]) -> None:
+        self.cells[key] = cell
+        self.save()
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1, sort_keys=True) + "\n")
+        os.replace(partial, self.path)
+
+
+class Stopwatch:
+    """`with Stopwatch() as watch: ...` then `watch.seconds`."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> "Stopwatch":
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._start

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MEPT costs on text models, beside PEFT's own methods: FLOPs, saved bytes, step time, decoding time.
+
+FLOPs, bytes and parameters are exact and the same on every machine. Times are minima and medians of repeats in which the
+methods take turns within one process; compare them by their ratio to a row of the same run.
+
+    python benchmarks/cost_text.py --output benchmarks/results/cost_text.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import peft_promptmoe
+from peft_promptmoe import MEPTConfig
+
+BERT_BASE = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+LLAMA_1B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+    use_cache=False,
+)
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+    pad_token_id=0,
+    eos_token_id=None,
+)
+ATTENTION = {
+    "SEQ_CLS": ["query", "key", "value", "attention.output.dense"],
+    "CAUSAL_LM": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
+Model = Callable[[], nn.Module]
+
+
+def bert() -> nn.Module:
+    return BertForSequenceClassification(BERT_BASE)
+
+
+def llama(layers: int | None = None) -> nn.Module:
+    values = LLAMA_1B.to_dict()
+    return LlamaForCausalLM(LlamaConfig(**{**values, "num_hidden_layers": layers or values["num_hidden_layers"]}))
+
+
+def methods(task: str) -> dict[str, Any]:
+    """Configs by row name; None is the frozen base model."""
+    lora = LoraConfig(task_type=task, r=8, target_modules=ATTENTION[task])
+
+    def mept(**kwargs: Any) -> MEPTConfig:
+        return MEPTConfig(task_type=task, **{"num_virtual_tokens": 20, **kwargs})
+
+    return {
+        "base": None,
+        "lora_r8": lora,
+        "prompt_tuning_20": PromptTuningConfig(task_type=task, num_virtual_tokens=20),
+        "prefix_tuning_20": PrefixTuningConfig(task_type=task, num_virtual_tokens=20),
+        "static_20": mept(num_experts=1, num_shared_experts=0, routing="sample"),
+        "mept_sample_20": mept(routing="sample"),
+        "mept_sample_50": mept(routing="sample", num_virtual_tokens=50),
+        "mept_sample_100": mept(routing="sample", num_virtual_tokens=100),
+        "mept_sample_20_E16": mept(routing="sample", num_experts=16),
+        "mept_sample_20_E64": mept(routing="sample", num_experts=64),
+        "mept_token_20": mept(routing="token"),
+        "mept_token_20_E16": mept(routing="token", num_experts=16),
+        "mept_token_20_E64": mept(routing="token", num_experts=64),
+    }
+
+
+def build(make: Model, config: Any) -> nn.Module:
+    model = make()
+    return model.requires_grad_(False) if config is None else get_peft_model(model, config)
+
+
+def text_batch(task: str, batch: int, length: int, device: str) -> dict[str, Tensor]:
+    ids = torch.randint(1, 1000, (batch, length), device=device)
+    if task == "SEQ_CLS":
+        labels = torch.zeros(batch, dtype=torch.long, device=device)
+    else:
+        labels = ids.masked_fill(torch.arange(length, device=device) < length // 2, -100)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def flops(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> int:
+    """FLOPs of one forward, or of a forward and backward."""
+    model.train(train)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+        loss = model(**inputs).loss
+        if train and loss.requires_grad:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
+    """Bytes that one training forward keeps for its backward pass, parameters aside; shared storage counts once."""
+    model.train()
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    seen: dict[int, int] = {}
+    kept = []  # keeps storages alive, so that none is counted under the number of a freed one
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
+            kept.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    del loss
+    return sum(seen.values())
+
+
+def exact_rows(name: str, task: str, make: Model, small: Model, batch: int, length: int) -> list[dict[str, Any]]:
+    """FLOPs on the meta device at full depth; bytes on the CPU, where kernels are chosen as in a real run."""
+    rows = []
+    inputs, real = text_batch(task, batch, length, "meta"), text_batch(task, batch, length, "cpu")
+    for method, config in tqdm(methods(task).items(), desc=f"{name}: exact figures", leave=False):
+        row: dict[str, Any] = {"model": name, "method": method, "batch": batch, "length": length}
+        with torch.device("meta"):
+            model = build(make, config)
+        row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        try:
+            row["forward_flops"] = flops(model, inputs, train=False)
+            row["train_flops"] = flops(model, inputs, train=True)
+        except (RuntimeError, NotImplementedError) as error:
+            row["flops_error"] = str(error).splitlines()[0]
+        row["saved_bytes"] = saved_bytes(build(small, config), real)
+        rows.append(row)
+    return with_ratios(rows)
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_method = {row["method"]: row for row in rows}
+    base, lora = by_method["base"], by_method["lora_r8"]
+    for row in rows:
+        if "forward_flops" in row:
+            row["forward_vs_base"] = row["forward_flops"] / base["forward_flops"]
+            row["train_vs_lora"] = row["train_flops"] / lora["train_flops"]
+        row["saved_vs_lora"] = row["saved_bytes"] / lora["saved_bytes"]
+    return rows
+
+
+def interleaved(runs: dict[str, Callable[[], float]], repeats: int, desc: str) -> dict[str, dict[str, float]]:
+    """Minimum and median seconds of each run, the runs taking turns; the first turn is a warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in tqdm(range(repeats + 1), desc=desc, leave=False):
+        for name, run in runs.items():
+            seconds = run()
+            if turn:
+                times[name].append(seconds)
+    return {name: {"min_s": min(found), "median_s": statistics.median(found)} for name, found in times.items()}
+
+
+def step_times(task: str, make: Model, names: list[str], batch: int, length: int, repeats: int) -> dict[str, Any]:
+    inputs = text_batch(task, batch, length, "cpu")
+    configs = methods(task)
+
+    def step(model: nn.Module) -> Callable[[], float]:
+        def run() -> float:
+            start = time.perf_counter()
+            model(**inputs).loss.backward()
+            seconds = time.perf_counter() - start
+            model.zero_grad()
+            return seconds
+
+        return run
+
+    runs = {name: step(build(make, configs[name]).train()) for name in names}
+    return relative(interleaved(runs, repeats, "training step"), "lora_r8")
+
+
+def decode_times(names: list[str], batch: int, prompt: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Seconds per decoding step with cache: a long generation minus a generation of one token."""
+    inputs = text_batch("CAUSAL_LM", batch, prompt, "cpu")
+    del inputs["labels"]
+    configs = methods("CAUSAL_LM")
+
+    def decode(model: nn.Module) -> Callable[[], float]:
+        def run() -> float:
+            seconds = []
+            for count in (1, 1 + tokens):
+                start = time.perf_counter()
+                model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)  # type: ignore
+                seconds.append(time.perf_counter() - start)
+            return (seconds[1] - seconds[0]) / tokens
+
+        return run
+
+    with torch.no_grad():
+        runs = {name: decode(build(lambda: LlamaForCausalLM(SMOLLM2), configs[name]).eval()) for name in names}
+        return relative(interleaved(runs, repeats, "decoding"), "base")
+
+
+def relative(times: dict[str, dict[str, float]], to: str) -> dict[str, dict[str, float]]:
+    return {name: {**row, f"min_vs_{to}": row["min_s"] / times[to]["min_s"]} for name, row in times.items()}
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{'model':12}{'method':22}{'trainable':>11}{'forward':>9}{'train/LoRA':>12}{'saved/LoRA':>12}")
+    for row in result["exact"]:
+        forward, train = row.get("forward_vs_base", float("nan")), row.get("train_vs_lora", float("nan"))
+        print(
+            f"{row['model']:12}{row['method']:22}{row['trainable']:11,}{forward:9.4f}{train:12.4f}"
+            f"{row['saved_vs_lora']:12.4f}"
+        )
+    for kind in ("step", "decode"):
+        for name, row in result[kind].items():
+            print(f"{kind:8}{name:22}" + "".join(f"{key} {value:.4f}   " for key, value in row.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--repeats", type=int, default=9, help="turns of each timed run")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of the timed runs")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    compared = [
+        "base",
+        "lora_r8",
+        "prompt_tuning_20",
+        "prefix_tuning_20",
+        "static_20",
+        "mept_sample_20",
+        "mept_token_20",
+    ]
+    result = {
+        "exact": [
+            *exact_rows("bert-base", "SEQ_CLS", bert, bert, batch=8, length=128),
+            *exact_rows("llama-1b", "CAUSAL_LM", llama, lambda: llama(2), batch=8, length=128),
+        ],
+        "step": step_times("SEQ_CLS", bert, compared[1:], batch=8, length=128, repeats=args.repeats),
+        "decode": decode_times(compared, batch=4, prompt=64, tokens=16, repeats=args.repeats),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_promptmoe)},
+        "machine": {"processor": platform.machine(), "threads": args.threads},
+    }
+    show(result)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each method learns on real text with a pretrained encoder, on one budget.
+
+    python benchmarks/learning_text.py                          # Rotten Tomatoes by movie
+    python benchmarks/learning_text.py --task mixture           # four tasks in one training set
+    python benchmarks/learning_text.py --methods lora head      # some methods only
+
+Every method gets the same texts, epochs, batches and number of learning rates. The rate is chosen on the development
+split with seed 0; the test split is scored at that rate only, with seeds 1 to 3. The head trains at one fixed rate in
+every method. Finished cells are kept in the JSON file and not run again, and any method may be added later.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+import _text_tasks as text_tasks  # noqa: E402
+import assets  # noqa: E402
+from _training import Budget, Results, Split, Stopwatch, predict, prediction_order, train  # noqa: E402
+
+SIZES = {
+    "sentiment": {"train": 2400, "dev": 1200, "test": 2545},
+    "mixture": {"train": 2400, "dev": 1200, "test": 2400},
+}
+
+
+def head_only(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    return model
+
+
+def head_and_pooler(model: nn.Module) -> nn.Module:
+    """The stronger head: MiniLM's pooler, a dense layer before the classifier, was never trained."""
+    head_only(model).bert.pooler.requires_grad_(True)
+    return model
+
+
+def peft(config: Callable[[], PeftConfig]) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: get_peft_model(model, config())
+
+
+def mept(**options: Any) -> Callable[[nn.Module], nn.Module]:
+    def build(model: nn.Module) -> nn.Module:
+        from peft_promptmoe import MEPTConfig  # here, so that the baselines run without the package
+
+        return get_peft_model(model, MEPTConfig(task_type="SEQ_CLS", **options))
+
+    return build
+
+
+def lora() -> LoraConfig:
+    # "LoRA r8" here always means the query, key, value and output projections of attention.
+    targets = r".*attention\.(self\.(query|key|value)|output\.dense)"
+    return LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)
+
+
+def prompt_tuning() -> PromptTuningConfig:
+    return PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")
+
+
+def prefix_tuning() -> PrefixTuningConfig:
+    return PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20)
+
+
+@dataclass(frozen=True)
+class Method:
+    build: Callable[[nn.Module], nn.Module]
+    lrs: tuple[float, ...]
+    routed: bool = False
+
+
+# Four rates each, a factor of about three apart, around what trial runs suggest. MEPT's stored tensors are scaled (its
+# `prompt_scale`), which under Adam multiplies their rate: its grid is LoRA's, and stands for rates like the prompts'.
+MATRICES = (3e-4, 1e-3, 3e-3, 1e-2)
+PROMPTS = (3e-3, 1e-2, 3e-2, 1e-1)
+METHODS = {
+    "head": Method(head_only, (3e-3, 1e-2, 3e-2, 1e-1)),
+    "head-pooler": Method(head_and_pooler, MATRICES),
+    "lora": Method(peft(lora), MATRICES),
+    "prompt": Method(peft(prompt_tuning), PROMPTS),
+    "prefix": Method(peft(prefix_tuning), PROMPTS),
+    "static": Method(mept(num_experts=1, num_shared_experts=0), MATRICES),
+    "mept-sample": Method(mept(routing="sample"), MATRICES, routed=True),
+    "mept-token": Method(mept(routing="token"), MATRICES, routed=True),
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that a cell needs: the base model's folder, the tokenised data and the budget."""
+
+    model: str
+    pad_id: int
+    data: text_tasks.Data
+    budget: Budget
+
+    def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
+        """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
+        torch.manual_seed(seed)
+        # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
+        base = AutoModelForSequenceClassification.from_pretrained(
+            self.model, num_labels=2, attn_implementation="eager"
+        )
+        model = METHODS[name].build(base)
+        splits = self.data.splits
+        with Stopwatch() as watch:
+            loss = train(model, splits["train"], lr, seed, self.budget, self.pad_id, f"{name} lr={lr:g} seed={seed}")
+        split = splits["test" if final else "dev"]
+        cell = {
+            "method": name,
+            "lr": lr,
+            "seed": seed,
+            "split": "test" if final else "dev",
+            "train_loss": round(loss, 4),
+            "train_seconds": round(watch.seconds, 1),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
+        return cell | self._scores(model, split, METHODS[name].routed)
+
+    def _scores(self, model: nn.Module, split: Split, routed: bool) -> dict[str, Any]:
+        """Accuracy, by task where there are several; for a routed method also what its routers did, layer by layer.
+
+        `load_entropy` is the entropy of the experts' shares: 1 is an even load, 0 one expert that takes all.
+        `task_expert_bits` is the mutual information of task and chosen expert.
+        """
+        if not routed:
+            return self._accuracies(predict(model, split, self.budget, self.pad_id), split)
+        from peft_promptmoe import record_routing
+
+        with record_routing(model, labels=split.tasks[prediction_order(split)]) as record:
+            scores = self._accuracies(predict(model, split, self.budget, self.pad_id), split)
+        scores["load_entropy"] = rounded(record.report().entropy)
+        if len(self.data.tasks) > 1:
+            scores["task_expert_bits"] = rounded(record.mutual_information())
+        return scores
+
+    def _accuracies(self, predicted: Tensor, split: Split) -> dict[str, Any]:
+        right = (predicted == split.labels).double()
+        scores: dict[str, Any] = {"accuracy": round(right.mean().item(), 5)}
+        if len(self.data.tasks) > 1:
+            hits = {task: right[split.tasks == i].mean().item() for i, task in enumerate(self.data.tasks)}
+            scores["by_task"] = {task: round(share, 5) for task, share in hits.items()}
+        return scores
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]
+
+
+def run_method(bench: Bench, results: Results, name: str, seeds: list[int]) -> None:
+    """Search the learning rate on the development split, then score the chosen one on the test split."""
+    lrs = METHODS[name].lrs
+    for lr in lrs:
+        run_cell(bench, results, name, lr, 0, final=False)
+    chosen = max(lrs, key=lambda lr: results.cells[cell_key(name, lr, 0, False)]["accuracy"])
+    for seed in seeds:
+        run_cell(bench, results, name, chosen, seed, final=True)
+    results.summaries[name] = summary(results, name, chosen, seeds)
+    results.save()
+
+
+def run_cell(bench: Bench, results: Results, name: str, lr: float, seed: int, final: bool) -> None:
+    key = cell_key(name, lr, seed, final)
+    if key not in results.cells:
+        results.add(key, bench.run(name, lr, seed, final))
+
+
+def cell_key(name: str, lr: float, seed: int, final: bool) -> str:
+    return f"{name} lr={lr:g} seed={seed} {'test' if final else 'dev'}"
+
+
+def summary(results: Results, name: str, chosen: float, seeds: list[int]) -> dict[str, Any]:
+    lrs = METHODS[name].lrs
+    cells = [results.cells[cell_key(name, chosen, seed, True)] for seed in seeds]
+    scores = [cell["accuracy"] for cell in cells]
+    row: dict[str, Any] = {
+        "dev_by_lr": {f"{lr:g}": results.cells[cell_key(name, lr, 0, False)]["accuracy"] for lr in lrs},
+        "lr": chosen,
+        "test": scores,
+        "mean": round(statistics.mean(scores), 4),
+        "sd": round(statistics.stdev(scores), 4) if len(scores) > 1 else None,
+        "trainable": cells[0]["trainable"],
+        "train_seconds": min(cell["train_seconds"] for cell in cells),
+    }
+    for measure in ("load_entropy", "task_expert_bits"):
+        if measure in cells[0]:
+            row[measure] = rounded(torch.tensor([cell[measure] for cell in cells]).mean(0))
+    if "by_task" in cells[0]:
+        tasks = cells[0]["by_task"]
+        row["by_task"] = {task: round(statistics.mean(c["by_task"][task] for c in cells), 4) for task in tasks}
+    return row
+
+
+def print_table(results: Results) -> None:
+    print(f"\n{'method':12} {'test mean':>9} {'sd':>7} {'lr':>7} {'trainable':>10}  load entropy by layer")
+    for name, row in sorted(results.summaries.items(), key=lambda item: -item[1]["mean"]):
+        entropies = " ".join(f"{x:.2f}" for x in row.get("load_entropy", []))
+        spread = "-" if row["sd"] is None else f"{row['sd']:.4f}"
+        print(f"{name:12} {row['mean']:9.4f} {spread:>7} {row['lr']:7g} {row['trainable']:10,}  {entropies}")
+        if "task_expert_bits" in row:
+            print(f"{'':12} bits of the task in the expert: {row['task_expert_bits']}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=sorted(SIZES), default="sentiment")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
+    parser.add_argument("--model", help="local folder or Hub id of an encoder (default: packaged MiniLM)")
+    parser.add_argument(
+        "--results", type=Path, help="JSON file (default: benchmarks/results/learning_text[_TASK].json)"
+    )
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    transformers.logging.set_verbosity_error()  # every cell makes a new head, and would be warned of it
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, budget, max_length = args.model or assets.minilm(), Budget(), 64
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    make = {"sentiment": text_tasks.sentiment, "mixture": text_tasks.mixture}[args.task]
+    data = make(tokenizer, SIZES[args.task], max_length)
+    bench = Bench(folder, tokenizer.pad_token_id, data, budget)
+    config = {
+        "task": args.task,
+        "model": args.model or "all-MiniLM-L6-v2",
+        "texts": SIZES[args.task],
+        "max_length": max_length,
+        "budget": asdict(budget),
+    }
+    suffix = "" if args.task == "sentiment" else f"_{args.task}"
+    results = Results(args.results or HERE / "results" / f"learning_text{suffix}.json", config)
+    for name in args.methods:
+        run_method(bench, results, name, args.seeds)
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main(parse_args())
