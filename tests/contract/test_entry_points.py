@@ -306,10 +306,19 @@ def test_without_the_import_loading_ends_in_a_key_error(case: Case, saved: tuple
     """What the model card says a stranger will see, and the import that cures it."""
     _, folder, _ = saved
     name = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
-    load = "from peft import AutoPeftModelForCausalLM as A; A.from_pretrained('.')"
-    done = run(load, folder)
-    assert done.returncode != 0 and f"KeyError: '{name}'" in done.stderr
-    assert run(f"import peft_promptmoe; {load}", folder).returncode == 0
+    code = f"""
+from peft import AutoPeftModelForCausalLM
+try:
+    AutoPeftModelForCausalLM.from_pretrained(".")
+except KeyError as error:
+    assert error.args == ({name!r},), error
+else:
+    raise AssertionError("loading worked without the import")
+import peft_promptmoe
+AutoPeftModelForCausalLM.from_pretrained(".")
+"""
+    done = run(code, folder)
+    assert done.returncode == 0, done.stderr
 
 
 def test_registering_twice_changes_nothing() -> None:

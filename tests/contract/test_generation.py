@@ -105,7 +105,9 @@ def test_generation_equals_steps_by_hand(case: Case, model: PeftModel, batch: Ba
     with torch.no_grad():
         for _ in range(NEW):
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            scores, cache = output.logits[:, -1:], output.past_key_values
+            scores[..., model.config.eos_token_id] = -torch.inf  # as min_new_tokens does
+            ids = scores.argmax(-1)
             found.append(ids)
     assert torch.cat(found, dim=1).tolist() == expected.tolist()
 

@@ -213,7 +213,7 @@ def compiles_its_loss(case: Case) -> bool:
     return case.architecture_name != "gpt2"
 
 
-COMPILED_TWICE = ("bert", "t5", "llama")
+COMPILED_TWICE = ("bert", "llama")
 
 
 @each_case(
