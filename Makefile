@@ -6,13 +6,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := peft_promptmoe tests examples benchmarks
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-full check format bench clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/text_classification.py
 
 # One thread for each of the two workers: more threads than cores make small tensors slower, not faster.
 test: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# With the cells that cost more time than they add coverage.
+test-full: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.installed-dev
