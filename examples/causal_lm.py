@@ -84,6 +84,7 @@ def main(args: argparse.Namespace) -> None:
             logging_steps=10,
             save_strategy="no",
             bf16=args.bf16,
+            use_cpu=not torch.accelerator.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             seed=args.seed,
             report_to="none",

@@ -85,6 +85,7 @@ def train(model: torch.nn.Module, data: datasets.DatasetDict, args: argparse.Nam
             save_strategy="no",
             logging_steps=50,
             bf16=args.bf16,
+            use_cpu=not torch.accelerator.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             seed=args.seed,
             report_to="none",
