@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What MEPT costs on text models, beside PEFT's own methods: FLOPs, saved bytes, step time, decoding time.
 
-FLOPs, bytes and parameters are exact and the same on every machine. Times are minima and medians of repeats in which the
-methods take turns within one process; compare them by their ratio to a row of the same run.
+FLOPs, bytes and parameters are exact and the same on every machine. Times are minima and medians of repeats in which
+the methods take turns within one process; compare them by their ratio to a row of the same run.
 
     python benchmarks/cost_text.py --output benchmarks/results/cost_text.json
 """

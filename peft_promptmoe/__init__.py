@@ -2,7 +2,6 @@
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
 from .callback import RoutingCallback
-from .card import keep_section_when_pushing
 from .mept import MEPTConfig, MEPTModel
 from .report import RoutingReport, record_routing, routing_report
 
@@ -16,5 +15,3 @@ __all__ = [
     "record_routing",
     "routing_report",
 ]
-
-keep_section_when_pushing()

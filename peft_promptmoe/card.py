@@ -7,13 +7,11 @@ Without `import peft_promptmoe` PEFT does not know the tuner type and every way 
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftModel
 
 if TYPE_CHECKING:
     from .config import PromptConfig
@@ -79,27 +77,3 @@ def _header(config: PromptConfig) -> str:
 def _on_hub(name: str | None) -> bool:
     """A local path is no base model id; the Hub refuses cards that name one."""
     return bool(name) and not os.path.exists(str(name))
-
-
-def keep_section_when_pushing() -> None:
-    """Let the section survive `push_to_hub`.
-
-    transformers saves the model into a folder, then writes the Hub's own card (for a new repository: a template) over
-    the one there and uploads the folder. Nothing of ours is asked in between, hence the wrapper around the upload of
-    PEFT models; it does nothing for other methods' adapters.
-    """
-    upload = PeftModel._upload_modified_files
-    if getattr(upload, "keeps_section", False):
-        return
-
-    @functools.wraps(upload)
-    def upload_with_section(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        from .config import PromptConfig
-
-        for name, config in self.peft_config.items():
-            if isinstance(config, PromptConfig):
-                write_card(config, Path(working_dir) / ("" if name == "default" else name))
-        return upload(self, working_dir, *args, **kwargs)
-
-    upload_with_section.keeps_section = True  # type: ignore[attr-defined]
-    PeftModel._upload_modified_files = upload_with_section  # type: ignore[assignment,method-assign]

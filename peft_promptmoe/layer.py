@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,7 +22,9 @@ from .inspection import parameter_names
 from .projection import first_real, project_rows, real_tokens, relative_bias, rotary_tables
 from .routing import Observer, PromptCall, RoutingRecord
 from .sites import Site
-from .tokens import TokenForm
+
+if TYPE_CHECKING:
+    from .tokens import TokenForm
 
 CHILD = "promptmoe"
 CALL = "promptmoe_call"

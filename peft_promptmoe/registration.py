@@ -8,10 +8,18 @@ know where a method comes from.
 
 from __future__ import annotations
 
-from peft import PeftConfig, PeftType
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+
+from .card import write_card
+from .config import PromptConfig
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -50,6 +58,7 @@ def register_tuner(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], nam
         RuntimeError: the name or the prefix is held by PEFT itself or by another package. PEFT notices a taken name
             late and a taken prefix never, and a shared prefix would mix the weights of two methods in one file.
     """
+    keep_section_when_pushing()
     member = ensure_peft_type(name)
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if holder is not None:
@@ -76,3 +85,25 @@ def _rebind(member: PeftType, config_cls: type[PeftConfig], tuner_cls: type[Base
 
     PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[member] = tuner_cls
+
+
+def keep_section_when_pushing() -> None:
+    """Let the section survive `push_to_hub`.
+
+    transformers saves the model into a folder, then writes the Hub's own card (for a new repository: a template) over
+    the one there and uploads the folder. Nothing of ours is asked in between, hence the wrapper around the upload of
+    PEFT models; it does nothing for other methods' adapters.
+    """
+    upload = PeftModel._upload_modified_files
+    if getattr(upload, "keeps_section", False):
+        return
+
+    @functools.wraps(upload)
+    def upload_with_section(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        for name, config in self.peft_config.items():
+            if isinstance(config, PromptConfig):
+                write_card(config, Path(working_dir) / ("" if name == "default" else name))
+        return upload(self, working_dir, *args, **kwargs)
+
+    upload_with_section.keeps_section = True  # type: ignore[attr-defined]
+    PeftModel._upload_modified_files = upload_with_section  # type: ignore[assignment,method-assign]

@@ -7,18 +7,16 @@ prepended to the block's input and nothing is dropped behind it; the decoder's m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .inspection import parameter_names
+from .layer import CALL, PromptLayer, no_call
 from .projection import bias_at, first_real, real_tokens, relative_bias
 from .sites import Site
-
-if TYPE_CHECKING:
-    from .layer import PromptLayer
 
 
 class TokenForm:
@@ -61,8 +59,6 @@ class TokenForm:
                 "Of the active adapters some have decoder_sees_prompts=True and some False; activate adapters that "
                 "agree."
             )
-        from .layer import CALL, no_call
-
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         x, mask, call = bound["hidden_states"], bound.get("attention_mask"), bound.get(CALL)
         real = real_tokens(mask, x.shape[1])
