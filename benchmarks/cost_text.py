@@ -145,6 +145,7 @@ def exact_rows(name: str, task: str, make: Model, small: Model, batch: int, leng
     """FLOPs on the meta device at full depth; bytes on the CPU, where kernels are chosen as in a real run."""
     rows = []
     inputs, real = text_batch(task, batch, length, "meta"), text_batch(task, batch, length, "cpu")
+    del inputs["attention_mask"]  # transformers looks into a mask, and there is nothing to see on the meta device
     for method, config in tqdm(methods(task).items(), desc=f"{name}: exact figures", leave=False):
         row: dict[str, Any] = {"model": name, "method": method, "batch": batch, "length": length}
         with torch.device("meta"):

@@ -165,7 +165,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dataset", help="Hub id or local folder (default: packaged Rotten Tomatoes snippets)")
     parser.add_argument("--dataset-config", help="configuration of the data set, where it has several")
     parser.add_argument("--splits", nargs=3, default=["train", "validation", "test"], metavar=("TRAIN", "DEV", "TEST"))
-    parser.add_argument("--sizes", nargs=3, type=int, default=[2400, 600, 2000], metavar=("TRAIN", "DEV", "TEST"))
+    parser.add_argument("--sizes", nargs=3, type=int, default=[2000, 400, 1000], metavar=("TRAIN", "DEV", "TEST"))
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--max-length", type=int, default=64, help="longest text, in tokens")
