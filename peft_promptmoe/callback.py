@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from .report import normalized_entropy, routed_layers, tally
+from .report import find_routed, normalized_entropy, tally
 from .root import last_balance_loss
 
 
@@ -45,7 +45,7 @@ class RoutingCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
-        for layer, name in routed_layers(model, None):
+        for layer, name in find_routed(model, None):
             record = layer.last_routing.get(name)
             if record is None:
                 continue

@@ -55,6 +55,8 @@ class PromptConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # TaskType.SEQ_CLS and "SEQ_CLS" are the same to PEFT, but str() makes different words of them.
+        self.task_type = getattr(self.task_type, "value", self.task_type)
         check_bool("init_weights", self.init_weights)
         check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
         check_names("target_modules", self.target_modules, alone=True)

@@ -252,13 +252,23 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         length = cache.get_seq_length(self.site.attention.layer_idx)
         if isinstance(length, Tensor):
             # A static cache counts on the device. Compiled code cannot ask; there, single tokens are decoding steps.
-            past = bound["hidden_states"].shape[1] == 1 if torch.compiler.is_compiling() else bool(length > 0)
+            past = self._continues(cache, bound) if torch.compiler.is_compiling() else bool(length > 0)
         else:
             past = length > 0
         rows = cache.__dict__.setdefault(CACHE_ROWS, {})
         if not past:
             rows[self.site.name] = {}
         return rows.setdefault(self.site.name, {}), past
+
+    def _continues(self, cache: Any, bound: dict[str, Any]) -> bool:
+        """Whether compiled code is to go on with the cache's rows, told by there being any."""
+        kept = bool(cache.__dict__.get(CACHE_ROWS, {}).get(self.site.name))
+        if kept and bound["hidden_states"].shape[1] > 1:
+            raise ValueError(
+                "Compiled code cannot tell a further chunk of a static cache from a new text. Give the text in one "
+                "piece and decode token by token, start from a new cache, or do not compile."
+            )
+        return kept
 
     def _columns(
         self,

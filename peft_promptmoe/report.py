@@ -103,16 +103,22 @@ def tally(record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor]:
     return (chosen * weight).sum(dim=1), (gates * weight).sum(dim=1), real.sum(dim=1)
 
 
-def routed_layers(model: nn.Module, adapter: str | None) -> list[tuple[PromptLayer, str]]:
-    """The prompt layers that have a router, with the adapter asked for (by default the first active one).
-
-    Raises:
-        ValueError: there is none.
-    """
+def find_routed(model: nn.Module, adapter: str | None) -> list[tuple[PromptLayer, str]]:
+    """The prompt layers that have a router, with the adapter asked for (by default the first active one)."""
     found = []
     for layer in prompt_layers(model):
         names = [adapter] if adapter is not None else layer.active_adapters[:1]
         found += [(layer, name) for name in names if name in layer.prompt_config and layer.has_router(name)]
+    return found
+
+
+def routed_layers(model: nn.Module, adapter: str | None) -> list[tuple[PromptLayer, str]]:
+    """As `find_routed`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = find_routed(model, adapter)
     if not found:
         raise ValueError(
             "The model has no prompt layer with a router"

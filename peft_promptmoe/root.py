@@ -78,10 +78,10 @@ class PromptRoot(nn.Module):
             return None
         if isinstance(output, tuple):
             has_loss = kwargs.get("labels") is not None
-            return (add_balance_loss(output[0], call), *output[1:]) if has_loss else None
+            return (add_balance_loss(output[0], call, batch_share(kwargs)), *output[1:]) if has_loss else None
         loss = output.get("loss") if hasattr(output, "get") else None
         if loss is not None:
-            output["loss"] = add_balance_loss(loss, call)
+            output["loss"] = add_balance_loss(loss, call, batch_share(kwargs))
         return output
 
     def _query(self, model: nn.Module, bound: dict[str, Any]) -> Tensor | None:
@@ -121,7 +121,7 @@ class PromptRoot(nn.Module):
         unread, self._unread = self._unread, {}
         try:
             check_tensors(model, state_dict, prefix)
-            if any(injection.for_inference for injection in unread.values()):
+            if unread:
                 check_strangers(model, state_dict, prefix)
         except ValueError:
             for adapter, injection in unread.items():
@@ -158,6 +158,17 @@ class Unread:
             model.set_submodule(path, head)
         for parameter, required in self.requires_grad:
             parameter.requires_grad_(required)
+
+
+def batch_share(kwargs: dict[str, Any]) -> Tensor | float:
+    """Share of this forward in its optimiser step, where the caller says how many labels the step has.
+
+    The Trainer then leaves it to the model to divide by them and does not divide by the accumulation steps.
+    """
+    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if total is None or labels is None:
+        return 1.0
+    return (labels != -100).sum() / total
 
 
 def prompt_layers(model: nn.Module) -> list[PromptLayer]:
@@ -238,11 +249,14 @@ def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str) -
         ValueError: the file holds prompt tensors and others that belong to no adapter, head or embedding.
     """
     names = [name for name in state_dict if name.startswith(prefix)]
+    base = {f"{prefix}{name}" for name in model.state_dict() if f"{CHILD}." not in name}
+    if base.issubset(names):  # a checkpoint of the whole model, which a user loads knowingly
+        return
     ours = [name for name in names if f"{CHILD}." in name]
     allowed = {id(embedding.weight) for embedding in _embeddings(model)}
     known = {f"{prefix}{name}" for name, tensor in model.named_parameters() if id(tensor) in allowed}
     strangers = sorted(n for n in names if n not in ours and n not in known and ".modules_to_save." not in n)
-    if ours and strangers:
+    if strangers:
         raise ValueError(
             f"The adapter file holds {len(strangers)} tensors that are neither prompts nor saved modules, for example "
             f"{strangers[0]!r}. An adapter must not bring weights of the base model; do not trust this file."

@@ -167,7 +167,7 @@ class PromptCall:
 
     def __init__(self, query: Tensor | None = None) -> None:
         self.query = query
-        self.balance: dict[str, Tensor] = {}
+        self.balance: dict[tuple[str, str], Tensor] = {}
         self.loss_gradient: Tensor | None = None
         self.terms: list[Tensor] = []
         self.centers: dict[tuple[str, str], Tensor] = {}
@@ -197,24 +197,24 @@ class _LossGradient(torch.autograd.Function):
     """Identity on the loss; notes its gradient before any layer's backward pass runs."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, call: PromptCall) -> Tensor:
-        ctx.call = call
+    def forward(ctx: Any, loss: Tensor, call: PromptCall, share: Tensor | float) -> Tensor:
+        ctx.call, ctx.share = call, share
         return loss.clone()  # no view: the Trainer scales the loss in place
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.call.loss_gradient = gradients[0]
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.call.loss_gradient = gradients[0] * ctx.share
+        return gradients[0], None, None
 
 
-def carry_balance_loss(carrier: Tensor, term: Tensor, call: PromptCall, site: str) -> Tensor:
+def carry_balance_loss(carrier: Tensor, term: Tensor, call: PromptCall, site: str, adapter: str) -> Tensor:
     """Attach a router's balance term to a tensor that the layer's output depends on.
 
     In eager mode the term rides on `carrier` and gets its gradient when that of `carrier` is computed, so it needs no
     path to the loss: re-entrant checkpointing runs the layer without a graph and would cut any other. Compiled code
     may not write from a backward pass to the outside, but there the whole graph is in view: the term is listed.
     """
-    call.balance[site] = term.detach()
+    call.balance[site, adapter] = term.detach()
     if not torch.is_grad_enabled():
         return carrier
     if torch.compiler.is_compiling():
@@ -223,17 +223,22 @@ def carry_balance_loss(carrier: Tensor, term: Tensor, call: PromptCall, site: st
     return _BalanceGradient.apply(carrier, term, call)
 
 
-def add_balance_loss(loss: Tensor, call: PromptCall) -> Tensor:
+def add_balance_loss(loss: Tensor, call: PromptCall, share: Tensor | float = 1.0) -> Tensor:
     """The model's loss, unchanged in value, with the balance terms of its layers in its gradient.
 
     Their gradient is scaled like that of the loss, whatever the trainer does to it afterwards: division by
     accumulation steps, a gradient scaler, a weight in a sum.
+
+    Args:
+        loss: the model's loss, a scalar.
+        call: of this forward.
+        share: of this forward in its optimiser step, where the loss already accounts for it.
     """
     for term in call.terms:
-        loss = loss + (term - term.detach()).to(loss.dtype)
+        loss = loss + (share * (term - term.detach())).to(loss.dtype)
     if torch.compiler.is_compiling():
         return loss
-    return _LossGradient.apply(loss, call)
+    return _LossGradient.apply(loss, call, share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -204,10 +204,15 @@ def find_site(model: nn.Module, path: str) -> Site:
         family = None
     if family is None:
         _check_reachable(attention, path)
+    if getattr(attention, "reorder_and_upcast_attn", False):
+        raise ValueError(
+            f"{type(attention).__name__} with reorder_and_upcast_attn=True leaves out transformers' "
+            "AttentionInterface, by which prompts join. Load the model with reorder_and_upcast_attn=False."
+        )
     block_path, index = _block_of(path)
     block = model.get_submodule(block_path or path.rpartition(".")[0])
     config = attention.config
-    rotary = _rotary_embedding(model)
+    rotary = _rotary_embedding(model, path)
     causal = bool(getattr(attention, "is_causal", False))
     return Site(
         name=path,
@@ -272,10 +277,15 @@ def _is_norm(module: object) -> bool:
     return isinstance(module, nn.Module) and "norm" in type(module).__name__.lower()
 
 
-def _rotary_embedding(model: nn.Module) -> nn.Module | None:
-    for module in model.modules():
-        if any(name == "inv_freq" or name.endswith("_inv_freq") for name, _ in module.named_buffers(recurse=False)):
-            return module
+def _rotary_embedding(model: nn.Module, path: str) -> nn.Module | None:
+    """The rotary module nearest to the attention layer; a model of several towers has several."""
+    while path:
+        path = path.rpartition(".")[0]
+        for module in model.get_submodule(path).modules():
+            if any(
+                name == "inv_freq" or name.endswith("_inv_freq") for name, _ in module.named_buffers(recurse=False)
+            ):
+                return module
     return None
 
 

@@ -85,9 +85,12 @@ class TokenForm:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Open the decoder's mask for the slots that stand in front of the encoder's output."""
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if states is None or mask is None or mask.shape[-1] == states.shape[1]:
+        layer = self.layer
+        assert layer is not None
+        working = [name for name in layer.working_adapters() if layer.as_tokens(name)]
+        more = sum(layer.prompt_config[name].num_virtual_tokens for name in working)
+        if states is None or mask is None or not more or states.shape[1] != mask.shape[-1] + more:
             return None
-        more = states.shape[1] - mask.shape[-1]
         return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (more, 0), value=1)}
 
 

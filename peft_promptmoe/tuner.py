@@ -70,8 +70,12 @@ class PromptTuner(BaseTuner):
         # An adapter that is loaded for inference gets its values from a file.
         tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
         if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
-            self.initialize(config, adapter_name)
-        root.watch(model, adapter_name, Unread(self, before, self.peft_config[adapter_name].inference_mode))
+            try:
+                self.initialize(config, adapter_name)
+            except Exception:
+                Unread(self, before, config.inference_mode).take_back(adapter_name)
+                raise
+        root.watch(model, adapter_name, Unread(self, before, config.inference_mode))
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         if peft_config.target_modules is None:
@@ -90,6 +94,7 @@ class PromptTuner(BaseTuner):
                     f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
                     f"{self.method} cannot share an attention layer with it."
                 )
+        self._check_saved_modules(peft_config, sites)
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)
@@ -120,6 +125,19 @@ class PromptTuner(BaseTuner):
                 f"layers_to_transform names the layers {sorted(missing)}, which {type(self.model).__name__} does not "
                 "have or target_modules leaves out."
             )
+
+    def _check_saved_modules(self, config: PromptConfig, sites: list[Site]) -> None:
+        """Refuse copies of what prompts pass through: the text would go through the copy, prompts through the old."""
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        for site in sites:
+            parts = site.name.split(".")
+            touched = {".".join(parts[: end + 1]) for end in range(len(parts))} | {paths.get(id(site.norm), site.name)}
+            for name in config.modules_to_save or ():
+                if any(path == name or path.endswith(f".{name}") for path in touched):
+                    raise ValueError(
+                        f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through. Leave "
+                        "it out of modules_to_save, or leave that layer out by exclude_modules."
+                    )
 
     def _save_heads(self, config: PromptConfig) -> None:
         """Train and save the heads that PEFT's task wrappers do not know."""
@@ -174,9 +192,12 @@ class PromptTuner(BaseTuner):
         if merge:
             self._check_merge_allowed()
         super()._unload_and_optionally_merge(False, *args, **kwargs)
-        for layer in prompt_layers(self.model):
+        layers = prompt_layers(self.model)
+        own = [layer for layer in layers if isinstance(layer, self.tuner_layer_cls)]
+        for layer in own:
             layer.detach()
-        getattr(self.model, CHILD).detach(self.model)
+        if len(own) == len(layers):
+            getattr(self.model, CHILD).detach(self.model)
         return self.model
 
     def _check_merge_allowed(self) -> None:

@@ -14,9 +14,12 @@ from .root import prompt_layers
 from .sites import is_encoder_decoder
 
 
-def can_read_vocabulary(model: nn.Module) -> bool:
+def can_read_vocabulary(model: nn.Module, length: int) -> bool:
     """Whether the model reads token ids and its weights are in memory, so that it can be run on some."""
     if getattr(model, "main_input_name", None) != "input_ids":  # Whisper has embeddings, for what it writes
+        return False
+    # RoBERTa counts its positions from 2.
+    if length + 2 > getattr(model.config, "max_position_embeddings", length + 2):
         return False
     if any(parameter.is_meta for parameter in model.parameters()):
         return False
@@ -44,10 +47,10 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
     Raises:
         ValueError: the model cannot be run on token ids alone.
     """
-    if not can_read_vocabulary(model):
+    if not can_read_vocabulary(model, length):
         raise ValueError(
-            "prompt_init='sample_vocab' runs the model on vocabulary tokens, and this one has no token embeddings or "
-            "its weights are not in memory. Set prompt_init='random'."
+            "prompt_init='sample_vocab' runs the model on num_virtual_tokens vocabulary tokens, and this one has no "
+            "token embeddings, too few positions, or weights that are not in memory. Set prompt_init='random'."
         )
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.randint(embeddings.num_embeddings, (rows, length)).to(embeddings.weight.device)

@@ -22,8 +22,9 @@ class MEPTConfig(PromptConfig):
         num_experts: routed experts per layer, E. One expert means no router: static deep prompts.
         top_k: experts that are active for a sample or token, K.
         num_shared_experts: experts that are always active, S (paper, method figure; the official code has one or
-        none). routing: "sample" is the paper's: the router reads the mean of the layer's input over the real tokens,
-            and the rows of the chosen experts, weighted by their gates, and of the shared experts are summed into P
+            none).
+        routing: "sample" is the paper's: the router reads the mean of the layer's input over the real tokens, and the
+            rows of the chosen experts, weighted by their gates, and of the shared experts are summed into P
             rows per sample. "token" is ours: every token weighs the slots of its own chosen experts inside attention,
             so it never looks ahead. "auto" takes "token" for causal language models and "sample" for all others; the
             choice is saved with the adapter.
@@ -47,7 +48,8 @@ class MEPTConfig(PromptConfig):
             for which the base model runs once over (E + S) * P tokens. Text models cope with such rows from the first
             step, where random ones can throw a causal language model off entirely: they take attention away from its
             first token. "random" draws from a normal distribution (official code, intended: Xavier). "auto" is
-            "sample_vocab" for models with token embeddings whose weights are in memory, else "random".
+            "sample_vocab" where a text of P tokens reaches all prompted layers and the weights are in memory, else
+            "random".
         init_std: spread of randomly initialised rows; "match" takes the spread of the layer's input where a norm makes
             it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
     """

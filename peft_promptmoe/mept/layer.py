@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,12 @@ class RouterCenter(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.zeros(width))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RouterCenter:
+        super()._apply(fn, recurse)
+        # In half precision a small momentum changes nothing; PEFT recasts parameters only.
+        self.weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return self
 
     @torch.no_grad()
     def update(self, mean: Tensor) -> None:
@@ -127,7 +135,7 @@ class MEPTLayer(PromptLayer):
             if self._balances(config):
                 assert call is not None
                 term = config.balance_loss_weight * balance_loss(logits, index, some)
-                log_gates = carry_balance_loss(log_gates, term, call, self.site.name)
+                log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
             return mix_experts(experts, log_gates, index)
 
     def log_gates(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
@@ -143,7 +151,7 @@ class MEPTLayer(PromptLayer):
             if self._balances(config):
                 assert call is not None
                 term = config.balance_loss_weight * balance_loss(logits, index, real)
-                log_gates = carry_balance_loss(log_gates, term, call, self.site.name)
+                log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
             return log_gates
 
     def _choose(self, config: MEPTConfig, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +171,7 @@ class MEPTLayer(PromptLayer):
             return None
         center = self.mept_router_center[adapter]
         assert isinstance(center, RouterCenter)
-        if not self.training:
+        if not self.training or not self.mept_router[adapter]().requires_grad:
             return center.weight
         assert call is not None
         key = (self.site.name, adapter)

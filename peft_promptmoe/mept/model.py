@@ -45,14 +45,20 @@ class MEPTModel(PromptTuner):
     def initialize(self, config: MEPTConfig, adapter_name: str) -> None:
         if not config.init_weights or config.prompt_init == "random":
             return
-        if config.prompt_init == "auto" and not can_read_vocabulary(self.model):
+        length = config.num_virtual_tokens
+        if config.prompt_init == "auto" and not can_read_vocabulary(self.model, length):
             return
-        inputs = vocabulary_inputs(
-            self.model, config.num_experts + config.num_shared_experts, config.num_virtual_tokens
-        )
-        for layer in prompt_layers(self.model):
-            if isinstance(layer, MEPTLayer) and adapter_name in layer.prompt_config:
-                layer.start_from(adapter_name, inputs[layer.site.name])
+        inputs = vocabulary_inputs(self.model, config.num_experts + config.num_shared_experts, length)
+        layers = [m for m in prompt_layers(self.model) if isinstance(m, MEPTLayer) and adapter_name in m.prompt_config]
+        if unheard := [layer.site.name for layer in layers if layer.site.name not in inputs]:
+            if config.prompt_init == "auto":
+                return
+            raise ValueError(
+                f"prompt_init='sample_vocab' runs the model on text alone, which does not reach {unheard[0]!r}. Set "
+                "prompt_init='random'."
+            )
+        for layer in layers:
+            layer.start_from(adapter_name, inputs[layer.site.name])
 
     def check_site(self, config: MEPTConfig, site: Site) -> None:
         if config.decoder_sees_prompts and config.routing == "token" and is_encoder_decoder(self.model):
