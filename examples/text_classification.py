@@ -102,10 +102,15 @@ def train(model: torch.nn.Module, data: datasets.DatasetDict, args: argparse.Nam
     return {"accuracy": scores["test_accuracy"], "loss": scores["test_loss"], "trainable": trainable, "s": seconds}
 
 
+# Parts of a head that PEFT does not train by itself. BERT's pooler belongs to it where nobody has trained it, as in
+# MiniLM: its outputs are so small that a classifier on top learns next to nothing at an ordinary learning rate.
+HEAD_PARTS = ("pooler",)
+
+
 def head_only(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze everything but the head, to which BERT's pooler belongs: MiniLM's is untrained and would hold it back."""
+    """Freeze everything but the head."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = any(part in ("classifier", "score", "pooler") for part in name.split("."))
+        parameter.requires_grad = any(part in ("classifier", "score", *HEAD_PARTS) for part in name.split("."))
     return model
 
 
@@ -124,7 +129,9 @@ def fine_tune(args: argparse.Namespace) -> None:
 
     head_scores = train(head_only(base_model()), data, args, "head")
 
-    model = get_peft_model(base_model(), MEPTConfig(task_type="SEQ_CLS"))
+    base = base_model()
+    heads = [name for name in HEAD_PARTS if any(path.endswith(f".{name}") for path, _ in base.named_modules())]
+    model = get_peft_model(base, MEPTConfig(task_type="SEQ_CLS", modules_to_save=heads))
     model.print_trainable_parameters()
     mept_scores = train(model, data, args, "mept")
     model.save_pretrained(args.output / "adapter")
