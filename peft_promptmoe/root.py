@@ -121,7 +121,9 @@ class PromptRoot(nn.Module):
         unread, self._unread = self._unread, {}
         try:
             check_tensors(model, state_dict, prefix)
-            if unread:
+            # Without a PeftModel around it (no prefix) a fresh trainable adapter is filled by its user's own hand, who
+            # may well bring a head along.
+            if unread and (prefix or any(injection.for_inference for injection in unread.values())):
                 check_strangers(model, state_dict, prefix)
         except ValueError:
             for adapter, injection in unread.items():

@@ -184,17 +184,20 @@ def test_perturb_statistics() -> None:
 def test_balance_gradient_follows_the_loss(factor: float) -> None:
     weight = normal(4).requires_grad_()
     call = PromptCall()
-    carrier = carry_balance_loss(weight * 2, (weight**2).sum(), call, "layer")
+    carrier = carry_balance_loss(weight * 2, (weight**2).sum(), call, "layer", "default")
     loss = add_balance_loss(carrier.sum(), call)
     assert loss.item() == (weight * 2).sum().item()
-    assert call.balance["layer"].item() == (weight**2).sum().item() and not call.balance["layer"].requires_grad
+    assert (
+        call.balance["layer", "default"].item() == (weight**2).sum().item()
+        and not call.balance["layer", "default"].requires_grad
+    )
     (loss * factor).backward()
     close(weight.grad, ((2 + 2 * weight) * factor).detach())
 
 
 def test_balance_loss_without_the_models_loss_warns() -> None:
     weight = normal(4).requires_grad_()
-    carrier = carry_balance_loss(weight * 2, (weight**2).sum(), PromptCall(), "layer")
+    carrier = carry_balance_loss(weight * 2, (weight**2).sum(), PromptCall(), "layer", "default")
     with pytest.warns(UserWarning, match="balance_loss_weight has no effect"):
         carrier.sum().backward()
     close(weight.grad, [2.0] * 4)
