@@ -42,8 +42,8 @@ class MEPTConfig(PromptConfig):
             (official code), "unrotated" at the first token's position, for models whose rotary table is out of reach.
         decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder
             block (official code: yes). Needs routing="sample".
-        prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. Rows want
-            about 2.5e-2, which the default makes of an ordinary 1e-3.
+        prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. Rows
+            want about 2.5e-2, which the default makes of an ordinary 1e-3.
         prompt_init: "sample_vocab" starts every expert as the layer's own inputs on a row of random vocabulary tokens,
             for which the base model runs once over (E + S) * P tokens. Text models cope with such rows from the first
             step, where random ones can throw a causal language model off entirely: they take attention away from its
