@@ -128,14 +128,14 @@ def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
     seen: dict[int, int] = {}
     kept = []  # keeps storages alive, so that none is counted under the number of a freed one
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        # Nothing is handed back: a node that kept its own output would hold the whole graph in memory for good.
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             seen[storage._cdata] = storage.nbytes()
             kept.append(storage)
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
         loss = model(**inputs).loss
     del loss
     return sum(seen.values())

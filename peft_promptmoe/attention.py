@@ -29,6 +29,10 @@ KERNELS = ("sdpa", "eager")
 CLOSED = -3e4
 
 
+# Closed prompt rows from which on a decoding step gathers the open ones (measured on SmolLM2's shape, CPU).
+GATHER_FROM = 256
+
+
 class ConfigView:
     """A layer's config with the attention interface replaced; everything else reads and writes the real one."""
 
@@ -109,7 +113,8 @@ def merge_columns(parts: list[Columns]) -> Columns:
 def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -> Columns:
     """Put gates on columns; for a single query per sample keep only the columns of the experts it chose.
 
-    So a decoding step costs the active experts, not all of them.
+    So a decoding step costs the active experts, not all of them. Where few rows are closed, to gather the others takes
+    longer than to attend to all.
 
     Args:
         columns: key and value of (B or 1, H, R, d), the gated experts' rows first.
@@ -118,7 +123,7 @@ def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -
         slots: rows of one expert.
     """
     gates = log_gates.shape[-1]
-    if log_gates.shape[1] == 1 and active < gates:
+    if log_gates.shape[1] == 1 and (gates - active) * slots > GATHER_FROM:
         best, index = log_gates[:, 0].topk(active, dim=-1)
         columns = Columns(_gather(columns.key, index, gates, slots), _gather(columns.value, index, gates, slots))
         log_gates, gates = best[:, None], active
@@ -190,21 +195,13 @@ def _attend(
     columns: Columns,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    batch, _, length, width = query.shape
-    rows = columns.key.shape[2]
-    if columns.key.shape[0] not in (1, batch):
-        raise ValueError(
-            f"The prompt rows were made for a batch of {columns.key.shape[0]} and attention now runs on {batch}. A "
-            "cache that is filled with one batch cannot go on with another; start from a new cache."
-        )
+    length, width, rows = query.shape[2], query.shape[3], columns.key.shape[2]
     is_causal = kwargs.get("is_causal")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if mask is None and is_causal and length > 1 and kernel_name == "sdpa":
         # The stock kernel would now cut the keys to the first `length`, prompts included.
         key, value = key[:, :, :length], value[:, :, :length]
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
-    if mask is not None:
-        mask = F.pad(mask, (rows, 0), value=True if mask.dtype == torch.bool else 0.0)
     bias = kwargs.get("position_bias")
     if bias is not None:
         if columns.bias is None:
@@ -218,26 +215,53 @@ def _attend(
             [prompt_bias.expand(common, *prompt_bias.shape[1:]), bias.expand(common, *bias.shape[1:])], -1
         )
         kwargs = {**kwargs, "position_bias": bias}
-    prompt_key = columns.key.to(key.dtype).expand(batch, *columns.key.shape[1:])
-    prompt_value = columns.value.to(value.dtype).expand(batch, *columns.value.shape[1:])
-    key = torch.cat([prompt_key, key], dim=2)
-    value = torch.cat([prompt_value, value], dim=2)
-    if columns.log_gates is not None and columns.owner is not None:
-        if kwargs.get("softcap") is not None:
-            raise ValueError(
-                "Token routing adds its gates to the attention scores, and this layer caps them afterwards. Use "
-                "routing='sample' with this model."
-            )
-        if columns.log_gates.requires_grad:
-            scaling = kwargs.get("scaling")
-            scaling = scaling if scaling is not None else 1.0 / math.sqrt(width)
-            kwargs = {**kwargs, "scaling": scaling}
-            query, key, value = fold_gates(query, key, value, columns.log_gates, columns.owner, scaling)
-        else:
-            mask = add_gates(mask, columns.log_gates, columns.owner, query, key)
+    if columns.log_gates is not None and kwargs.get("softcap") is not None:
+        raise ValueError(
+            "Token routing adds its gates to the attention scores, and this layer caps them afterwards. Use "
+            "routing='sample' with this model."
+        )
+    scaling = kwargs.get("scaling")
+    query, key, value, mask, scaling = join_rows(columns, query, key, value, mask, scaling)
+    if scaling is not None:
+        kwargs = {**kwargs, "scaling": scaling}
     output, weights = kernel(module, query, key, value, mask, **kwargs)
     # What was padded to the width comes back as zeros; the prompt columns of the weights have no token to belong to.
     return output[..., :width], None if weights is None else weights[..., rows:]
+
+
+def join_rows(
+    columns: Columns, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]:
+    """What an attention kernel takes, with prompt rows in front of the keys and values.
+
+    Args:
+        columns: the rows.
+        query: (B, Hq, T, d).
+        key, value: (B, H, S, d).
+        mask: (B or 1, 1 or Hq, T or 1, S) boolean or additive, or None.
+        scaling: factor of the scores; None for 1 / sqrt(d).
+
+    Returns:
+        query, key, value, mask and scaling. The width of the first three may have grown, then the scaling is given and
+        the output is to be cut to the old width.
+    """
+    batch, width, rows = query.shape[0], query.shape[3], columns.key.shape[2]
+    if columns.key.shape[0] not in (1, batch):
+        raise ValueError(
+            f"The prompt rows were made for a batch of {columns.key.shape[0]} and attention now runs on {batch}. A "
+            "cache that is filled with one batch cannot go on with another; start from a new cache."
+        )
+    if mask is not None:
+        mask = F.pad(mask, (rows, 0), value=True if mask.dtype == torch.bool else 0.0)
+    key = torch.cat([columns.key.to(key.dtype).expand(batch, *columns.key.shape[1:]), key], dim=2)
+    value = torch.cat([columns.value.to(value.dtype).expand(batch, *columns.value.shape[1:]), value], dim=2)
+    if columns.log_gates is None or columns.owner is None:
+        return query, key, value, mask, scaling
+    if not columns.log_gates.requires_grad:
+        return query, key, value, add_gates(mask, columns.log_gates, columns.owner, query, key), scaling
+    scaling = scaling if scaling is not None else 1.0 / math.sqrt(width)
+    query, key, value = fold_gates(query, key, value, columns.log_gates, columns.owner, scaling)
+    return query, key, value, mask, scaling
 
 
 def fold_gates(
@@ -276,7 +300,7 @@ def add_gates(mask: Tensor | None, log_gates: Tensor, owner: Tensor, query: Tens
     Returns:
         (B, 1, T, R + S) additive mask in the dtype of `query`.
     """
-    by_row = log_gates[..., owner.clamp(min=0)].masked_fill(owner < 0, 0.0).to(query.dtype)  # (B, T, R)
+    by_row = F.pad(log_gates.to(query.dtype), (0, 1))[..., owner]  # (B, T, R); -1 is the gate that is always open
     gates = F.pad(by_row, (0, key.shape[2] - owner.shape[0]))[:, None]
     if mask is None:
         return gates

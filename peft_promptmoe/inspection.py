@@ -29,6 +29,12 @@ def calls_attention_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
+def calls_sdpa(module: nn.Module) -> bool:
+    """Whether the module's own forward calls torch's `scaled_dot_product_attention`."""
+    code = getattr(unwrapped_forward(module), "__code__", None)
+    return code is not None and "scaled_dot_product_attention" in code.co_names
+
+
 @lru_cache(maxsize=256)
 def calls_in_order(function: Callable[..., Any]) -> tuple[str, ...]:
     """Attributes of `self` that a function calls, in the order of the calls; arguments are evaluated before a call."""

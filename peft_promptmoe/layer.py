@@ -7,7 +7,6 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .attention import (
@@ -22,6 +21,8 @@ from .inspection import parameter_names
 from .projection import first_real, project_rows, real_tokens, relative_bias, rotary_tables
 from .routing import Observer, PromptCall, RoutingRecord
 from .sites import Site
+from .state import AdapterState
+from .timm_attention import close_forward, open_forward
 
 if TYPE_CHECKING:
     from .tokens import TokenForm
@@ -33,18 +34,7 @@ BLOCK_INPUT = "_promptmoe_block_input"
 CACHE_ROWS = "_promptmoe_rows"
 
 
-class PromptTable(nn.Module):
-    """A trained tensor as a module of its own, which is what wrappers that shard or offload modules expect."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-
-class PromptLayer(nn.Module, BaseTunerLayer):
+class PromptLayer(AdapterState):
     """Prompts of one attention layer; a method is a subclass that says how its rows come about.
 
     It is registered as a child of the attention layer and called by that layer's hooks, so module types and parameter
@@ -55,14 +45,11 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         site: the attention layer and its surroundings.
     """
 
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ("prompt_config",)
     method: ClassVar[str]
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
-        self.prompt_config: dict[str, Any] = {}
         self.last_routing: dict[str, RoutingRecord] = {}
         self.observers: list[Observer] = []
         self.token_form: TokenForm | None = None
@@ -70,10 +57,6 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self._names = parameter_names(site.attention)
 
     # -- what a method defines ----------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def update_layer(self, adapter: str, config: Any) -> None:
-        """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""
 
     @abstractmethod
     def rows(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor:
@@ -119,22 +102,16 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         raise ValueError(no_merge(self.method))
 
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        own = {id(parameter) for parameter in self.parameters()}
-        others = [parameter for parameter in base_layer.parameters() if id(parameter) not in own]
-        # A quantised layer may have no floating parameter; then the adapter keeps the dtype it was made in.
-        dtype = next((parameter.dtype for parameter in others if parameter.is_floating_point()), None)
-        return (others[0].device if others else None), dtype
-
     # -- in and out of the model --------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Become a child of the attention layer, hook it, and put the read-through view over its config."""
+        """Become a child of the attention layer, hook it, and open its way to the kernel for prompt rows."""
         attention = self.site.attention
         attention.add_module(CHILD, self)
-        self.site.attention.config = ConfigView(attention.config)
+        if self.site.is_timm:
+            open_forward(attention)
+        else:
+            attention.config = ConfigView(attention.config)
         self._handles = [
             attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attention.register_forward_hook(self._after_attention, with_kwargs=True),
@@ -153,7 +130,10 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         if self.token_form is not None:
             self.token_form.detach()
             self.token_form = None
-        attention.config = attention.config.real
+        if self.site.is_timm:
+            close_forward(attention)
+        else:
+            attention.config = attention.config.real
         delattr(attention, CHILD)
 
     def hold_token_form(self, form: TokenForm) -> None:
@@ -203,13 +183,14 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         kwargs = dict(kwargs)
         call = kwargs.pop(CALL, None)
         bound = dict(zip(self._names, args, strict=False)) | kwargs
-        x = self.layer_input(bound["hidden_states"])
+        x = self.layer_input(bound[self._names[0]])
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
         cached, past = self._cached_rows(bound)
         mask = bound.get("attention_mask", bound.get("mask"))
-        real = real_tokens(mask, x.shape[1]) if not past else None
+        # Images have no padding; what BEiT passes as a mask are its relative positions.
+        real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
         parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
         kwargs[COLUMNS] = merge_columns(parts)
         return args, kwargs
@@ -220,7 +201,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         columns = kwargs.get(COLUMNS)
         if isinstance(columns, Columns) and columns.arrived != 1:
             raise RuntimeError(
-                f"{type(attention).__name__} at {self.site.name!r} reached transformers' AttentionInterface "
+                f"{type(attention).__name__} at {self.site.name!r} reached its attention kernel "
                 f"{columns.arrived} times in one call instead of once, so the prompts did not join its attention as "
                 "defined. This architecture (or this option of it) is not supported; unload the adapter."
             )
@@ -299,8 +280,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             cached[adapter] = (columns.key, columns.value)
         if log_gates is not None:
             columns = open_columns(columns, log_gates, self.num_active(adapter), slots)
-        offsets = _offsets(columns.key.shape[2], slots, x.device)
-        columns.bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
+        if self.site.bias_owner is not None:
+            offsets = _offsets(columns.key.shape[2], slots, x.device)
+            columns.bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
         return columns
 
     def note(self, adapter: str, log_gates: Tensor, real: Tensor | None) -> None:

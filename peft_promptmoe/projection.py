@@ -60,9 +60,9 @@ def rotary_tables(
         offsets: (R,) integers; None puts every row where the first token is ("unrotated").
 
     Returns:
-        (cos, sin), each (B or 1, R or 1, r).
+        (cos, sin), each (B or 1, R or 1, r); None for models without, and for vision models, which turn patches only.
     """
-    if position_embeddings is None:
+    if position_embeddings is None or site.patches is not None:
         return None
     if not (isinstance(position_embeddings, (tuple, list)) and len(position_embeddings) == 2) or any(
         not isinstance(table, Tensor) or table.ndim != 3 for table in position_embeddings
@@ -153,7 +153,7 @@ def project_rows(site: Site, rows: Tensor, tables: tuple[Tensor, Tensor] | None,
         bound: the attention call's arguments by name, from which a harvest takes its own.
     """
     normed = site.norm(rows) if site.norm is not None else rows
-    if site.family is None:
+    if site.family is None or not site.family.direct:
         return harvest(site, normed, tables, bound)
     return project_directly(site, normed, tables)
 
@@ -202,14 +202,19 @@ def harvest(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None, bo
     arguments = {name: value for name, value in bound.items() if name not in _NOT_FOR_PROMPTS}
     accepted = inspect.signature(unwrapped_forward(attention)).parameters
     arguments |= {name: None for name in _NOT_FOR_PROMPTS if name in accepted}
-    arguments["hidden_states"] = normed.expand(batch, -1, -1)
+    arguments[site.input_name] = normed.expand(batch, -1, -1)
+    if site.patches is not None and not site.is_timm and arguments.get("position_embeddings") is not None:
+        raise ValueError(
+            f"{type(attention).__name__} turns its patches by a rotary embedding that peft_promptmoe does not know. "
+            "This vision model is not supported."
+        )
     if tables is not None:
         arguments["position_embeddings"] = tuple(table.expand(batch, normed.shape[1], -1) for table in tables)
     attention.forward(**arguments, **{COLUMNS: caught})
     if caught.key is None or caught.value is None:
         raise RuntimeError(
-            f"{type(attention).__name__} did not reach transformers' AttentionInterface when run on prompt rows; this "
-            "architecture is not supported."
+            f"{type(attention).__name__} did not reach its attention kernel when run on prompt rows; this architecture "
+            "is not supported."
         )
     return Columns(caught.key, caught.value)
 
@@ -223,5 +228,7 @@ _NOT_FOR_PROMPTS = (
     "cache_position",
     "position_ids",
     "output_attentions",
+    "rope",
+    "attn_mask",
     COLUMNS,
 )

@@ -26,7 +26,9 @@ def routing_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which autocast lets routers be; the meta device, which only counts, has no autocast to turn off."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def unit_rms(x: Tensor) -> Tensor:
@@ -38,7 +40,8 @@ def unit_rms(x: Tensor) -> Tensor:
     Returns:
         (B, T) in at least float32.
     """
-    return torch.rsqrt(x.to(routing_dtype(x)).square().mean(dim=-1) + RMS_EPS)
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=routing_dtype(x))
+    return torch.rsqrt(norm.square() / x.shape[-1] + RMS_EPS)
 
 
 def pooled_input(x: Tensor, real: Tensor | None, normalize: bool) -> Tensor:

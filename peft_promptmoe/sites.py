@@ -12,79 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inspection import calls_attention_interface, calls_in_order, passes_on_keywords, unwrapped_forward
+from .families import FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION_FAMILIES, Family
+from .inspection import (
+    calls_attention_interface,
+    calls_in_order,
+    calls_sdpa,
+    parameter_names,
+    passes_on_keywords,
+    unwrapped_forward,
+)
+from .vision import Patches, find_patches
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the attention layers of one architecture are named and built.
-
-    Attributes:
-        attention: regular expression that fully matches the paths of the attention layers to prompt.
-        norm: sibling of the attention layer that normalises its input; None for post-norm blocks.
-        key, value: the key and value projections, attributes of the attention layer.
-        key_norm: norm applied to each head's keys, if the layer has one.
-        fused: the projection that makes queries, keys and values at once, instead of `key` and `value`.
-        head_dim: attribute of the attention layer with the width of one head.
-        input_norm: path from the block to the norm that ends it, whose output is the next block's input (post-norm).
-        stem_norm: end of the path of the norm behind the embeddings, whose output is the first block's input
-            (post-norm).
-    """
-
-    attention: str
-    norm: str | None = None
-    key: str = "k_proj"
-    value: str = "v_proj"
-    key_norm: str | None = None
-    fused: str | None = None
-    head_dim: str = "head_dim"
-    input_norm: str | None = None
-    stem_norm: str | None = None
-
-
-_BERT = Family(
-    r"(.*\.)?encoder\.layer\.\d+\.attention\.self",
-    key="key",
-    value="value",
-    head_dim="attention_head_size",
-    input_norm="output.LayerNorm",
-    stem_norm="embeddings.LayerNorm",
-)
-_LLAMA = Family(r"(.*\.)?layers\.\d+\.self_attn", norm="input_layernorm")
-_QK_NORM = Family(r"(.*\.)?layers\.\d+\.self_attn", norm="input_layernorm", key_norm="k_norm")
-
-FAMILIES: dict[str, Family] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "distilbert": Family(
-        r"(.*\.)?transformer\.layer\.\d+\.attention",
-        key="k_lin",
-        value="v_lin",
-        head_dim="attention_head_size",
-        input_norm="output_layer_norm",
-        stem_norm="embeddings.LayerNorm",
-    ),
-    "modernbert": Family(r"(.*\.)?layers\.\d+\.attn", norm="attn_norm", fused="Wqkv"),
-    "t5": Family(
-        r"(.*\.)?encoder\.block\.\d+\.layer\.0\.SelfAttention",
-        norm="layer_norm",
-        key="k",
-        value="v",
-        head_dim="key_value_proj_dim",
-    ),
-    "bart": Family(
-        r"(.*\.)?encoder\.layers\.\d+\.self_attn",
-        input_norm="final_layer_norm",
-        stem_norm="encoder.layernorm_embedding",
-    ),
-    "gpt2": Family(r"(.*\.)?h\.\d+\.attn", norm="ln_1", fused="c_attn"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen3": _QK_NORM,
-    "gemma3_text": _QK_NORM,
-}
 
 
 @dataclass
@@ -105,6 +44,7 @@ class Site:
         rotary_type: the layer type it takes, for models that keep one table per type.
         bias_owner: the attention layer that holds the T5 table of relative position biases this layer adds.
         input_std: spread of the block's input where it is knowable without running the model, else None.
+        patches: of vision towers that have one patch grid, how it is made; else None.
     """
 
     name: str
@@ -120,6 +60,17 @@ class Site:
     rotary_type: str | None
     bias_owner: Any
     input_std: float | None
+    patches: Patches | None = None
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the attention layer is timm's, which does not go through transformers' AttentionInterface."""
+        return is_timm_attention(self.attention, self.name)
+
+    @property
+    def input_name(self) -> str:
+        """Name of the attention layer's input."""
+        return parameter_names(self.attention)[0]
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -145,25 +96,77 @@ def default_targets(model: nn.Module) -> str | list[str]:
     Raises:
         ValueError: the model has no attention layer that the engine can reach.
     """
-    family = FAMILIES.get(model_type(model) or "")
+    kind = model_type(model) or ""
+    family = FAMILIES.get(kind) or VISION_FAMILIES.get(kind)
     if family is not None:
         return family.attention
     paths = [path for path, _ in _generic_attentions(model)]
     if not paths:
         raise ValueError(
             f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: none of its modules "
-            "computes attention through transformers' AttentionInterface. Use a model whose attention does (most "
-            "architectures of transformers 5), or name such layers in `target_modules`."
+            "computes attention through transformers' AttentionInterface, or as timm's plain vision transformers do. "
+            "Use a model whose attention does (most architectures of transformers 5, vision transformers of timm), or "
+            "name such layers in `target_modules`."
         )
     return paths
+
+
+def image_targets(model: nn.Module) -> list[str]:
+    """Attention layers that see the tokens of one patch grid, in towers of any depth within the model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds: dict[bool, list[str]] = {True: [], False: []}
+    for path, module in _generic_attentions(model):
+        family = _family(model, module, path)
+        if (family is None and _is_decoder(path)) or find_patches(model, path, _width(module)) is None:
+            continue
+        kinds[family is not None].append(path)
+    if not (found := kinds[True] or kinds[False]):
+        raise ValueError(
+            f"{type(model).__name__} has no attention layers over one patch grid, from which these prompts are made: "
+            "it is no vision transformer, or one of windows or of several resolutions (Swin, Hiera, PVT). Use a plain "
+            "vision transformer of transformers or timm."
+        )
+    return found
+
+
+def _is_decoder(path: str) -> bool:
+    """Whether a vision model's decoder is on the path (ViT-MAE's, which sees a grid of its own)."""
+    return "decoder" in path
+
+
+def is_timm_attention(module: nn.Module, path: str) -> bool:
+    """Whether the module is a self-attention layer of a plain timm vision transformer."""
+    ours = type(module).__module__.startswith("timm.") and calls_sdpa(module)
+    return ours and re.fullmatch(TIMM_PATH, path) is not None
 
 
 def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every self-attention layer by the generic rule; of an encoder-decoder only the encoder's."""
     inside_decoder = _inside_decoder(model)
     for path, module in model.named_modules():
-        if id(module) not in inside_decoder and not _is_cross(path, module) and calls_attention_interface(module):
+        if is_timm_attention(module, path):
             yield path, module
+        elif id(module) not in inside_decoder and not _is_cross(path, module) and calls_attention_interface(module):
+            yield path, module
+
+
+def _family(model: nn.Module, attention: nn.Module, path: str) -> Family | None:
+    """The table's entry for an attention layer."""
+    if is_timm_attention(attention, path):
+        return TIMM_FAMILIES.get(f"{type(attention).__module__}.{type(attention).__qualname__}")
+    own = getattr(getattr(attention, "config", None), "model_type", "")
+    family = FAMILIES.get(model_type(model) or "") or VISION_FAMILIES.get(own)
+    return family if family is not None and re.fullmatch(family.attention, path) else None
+
+
+def _width(attention: Any) -> int:
+    """Width D of the layer's input."""
+    if hasattr(attention, "config"):
+        return int(attention.config.hidden_size)
+    return next(module.in_features for module in attention.modules() if isinstance(module, nn.Linear))
 
 
 def _inside_decoder(model: nn.Module) -> set[int]:
@@ -186,7 +189,8 @@ def find_site(model: nn.Module, path: str) -> Site:
             one where its output is known to differ from the definition.
     """
     attention: Any = model.get_submodule(path)
-    if not calls_attention_interface(attention):
+    timm = is_timm_attention(attention, path)
+    if not timm and not calls_attention_interface(attention):
         raise ValueError(
             f"`target_modules` matched {path!r}, a {type(attention).__name__}, which is not an attention layer that "
             "calls transformers' AttentionInterface. Name the attention layers themselves (for example 'self_attn'), "
@@ -198,11 +202,8 @@ def find_site(model: nn.Module, path: str) -> Site:
             "only; its decoder sees them through what the encoder puts out. Name layers of the encoder, or leave "
             "`target_modules` unset."
         )
-    kind = model_type(model) or ""
-    family = FAMILIES.get(kind)
-    if family is not None and not re.fullmatch(family.attention, path):
-        family = None
-    if family is None:
+    family = _family(model, attention, path)
+    if family is None and not timm:
         _check_reachable(attention, path)
     if getattr(attention, "reorder_and_upcast_attn", False):
         raise ValueError(
@@ -211,23 +212,26 @@ def find_site(model: nn.Module, path: str) -> Site:
         )
     block_path, index = _block_of(path)
     block = model.get_submodule(block_path or path.rpartition(".")[0])
-    config = attention.config
-    rotary = _rotary_embedding(model, path)
+    width = _width(attention)
+    patches = find_patches(model, path, width)
+    # Rotary vision models turn the patches only, and prompts are no patches.
+    rotary = _rotary_embedding(model, path) if patches is None else None
     causal = bool(getattr(attention, "is_causal", False))
     return Site(
         name=path,
         index=index,
         attention=attention,
         block=block,
-        norm=_input_norm(model, path, block_path, family),
+        norm=_input_norm(model, path, block_path, None if timm else family),
         family=family,
-        width=int(config.hidden_size),
+        width=width,
         causal=causal,
         generates=causal and has_language_model_head(model),
         rotary=rotary,
         rotary_type=_rotary_type(rotary, attention, block),
         bias_owner=_bias_owner(model, path, attention),
         input_std=_input_std(model, path, index, family),
+        patches=patches,
     )
 
 

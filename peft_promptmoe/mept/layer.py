@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptConfig
-from ..layer import PromptLayer, PromptTable
+from ..layer import PromptLayer
 from ..routing import (
     PromptCall,
     balance_loss,
@@ -22,6 +22,7 @@ from ..routing import (
     without_autocast,
 )
 from ..sites import Site
+from ..state import PromptTable
 from .config import MEPTConfig
 
 CENTER_MOMENTUM = 0.01

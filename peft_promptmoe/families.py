@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of tested architectures: how each names and builds its attention layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the attention layers of one architecture are named and built.
+
+    Attributes:
+        attention: regular expression that fully matches the paths of the attention layers to prompt.
+        norm: sibling of the attention layer that normalises its input; None for post-norm blocks.
+        key, value: the key and value projections, attributes of the attention layer.
+        key_norm: norm applied to each head's keys, if the layer has one.
+        fused: the projection that makes queries, keys and values at once, instead of `key` and `value`.
+        head_dim: attribute of the attention layer with the width of one head.
+        input_norm: path from the block to the norm that ends it, whose output is the next block's input (post-norm).
+        stem_norm: end of the path of the norm behind the embeddings, whose output is the first block's input
+            (post-norm).
+        direct: whether the projections named here give keys and values; otherwise the layer itself is run on the rows.
+    """
+
+    attention: str
+    norm: str | None = None
+    key: str = "k_proj"
+    value: str = "v_proj"
+    key_norm: str | None = None
+    fused: str | None = None
+    head_dim: str = "head_dim"
+    input_norm: str | None = None
+    stem_norm: str | None = None
+    direct: bool = True
+
+
+_BERT = Family(
+    r"(.*\.)?encoder\.layer\.\d+\.attention\.self",
+    key="key",
+    value="value",
+    head_dim="attention_head_size",
+    input_norm="output.LayerNorm",
+    stem_norm="embeddings.LayerNorm",
+)
+_LLAMA = Family(r"(.*\.)?layers\.\d+\.self_attn", norm="input_layernorm")
+_QK_NORM = Family(r"(.*\.)?layers\.\d+\.self_attn", norm="input_layernorm", key_norm="k_norm")
+
+FAMILIES: dict[str, Family] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": Family(
+        r"(.*\.)?transformer\.layer\.\d+\.attention",
+        key="k_lin",
+        value="v_lin",
+        head_dim="attention_head_size",
+        input_norm="output_layer_norm",
+        stem_norm="embeddings.LayerNorm",
+    ),
+    "modernbert": Family(r"(.*\.)?layers\.\d+\.attn", norm="attn_norm", fused="Wqkv"),
+    "t5": Family(
+        r"(.*\.)?encoder\.block\.\d+\.layer\.0\.SelfAttention",
+        norm="layer_norm",
+        key="k",
+        value="v",
+        head_dim="key_value_proj_dim",
+    ),
+    "bart": Family(
+        r"(.*\.)?encoder\.layers\.\d+\.self_attn",
+        input_norm="final_layer_norm",
+        stem_norm="encoder.layernorm_embedding",
+    ),
+    "gpt2": Family(r"(.*\.)?h\.\d+\.attn", norm="ln_1", fused="c_attn"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen3": _QK_NORM,
+    "gemma3_text": _QK_NORM,
+}
+
+_VIT = Family(r"(.*\.)?layers\.\d+\.attention", norm="layernorm_before")
+_DINOV2 = Family(r"(.*\.)?encoder\.layer\.\d+\.attention", norm="norm1")
+_CLIP = Family(r"(.*\.)?encoder\.layers\.\d+\.self_attn", norm="layer_norm1")
+
+# By the model type in the attention layer's own config, which is that of the vision tower in a model of several.
+VISION_FAMILIES: dict[str, Family] = {
+    "vit": _VIT,
+    "deit": _VIT,
+    "beit": _VIT,
+    "vit_mae": _VIT,
+    "vit_msn": _VIT,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "dinov3_vit": Family(r"(.*\.)?layer\.\d+\.attention", norm="norm1"),
+    "clip_vision_model": _CLIP,
+    "siglip_vision_model": _CLIP,
+}
+
+TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.attn"
+# By the class of timm's attention layer; where the norm stands is read from the block, of which timm has many. EVA (and timm's DINOv3) splits the biases of its projection, so there the
+# layer itself is run.
+TIMM_FAMILIES: dict[str, Family] = {
+    "timm.layers.attention.Attention": Family(TIMM_PATH, fused="qkv", key_norm="k_norm"),
+    "timm.models.eva.EvaAttention": Family(TIMM_PATH, direct=False),
+}

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that hold trained tensors: one tensor, or what all layers of a method share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+class PromptTable(nn.Module):
+    """A trained tensor as a module of its own, which is what wrappers that shard or offload modules expect."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+class AdapterState(nn.Module, BaseTunerLayer):
+    """A module that holds adapters' tensors beside a frozen layer of the base model."""
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ("prompt_config",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt_config: dict[str, Any] = {}
+
+    @abstractmethod
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer, which says on which device the tensors belong."""
+
+    @abstractmethod
+    def update_layer(self, adapter: str, config: Any) -> None:
+        """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        own = {id(parameter) for parameter in self.parameters()}
+        others = [parameter for parameter in base_layer.parameters() if id(parameter) not in own]
+        # A quantised layer may have no floating parameter; then the adapter keeps the dtype it was made in.
+        dtype = next((parameter.dtype for parameter in others if parameter.is_floating_point()), None)
+        return (others[0].device if others else None), dtype
+
+
+class SharedLayer(AdapterState):
+    """State that all layers of a method share, owned once by the base model's `PromptRoot`.
+
+    Layers hold references that are not registered, so that it is stored once and stays tied under a deep copy.
+
+    Args:
+        anchor: a frozen layer of the base model.
+        width: D of the layers.
+    """
+
+    def __init__(self, anchor: nn.Module, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self._anchor = (anchor,)  # a tuple, so that it is no child
+
+    def get_base_layer(self) -> nn.Module:
+        return self._anchor[0]
