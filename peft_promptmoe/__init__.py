@@ -4,6 +4,7 @@
 from .callback import RoutingCallback
 from .mept import MEPTConfig, MEPTModel
 from .report import RoutingReport, record_routing, routing_report
+from .vapt import VAPTConfig, VAPTModel
 
 __version__ = "0.1.0"
 
@@ -12,6 +13,8 @@ __all__ = [
     "MEPTModel",
     "RoutingCallback",
     "RoutingReport",
+    "VAPTConfig",
+    "VAPTModel",
     "record_routing",
     "routing_report",
 ]

@@ -78,6 +78,14 @@ class Columns:
     arrived: int = 0
 
 
+@dataclass
+class MaskWithRows:
+    """An attention mask with the prompt rows of its call, for layers that hand on their mask and nothing else."""
+
+    mask: Tensor | None
+    columns: Columns | Harvest
+
+
 class Harvest:
     """Stands in for `Columns` when the attention layer itself is run on prompt rows to get their keys and values."""
 
@@ -145,7 +153,7 @@ def promptmoe_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | MaskWithRows | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a prompted layer: the model's own kernel, over the prompt rows and the text.
@@ -153,6 +161,8 @@ def promptmoe_attention(
     Without rows (adapter disabled, another method's layer) the call passes through untouched.
     """
     columns = kwargs.pop(COLUMNS, None)
+    if isinstance(attention_mask, MaskWithRows):
+        columns, attention_mask = attention_mask.columns, attention_mask.mask
     view: Any = module.config
     kernel_name = view.real._attn_implementation
     kernel = _kernel(module, kernel_name)

@@ -33,6 +33,8 @@ class PromptConfig(PeftConfig):
 
     # Where prompt keys stand for rotary embeddings and T5 biases; a method that offers the choice makes it a field.
     prompt_positions: ClassVar[str] = "unrotated"
+    # Whether the frozen model stays in evaluation mode while the adapter trains; a field where a method asks for it.
+    backbone_eval: ClassVar[bool] = False
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Attention layers that prompts join; unset, the architecture decides."}

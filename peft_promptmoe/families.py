@@ -21,6 +21,7 @@ class Family:
         stem_norm: end of the path of the norm behind the embeddings, whose output is the first block's input
             (post-norm).
         direct: whether the projections named here give keys and values; otherwise the layer itself is run on the rows.
+        rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
     """
 
     attention: str
@@ -33,6 +34,7 @@ class Family:
     input_norm: str | None = None
     stem_norm: str | None = None
     direct: bool = True
+    rows_by_mask: bool = False
 
 
 _BERT = Family(
@@ -79,7 +81,7 @@ FAMILIES: dict[str, Family] = {
 
 _VIT = Family(r"(.*\.)?layers\.\d+\.attention", norm="layernorm_before")
 _DINOV2 = Family(r"(.*\.)?encoder\.layer\.\d+\.attention", norm="norm1")
-_CLIP = Family(r"(.*\.)?encoder\.layers\.\d+\.self_attn", norm="layer_norm1")
+_CLIP_PATH = r"(.*\.)?encoder\.layers\.\d+\.self_attn"
 
 # By the model type in the attention layer's own config, which is that of the vision tower in a model of several.
 VISION_FAMILIES: dict[str, Family] = {
@@ -91,13 +93,13 @@ VISION_FAMILIES: dict[str, Family] = {
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": Family(r"(.*\.)?layer\.\d+\.attention", norm="norm1"),
-    "clip_vision_model": _CLIP,
-    "siglip_vision_model": _CLIP,
+    "clip_vision_model": Family(_CLIP_PATH, norm="layer_norm1"),
+    "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1", rows_by_mask=True),
 }
 
 TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.attn"
-# By the class of timm's attention layer; where the norm stands is read from the block, of which timm has many. EVA (and timm's DINOv3) splits the biases of its projection, so there the
-# layer itself is run.
+# By the class of timm's attention layer; where the norm stands is read from the block, of which timm has many. EVA
+# (and timm's DINOv3) splits the biases of its projection, so there the layer itself is run.
 TIMM_FAMILIES: dict[str, Family] = {
     "timm.layers.attention.Attention": Family(TIMM_PATH, fused="qkv", key_norm="k_norm"),
     "timm.models.eva.EvaAttention": Family(TIMM_PATH, direct=False),

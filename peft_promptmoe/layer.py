@@ -13,6 +13,7 @@ from .attention import (
     COLUMNS,
     Columns,
     ConfigView,
+    MaskWithRows,
     merge_columns,
     open_columns,
 )
@@ -25,7 +26,9 @@ from .state import AdapterState
 from .timm_attention import close_forward, open_forward
 
 if TYPE_CHECKING:
+    from .state import SharedLayer
     from .tokens import TokenForm
+    from .vision import GridBook
 
 CHILD = "promptmoe"
 CALL = "promptmoe_call"
@@ -46,6 +49,7 @@ class PromptLayer(AdapterState):
     """
 
     method: ClassVar[str]
+    reads_grid: ClassVar[bool] = False  # whether rows are made from the patch grid
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -53,6 +57,8 @@ class PromptLayer(AdapterState):
         self.last_routing: dict[str, RoutingRecord] = {}
         self.observers: list[Observer] = []
         self.token_form: TokenForm | None = None
+        self.grids: GridBook | None = None
+        self.shared: tuple[SharedLayer, ...] = ()  # a tuple, so that the root's module is no child of this one
         self._handles: list[Any] = []
         self._names = parameter_names(site.attention)
 
@@ -143,12 +149,6 @@ class PromptLayer(AdapterState):
 
     # -- which adapters work in which form ----------------------------------------------------------------------------
 
-    def working_adapters(self) -> list[str]:
-        """Active adapters that have prompts in this layer; none while adapters are disabled."""
-        if self.disable_adapters:
-            return []
-        return [name for name in self.active_adapters if name in self.prompt_config]
-
     def as_tokens(self, adapter: str) -> bool:
         """Whether the adapter's prompts are real tokens in this block rather than rows of its attention."""
         return self.token_form is not None and self.wants_tokens(self.prompt_config[adapter])
@@ -192,13 +192,17 @@ class PromptLayer(AdapterState):
         # Images have no padding; what BEiT passes as a mask are its relative positions.
         real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
         parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
-        kwargs[COLUMNS] = merge_columns(parts)
+        columns = merge_columns(parts)
+        if self.site.family is not None and self.site.family.rows_by_mask:
+            return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
+        kwargs[COLUMNS] = columns
         return args, kwargs
 
     def _after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        columns = kwargs.get(COLUMNS)
+        mask = kwargs.get("attention_mask")
+        columns = mask.columns if isinstance(mask, MaskWithRows) else kwargs.get(COLUMNS)
         if isinstance(columns, Columns) and columns.arrived != 1:
             raise RuntimeError(
                 f"{type(attention).__name__} at {self.site.name!r} reached its attention kernel "

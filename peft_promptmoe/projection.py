@@ -213,8 +213,8 @@ def harvest(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None, bo
     attention.forward(**arguments, **{COLUMNS: caught})
     if caught.key is None or caught.value is None:
         raise RuntimeError(
-            f"{type(attention).__name__} did not reach its attention kernel when run on prompt rows; this architecture "
-            "is not supported."
+            f"{type(attention).__name__} did not reach its attention kernel when run on prompt rows; this "
+            "architecture is not supported."
         )
     return Columns(caught.key, caught.value)
 

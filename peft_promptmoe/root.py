@@ -16,6 +16,9 @@ from .inspection import accepts_keyword_arguments, parameter_names
 from .layer import CALL, CHILD, PromptLayer
 from .projection import real_tokens
 from .routing import PromptCall, add_balance_loss
+from .sites import Site
+from .state import AdapterState, SharedLayer
+from .vision import GridBook, Patches, set_frozen_eval
 
 
 class PromptRoot(nn.Module):
@@ -29,6 +32,9 @@ class PromptRoot(nn.Module):
         self._handles: list[Any] = []
         self._layers: list[PromptLayer] = []
         self._unread: dict[str, Unread] = {}
+        self._model = (model,)  # a tuple, so that it is no child
+        self._grid_books: list[GridBook] = []
+        self.shared = nn.ModuleDict()
 
     def attach(self, model: nn.Module) -> None:
         model.add_module(CHILD, self)
@@ -41,7 +47,38 @@ class PromptRoot(nn.Module):
     def detach(self, model: nn.Module) -> None:
         for handle in self._handles:
             handle.remove()
+        for book in self._grid_books:
+            book.detach()
         delattr(model, CHILD)
+
+    def grid_book(self, patches: Patches) -> GridBook:
+        """The book of the grids that come through a patch embedding, one per embedding."""
+        for book in self._grid_books:
+            if book.patches.embedding is patches.embedding:
+                return book
+        book = GridBook(patches)
+        book.attach()
+        self._grid_books.append(book)
+        return book
+
+    def shared_layer(self, cls: type[SharedLayer], method: str, site: Site) -> SharedLayer:
+        """What all layers of a method share, made when the first of them asks."""
+        if method not in self.shared:
+            self.shared[method] = cls(site.attention, site.width)
+        return self.shared[method]  # type: ignore[return-value]
+
+    def disown(self, method: str) -> None:
+        """Drop what the layers of a method shared."""
+        if method in self.shared:
+            del self.shared[method]
+
+    def train(self, mode: bool = True) -> PromptRoot:
+        """As the last child of the base model this hears of training mode last, and can keep the frozen part out."""
+        super().train(mode)
+        working = [layer.prompt_config[name] for layer in self._layers for name in layer.working_adapters()]
+        if mode and any(config.backbone_eval for config in working):
+            set_frozen_eval(self._model[0])
+        return self
 
     def watch(self, model: nn.Module, adapter: str, unread: Unread) -> None:
         """Note the prompt layers of the model and the adapter that came; called after each injection."""
@@ -59,7 +96,7 @@ class PromptRoot(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._unread and not torch.compiler.is_compiling():
             for adapter in self._unread:
-                check_read(self._layers, adapter)
+                check_read(model, adapter)
             self._unread = {}
         asking = [layer for layer in self._layers if any(map(layer.needs_call, layer.working_adapters()))]
         if not asking or not self._passes_on:
@@ -196,7 +233,7 @@ def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
     """
     expected: dict[str, dict[str, Tensor]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, PromptLayer):
+        if isinstance(module, AdapterState):
             for name, tensor in module.state_dict(prefix=f"{prefix}{path}.").items():
                 adapter = name.rsplit(".", 2)[1]
                 expected.setdefault(adapter, {})[name] = tensor
@@ -216,16 +253,17 @@ def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
             _check_tensor(name, state_dict[name], tensor)
 
 
-def check_read(layers: list[PromptLayer], adapter: str) -> None:
+def check_read(model: nn.Module, adapter: str) -> None:
     """Check what transformers' own loader has read: it passes over missing tensors and does not look at values.
 
     Raises:
         ValueError: some of the adapter's tensors were read and others not, or some are not finite.
     """
     tensors = {
-        f"{layer.site.name}.{name}": tensor
-        for layer in layers
-        for name, tensor in layer.state_dict(keep_vars=True).items()
+        f"{path}.{name}": tensor
+        for path, state in model.named_modules()
+        if isinstance(state, AdapterState)
+        for name, tensor in state.state_dict(keep_vars=True).items()
         if name.rsplit(".", 2)[1] == adapter
     }
     read = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}

@@ -148,7 +148,8 @@ def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside_decoder = _inside_decoder(model)
     for path, module in model.named_modules():
         if is_timm_attention(module, path):
-            yield path, module
+            if find_patches(model, path, _width(module)) is not None:
+                yield path, module
         elif id(module) not in inside_decoder and not _is_cross(path, module) and calls_attention_interface(module):
             yield path, module
 
@@ -214,6 +215,11 @@ def find_site(model: nn.Module, path: str) -> Site:
     block = model.get_submodule(block_path or path.rpartition(".")[0])
     width = _width(attention)
     patches = find_patches(model, path, width)
+    if timm and patches is None:
+        raise ValueError(
+            f"{path!r} is a layer of a timm model without one patch grid (windows, or several resolutions), which "
+            "prompts cannot join. Use a plain vision transformer."
+        )
     # Rotary vision models turn the patches only, and prompts are no patches.
     rotary = _rotary_embedding(model, path) if patches is None else None
     causal = bool(getattr(attention, "is_causal", False))

@@ -36,6 +36,12 @@ class AdapterState(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> nn.Module:
         """The frozen layer, which says on which device the tensors belong."""
 
+    def working_adapters(self) -> list[str]:
+        """Active adapters that have tensors here; none while adapters are disabled."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.prompt_config]
+
     @abstractmethod
     def update_layer(self, adapter: str, config: Any) -> None:
         """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""

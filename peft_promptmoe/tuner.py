@@ -14,10 +14,14 @@ from torch import nn
 
 from .attention import check_kernel
 from .config import PromptConfig
+from .families import FAMILIES, VISION_FAMILIES
 from .layer import CHILD, PromptLayer, no_merge
 from .root import PromptRoot, Unread, prompt_layers
-from .sites import FAMILIES, Site, default_targets, find_site, is_encoder_decoder, model_type
+from .sites import Site, default_targets, find_site, is_encoder_decoder, model_type
+from .state import SharedLayer
+from .timm_attention import check_fused
 from .tokens import TokenForm
+from .vision import vision_heads
 
 # Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
 MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
@@ -36,6 +40,13 @@ class PromptTuner(BaseTuner):
     target_module_mapping = {}  # noqa: RUF012  declared by BaseTuner
 
     # -- what a method may define -------------------------------------------------------------------------------------
+
+    # Holds what all layers of the method share, one per model; None where they share nothing.
+    shared_layer_cls: type[SharedLayer] | None = None
+
+    def default_targets(self) -> str | list[str]:
+        """Attention layers to prompt when the user names none; ValueError if the model has none."""
+        return default_targets(self.model)
 
     def resolve(self, config: Any, sites: list[Site]) -> None:
         """Fill in settings of the config that follow from the model, before anything is changed."""
@@ -60,12 +71,10 @@ class PromptTuner(BaseTuner):
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
             inner = f".{CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
-        root = getattr(model, CHILD, None)
-        before = [(p, p.requires_grad) for p in model.parameters()] if root is None else None
+        first = getattr(model, CHILD, None) is None
+        before = [(p, p.requires_grad) for p in model.parameters()] if first else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if root is None:
-            root = PromptRoot(model)
-            root.attach(model)
+        root: Any = getattr(model, CHILD)
         config = self.peft_config[adapter_name]
         # An adapter that is loaded for inference gets its values from a file.
         tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
@@ -79,7 +88,7 @@ class PromptTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         if peft_config.target_modules is None:
-            found = default_targets(self.model)
+            found = self.default_targets()
             peft_config.target_modules = found if isinstance(found, str) else set(found)
         paths = [path for path, _ in self.model.named_modules() if path and f"{CHILD}." not in f"{path}."]
         paths = [path for path in paths if self._check_target_module_exists(peft_config, path)]
@@ -88,7 +97,10 @@ class PromptTuner(BaseTuner):
         sites = [find_site(self.model, path) for path in paths]
         self._check_layers(peft_config, sites)
         for site in sites:
-            check_kernel(site.attention.config._attn_implementation_internal)
+            if site.is_timm:
+                check_fused(site.attention, site.name)
+            else:
+                check_kernel(site.attention.config._attn_implementation_internal)
             if not isinstance(getattr(site.attention, CHILD, None), (self.tuner_layer_cls, type(None))):
                 raise ValueError(
                     f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
@@ -99,12 +111,13 @@ class PromptTuner(BaseTuner):
         for site in sites:
             self.check_site(peft_config, site)
         if any(site.family is None for site in sites):
+            tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
             warnings.warn(
                 f"{model_type(self.model) or type(self.model).__name__} is not among the architectures peft_promptmoe "
-                f"is tested with ({', '.join(sorted(FAMILIES))}); its attention layers were found by a generic rule.",
+                f"is tested with ({tested}); its attention layers were found by a generic rule.",
                 stacklevel=2,
             )
-        self._save_heads(peft_config)
+        self._save_heads(peft_config, any(site.patches is not None for site in sites))
         self._sites = {site.name: site for site in sites}
         return peft_config
 
@@ -139,13 +152,19 @@ class PromptTuner(BaseTuner):
                         "it out of modules_to_save, or leave that layer out by exclude_modules."
                     )
 
-    def _save_heads(self, config: PromptConfig) -> None:
-        """Train and save the heads that PEFT's task wrappers do not know."""
+    def _save_heads(self, config: PromptConfig, sees_images: bool) -> None:
+        """Train and save the heads that PEFT's task wrappers do not know; `modules_to_save=[]` keeps an image head."""
         present = dict(self.model.named_children())
-        for head in MORE_HEADS.get(str(config.task_type or ""), ()):
-            if head in present and head not in (config.modules_to_save or ()):
-                config.modules_to_save = [*(config.modules_to_save or ()), head]
+        heads = [head for head in MORE_HEADS.get(str(config.task_type or ""), ()) if head in present]
+        if sees_images and config.task_type is None and config.modules_to_save != []:
+            heads += vision_heads(self.model)
+        if new := [head for head in heads if head not in (config.modules_to_save or ())]:
+            config.modules_to_save = [*(config.modules_to_save or ()), *new]
         config.card_num_labels = getattr(getattr(self.model, "config", None), "num_labels", 2)  # type: ignore
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if getattr(model, CHILD, None) is None:
+            PromptRoot(model).attach(model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -180,6 +199,21 @@ class PromptTuner(BaseTuner):
         else:
             layer.update_layer(adapter_name, peft_config)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
+        self._share(layer, adapter_name, peft_config)
+
+    def _share(self, layer: PromptLayer, adapter_name: str, config: Any) -> None:
+        """Give the layer what it shares with the model's other layers."""
+        root: Any = getattr(self.model, CHILD)
+        if layer.reads_grid and layer.grids is None:
+            layer.grids = root.grid_book(layer.site.patches)
+            layer.grids.readers.append(layer)
+        if self.shared_layer_cls is None:
+            return
+        shared = root.shared_layer(self.shared_layer_cls, self.method, layer.site)
+        layer.shared = (shared,)
+        if adapter_name not in shared.prompt_config:
+            shared.update_layer(adapter_name, config)
+            shared._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _is_read_by_decoder(self, site: Site) -> bool:
         """Whether this is the attention layer of the last encoder block of an encoder-decoder."""
@@ -196,8 +230,10 @@ class PromptTuner(BaseTuner):
         own = [layer for layer in layers if isinstance(layer, self.tuner_layer_cls)]
         for layer in own:
             layer.detach()
+        root: Any = getattr(self.model, CHILD)
+        root.disown(self.method)
         if len(own) == len(layers):
-            getattr(self.model, CHILD).detach(self.model)
+            root.detach(self.model)
         return self.model
 
     def _check_merge_allowed(self) -> None:

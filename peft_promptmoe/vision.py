@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .inspection import parameter_names
+from .state import AdapterState
 
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
@@ -116,11 +117,16 @@ class GridBook:
 
     Args:
         patches: the tower's patch embedding.
+
+    Attributes:
+        grids: rows and columns by number of patches.
+        readers: the layers that read here.
     """
 
     def __init__(self, patches: Patches) -> None:
         self.patches = patches
         self.grids: dict[int, Grid] = {}
+        self.readers: list[AdapterState] = []
         self._names = parameter_names(patches.owner)
         self._handles: list[Any] = []
 
@@ -165,7 +171,7 @@ class GridBook:
         self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keep the patches in order where the model would shuffle them (ViT-MAE)."""
-        if "noise" not in self._names:
+        if "noise" not in self._names or not any(reader.working_adapters() for reader in self.readers):
             return None
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         ratio = getattr(getattr(owner, "config", None), "mask_ratio", 0.0)
@@ -187,7 +193,7 @@ class GridBook:
 def vision_heads(model: nn.Module) -> list[str]:
     """Names of the heads of an image model that train along with prompts."""
     found = [name for name, child in model.named_children() if name in HEADS and _has_parameters(child)]
-    backbone = getattr(model, "timm_model", model)
+    backbone: Any = getattr(model, "timm_model", model)
     if not hasattr(backbone, "get_classifier"):
         return found
     heads = backbone.get_classifier()
