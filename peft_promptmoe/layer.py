@@ -97,6 +97,10 @@ class PromptLayer(AdapterState):
         """Whether the layer's router pools the input of a causal language model and so must not see answers."""
         return False
 
+    def wants_shared(self, adapter: str) -> bool:
+        """Whether the layer takes part in what the method's layers share."""
+        return False
+
     # -- PEFT's layer contract ----------------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:

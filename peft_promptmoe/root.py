@@ -20,6 +20,8 @@ from .sites import Site
 from .state import AdapterState, SharedLayer
 from .vision import GridBook, Patches, set_frozen_eval
 
+TIMM_INNER = "timm_model"
+
 
 class PromptRoot(nn.Module):
     """Child of the base model that hooks its forward and its `load_state_dict`."""
@@ -98,7 +100,9 @@ class PromptRoot(nn.Module):
             for adapter in self._unread:
                 check_read(model, adapter)
             self._unread = {}
+        # timm's models hand nothing on to their layers, and would refuse what they do not know.
         asking = [layer for layer in self._layers if any(map(layer.needs_call, layer.working_adapters()))]
+        asking = [layer for layer in asking if not layer.site.is_timm]
         if not asking or not self._passes_on:
             return None
         call = PromptCall()
@@ -156,6 +160,9 @@ class PromptRoot(nn.Module):
 
     def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         unread, self._unread = self._unread, {}
+        for name in [name for name in state_dict if name.startswith(f"{prefix}{TIMM_INNER}.{CHILD}.")]:
+            # transformers' wrapper of timm models takes every name without its own in it for the inner model's.
+            state_dict[name.replace(f"{TIMM_INNER}.", "", 1)] = state_dict.pop(name)
         try:
             check_tensors(model, state_dict, prefix)
             # Without a PeftModel around it (no prefix) a fresh trainable adapter is filled by its user's own hand, who

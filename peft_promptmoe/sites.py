@@ -111,8 +111,11 @@ def default_targets(model: nn.Module) -> str | list[str]:
     return paths
 
 
-def image_targets(model: nn.Module) -> list[str]:
+def image_targets(model: nn.Module) -> str | list[str]:
     """Attention layers that see the tokens of one patch grid, in towers of any depth within the model.
+
+    Returns:
+        A regular expression where one matches just these layers, else their paths.
 
     Raises:
         ValueError: there is none.
@@ -129,7 +132,9 @@ def image_targets(model: nn.Module) -> list[str]:
             "it is no vision transformer, or one of windows or of several resolutions (Swin, Hiera, PVT). Use a plain "
             "vision transformer of transformers or timm."
         )
-    return found
+    family = _family(model, model.get_submodule(found[0]), found[0])
+    paths = [path for path, _ in model.named_modules() if family and re.fullmatch(family.attention, path)]
+    return family.attention if family is not None and paths == found else found
 
 
 def _is_decoder(path: str) -> bool:

@@ -18,7 +18,7 @@ from .families import FAMILIES, VISION_FAMILIES
 from .layer import CHILD, PromptLayer, no_merge
 from .root import PromptRoot, Unread, prompt_layers
 from .sites import Site, default_targets, find_site, is_encoder_decoder, model_type
-from .state import SharedLayer
+from .state import AdapterState, SharedLayer
 from .timm_attention import check_fused
 from .tokens import TokenForm
 from .vision import vision_heads
@@ -30,13 +30,14 @@ MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
 class PromptTuner(BaseTuner):
     """Base of the method tuners.
 
-    A subclass names its `prefix`, its `tuner_layer_cls` (a `PromptLayer`) and its `method`, and may override `resolve`
-    and `check_site`.
+    A subclass names its `prefix`, its `method`, its `prompt_layer_cls` and the `tuner_layer_cls` of all its state, and
+    may override `resolve`, `check_site` and the like.
     """
 
     prefix: str
     method: str
-    tuner_layer_cls: type[PromptLayer]
+    tuner_layer_cls: type[AdapterState]
+    prompt_layer_cls: type[PromptLayer]
     target_module_mapping = {}  # noqa: RUF012  declared by BaseTuner
 
     # -- what a method may define -------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ class PromptTuner(BaseTuner):
                 check_fused(site.attention, site.name)
             else:
                 check_kernel(site.attention.config._attn_implementation_internal)
-            if not isinstance(getattr(site.attention, CHILD, None), (self.tuner_layer_cls, type(None))):
+            if not isinstance(getattr(site.attention, CHILD, None), (self.prompt_layer_cls, type(None))):
                 raise ValueError(
                     f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
                     f"{self.method} cannot share an attention layer with it."
@@ -168,10 +169,10 @@ class PromptTuner(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        """PEFT's rule, except that `layers_to_transform` counts for regular expressions, too."""
+        """PEFT's rule, except that `layers_to_transform` counts for regular expressions and whole paths, too."""
         found = check_target_module_exists(peft_config, key)
-        asked = peft_config.layers_to_transform
-        if not found or asked is None or not isinstance(peft_config.target_modules, str):
+        asked, targets = peft_config.layers_to_transform, peft_config.target_modules
+        if not found or asked is None or not (isinstance(targets, str) or key in targets):
             return found
         match = re.search(r"(?:^|\.)(\d+)(?=\.)", key)
         return match is not None and int(match.group(1)) in ({asked} if isinstance(asked, int) else set(asked))
@@ -191,7 +192,7 @@ class PromptTuner(BaseTuner):
         layer = getattr(target, CHILD, None)
         if layer is None:
             site = self._sites[current_key]
-            layer = self.tuner_layer_cls(site)
+            layer = self.prompt_layer_cls(site)
             layer.update_layer(adapter_name, peft_config)
             layer.attach()
             if self._is_read_by_decoder(site):
@@ -207,7 +208,7 @@ class PromptTuner(BaseTuner):
         if layer.reads_grid and layer.grids is None:
             layer.grids = root.grid_book(layer.site.patches)
             layer.grids.readers.append(layer)
-        if self.shared_layer_cls is None:
+        if self.shared_layer_cls is None or not layer.wants_shared(adapter_name):
             return
         shared = root.shared_layer(self.shared_layer_cls, self.method, layer.site)
         layer.shared = (shared,)
@@ -227,7 +228,7 @@ class PromptTuner(BaseTuner):
             self._check_merge_allowed()
         super()._unload_and_optionally_merge(False, *args, **kwargs)
         layers = prompt_layers(self.model)
-        own = [layer for layer in layers if isinstance(layer, self.tuner_layer_cls)]
+        own = [layer for layer in layers if isinstance(layer, self.prompt_layer_cls)]
         for layer in own:
             layer.detach()
         root: Any = getattr(self.model, CHILD)

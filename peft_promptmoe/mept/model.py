@@ -36,6 +36,7 @@ class MEPTModel(PromptTuner):
     prefix = "mept_"
     method = "MEPT"
     tuner_layer_cls = MEPTLayer
+    prompt_layer_cls = MEPTLayer
 
     def resolve(self, config: MEPTConfig, sites: list[Site]) -> None:
         if config.routing == "auto":

@@ -120,12 +120,39 @@ def resample(tokens: Tensor, reduced: Grid, to: Grid) -> Tensor:
     return maps + (tokens.sum(dim=1, keepdim=True) - maps.sum(dim=1, keepdim=True)) / maps.shape[1]
 
 
-class VAPTLayer(PromptLayer):
+PROJECTOR = ("vapt_down", "vapt_up", "vapt_scale")
+
+
+class VAPTState(AdapterState):
+    """What a layer has, or all layers share: the feature projector `vapt_down` (r, D), `vapt_up` (D, r), `vapt_scale`
+    (1,).
+    """
+
+    adapter_layer_names: tuple[str, ...] = PROJECTOR
+
+    vapt_down: nn.ModuleDict
+    vapt_up: nn.ModuleDict
+    vapt_scale: nn.ModuleDict
+
+    def make_tables(self) -> None:
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
+
+    def add_projector(self, adapter: str, config: VAPTConfig, width: int) -> None:
+        """Give an adapter its feature projector, started as torch starts linear layers (official code)."""
+        down, up = nn.Linear(width, config.bottleneck_dim, bias=False), nn.Linear(config.bottleneck_dim, width, False)
+        self.vapt_down[adapter] = PromptTable(down.weight.detach())
+        self.vapt_up[adapter] = PromptTable(up.weight.detach())
+        if config.learnable_scale:
+            self.vapt_scale[adapter] = PromptTable(torch.ones(1))
+
+
+class VAPTLayer(VAPTState, PromptLayer):
     """Static or adaptive prompts of one attention layer, for any number of adapters.
 
     Trained tensors per adapter of a static layer: `vapt_prompts` (P, D). Of an adaptive one: `vapt_norm` (D,) twice,
-    `vapt_kernel` (1 or D, 1, K, K), `vapt_token_prompts` weight (P, H' * W') and bias (P,), and where layers do not
-    share them `vapt_down` (r, D), `vapt_up` (D, r), `vapt_scale` (1,).
+    `vapt_kernel` (1 or D, 1, K, K), `vapt_token_prompts` weight (P, H' * W') and bias (P,), and the feature projector
+    where layers do not share it.
     """
 
     adapter_layer_names = (
@@ -133,9 +160,7 @@ class VAPTLayer(PromptLayer):
         "vapt_norm",
         "vapt_kernel",
         "vapt_token_prompts",
-        "vapt_down",
-        "vapt_up",
-        "vapt_scale",
+        *PROJECTOR,
     )
     method = "VAPT"
     reads_grid = True
@@ -147,8 +172,7 @@ class VAPTLayer(PromptLayer):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        for name in self.adapter_layer_names:
-            self.add_module(name, nn.ModuleDict())
+        self.make_tables()
 
     def update_layer(self, adapter: str, config: VAPTConfig) -> None:
         patches, width, count = self.site.patches, self.site.width, config.num_virtual_tokens
@@ -169,7 +193,7 @@ class VAPTLayer(PromptLayer):
             nn.init.zeros_(projector.weight)
             nn.init.zeros_(projector.bias)
         if config.use_projector and not config.share_projector:
-            add_projector(self, adapter, config, width)
+            self.add_projector(adapter, config, width)
 
     def rows(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor:
         config = self.prompt_config[adapter]
@@ -197,6 +221,10 @@ class VAPTLayer(PromptLayer):
         down, up = owner.vapt_down[adapter](), owner.vapt_up[adapter]()
         return project_features(z, down, up, config.activation, dropout, scale)
 
+    def wants_shared(self, adapter: str) -> bool:
+        config = self.prompt_config[adapter]
+        return adapter not in self.vapt_prompts and config.use_projector and config.share_projector
+
     def _tokens(self, adapter: str, config: VAPTConfig, grid: Grid) -> Tensor:
         """(P, H' * W') token-wise projector for the grid that has come."""
         assert self.site.patches is not None
@@ -214,29 +242,16 @@ class VAPTLayer(PromptLayer):
         return resample(tokens, config.reduced(own), config.reduced(grid))
 
 
-class VAPTShared(SharedLayer):
-    """The feature projector that all layers of an adapter share: `vapt_down`, `vapt_up`, `vapt_scale`."""
-
-    adapter_layer_names = ("vapt_down", "vapt_up", "vapt_scale")
+class VAPTShared(VAPTState, SharedLayer):
+    """The feature projector that all adaptive layers of an adapter share."""
 
     def __init__(self, anchor: nn.Module, width: int) -> None:
         super().__init__(anchor, width)
-        for name in self.adapter_layer_names:
-            self.add_module(name, nn.ModuleDict())
+        self.make_tables()
 
     def update_layer(self, adapter: str, config: VAPTConfig) -> None:
         self.prompt_config[adapter] = config
-        if config.use_projector and config.share_projector and config.num_static_layers != "all":
-            add_projector(self, adapter, config, self.width)
-
-
-def add_projector(owner: AdapterState, adapter: str, config: VAPTConfig, width: int) -> None:
-    """Give `owner` an adapter's feature projector, started as torch starts linear layers (official code)."""
-    tables: Any = owner
-    tables.vapt_down[adapter] = PromptTable(nn.Linear(width, config.bottleneck_dim, bias=False).weight.detach())
-    tables.vapt_up[adapter] = PromptTable(nn.Linear(config.bottleneck_dim, width, bias=False).weight.detach())
-    if config.learnable_scale:
-        tables.vapt_scale[adapter] = PromptTable(torch.ones(1))
+        self.add_projector(adapter, config, self.width)
 
 
 def check_grid(config: VAPTConfig, grid: Grid) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from ..sites import Site, image_targets
 from ..tuner import PromptTuner
 from .config import VAPTConfig
-from .layer import VAPTLayer, VAPTShared, check_grid
+from .layer import VAPTLayer, VAPTShared, VAPTState, check_grid
 
 
 class VAPTModel(PromptTuner):
@@ -32,10 +32,11 @@ class VAPTModel(PromptTuner):
 
     prefix = "vapt_"
     method = "VAPT"
-    tuner_layer_cls = VAPTLayer
+    tuner_layer_cls = VAPTState
+    prompt_layer_cls = VAPTLayer
     shared_layer_cls = VAPTShared
 
-    def default_targets(self) -> list[str]:
+    def default_targets(self) -> str | list[str]:
         return image_targets(self.model)
 
     def resolve(self, config: VAPTConfig, sites: list[Site]) -> None:

@@ -17,7 +17,7 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_promptmoe import MEPTConfig
+from peft_promptmoe import MEPTConfig, VAPTConfig
 
 VOCAB, WIDTH, HEADS, LENGTH, TARGETS, IGNORED = 64, 32, 4, 8, 5, -100
 LENGTHS = (LENGTH, LENGTH - 4, LENGTH - 1)
@@ -34,10 +34,12 @@ class Architecture:
         model: model class of transformers.
         config: config class of transformers.
         settings: arguments of the config.
-        task_type: PEFT's name for the task, which decides the inputs.
+        task_type: PEFT's name for the task, which decides the inputs; "IMAGE" for images, of which PEFT has no name.
         left: how left padding is used: "ids" with position_ids, "free" without (relative positions, or positions that
             the model counts itself), None where the architecture cannot have it.
-        heads: modules at the model's root that train and are saved along with the adapter.
+        heads: modules that train and are saved along with the adapter.
+        pixels: rows and columns of the images.
+        timm: whether the attention layers are timm's.
     """
 
     model: str
@@ -46,9 +48,13 @@ class Architecture:
     task_type: str
     left: str | None
     heads: tuple[str, ...] = ()
+    pixels: tuple[int, int] = (32, 32)
+    timm: bool = False
 
     @property
     def auto_peft(self) -> str:
+        if self.task_type == "IMAGE":
+            return "AutoPeftModel"
         names = {
             "SEQ_CLS": "SequenceClassification",
             "TOKEN_CLS": "TokenClassification",
@@ -87,6 +93,32 @@ _LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+_VIT = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 3,
+}
+
+
+def _timm(architecture: str, **model: Any) -> Architecture:
+    made = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": HEADS} | model
+    size = made["img_size"]
+    return Architecture(
+        "TimmWrapperForImageClassification",
+        "TimmWrapperConfig",
+        {"architecture": architecture, "model_args": made, "num_labels": 3},
+        "IMAGE",
+        None,
+        ("timm_model.head",),
+        pixels=size if isinstance(size, tuple) else (size, size),
+        timm=True,
+    )
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
@@ -214,6 +246,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         "CAUSAL_LM",
         "free",
     ),
+    "vit": Architecture("ViTForImageClassification", "ViTConfig", _VIT, "IMAGE", None, ("classifier",)),
+    "dinov2": Architecture(
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        _VIT | {"num_register_tokens": 3, "image_size": 64},
+        "IMAGE",
+        None,
+        ("classifier",),
+        pixels=(32, 48),
+    ),
+    "deit": Architecture("DeiTForImageClassification", "DeiTConfig", _VIT, "IMAGE", None, ("classifier",)),
+    "timm_vit": _timm("vit_tiny_patch16_224"),
+    "timm_avg": _timm("vit_tiny_patch16_224", class_token=False, global_pool="avg", img_size=(32, 48)),
+    "timm_registers": _timm("vit_tiny_patch16_224", reg_tokens=3),
 }
 
 
@@ -272,12 +318,25 @@ def _mept_variants() -> dict[str, dict[str, Variant]]:
     """Both routings everywhere; the decoder of an encoder-decoder sees prompts of sample routing only."""
     table: dict[str, dict[str, Variant]] = {}
     for name, architecture in ARCHITECTURES.items():
+        if architecture.task_type == "IMAGE" and name not in ("vit", "timm_vit"):
+            continue
         alone = {"decoder_sees_prompts": False} if architecture.task_type == "SEQ_2_SEQ_LM" else {}
         eager = name in ("bert", "t5", "gpt2", "gemma3")
         table[name] = {
             "sample": Variant({"routing": "sample"}, kernels=_BOTH if name in ("bert", "t5", "bart") else ("sdpa",)),
             "token": Variant({"routing": "token"} | alone, causal=True, kernels=_BOTH if eager else ("sdpa",)),
         }
+    return table
+
+
+def _vapt_variants() -> dict[str, dict[str, Variant]]:
+    table: dict[str, dict[str, Variant]] = {}
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.task_type != "IMAGE":
+            continue
+        size = {"image_size": list(architecture.pixels)} if name == "dinov2" else {}
+        table[name] = {"adaptive": Variant(size, kernels=_BOTH if name in ("vit", "dinov2") else ("sdpa",))}
+    table["vit"]["deep"] = Variant({"num_static_layers": "all"})
     return table
 
 
@@ -300,7 +359,20 @@ METHODS: dict[str, Method] = {
         balance="balance_loss_weight",
         single={"num_experts": 1, "top_k": 1},
         other={"num_virtual_tokens": 2, "num_experts": 3, "top_k": 1},
-    )
+    ),
+    "vapt": Method(
+        config=VAPTConfig,
+        prefix="vapt_",
+        # Adaptive prompts start at zero, where most tensors get no gradient and nothing shows; see tests/unit.
+        settings={"num_virtual_tokens": 3, "init_weights": False, "channel_dropout": 0.0, "projector_dropout": 0.0},
+        variants=_vapt_variants(),
+        refusals=(
+            ("vit", {"kernel_size": 5}, "kernel_size=5 .* is larger than the grid of 4 x 4"),
+            ("timm_vit", {"num_static_layers": 3}, "num_static_layers=3 is more than the 2 blocks"),
+        ),
+        noisy={"channel_dropout": 0.5, "projector_dropout": 0.5, "prompt_dropout": 0.5},
+        other={"num_virtual_tokens": 2, "bottleneck_dim": 4, "learnable_scale": True},
+    ),
 }
 
 
@@ -335,6 +407,10 @@ class Case:
         return self.architecture.task_type
 
     @property
+    def reads_text(self) -> bool:
+        return self.task_type != "IMAGE"
+
+    @property
     def is_causal_lm(self) -> bool:
         return self.task_type == "CAUSAL_LM"
 
@@ -342,9 +418,8 @@ class Case:
 
     def base(self, seed: int = 0, **settings: Any) -> nn.Module:
         """A random base model in eval mode whose weights are large enough for every prompt to matter."""
-        made = getattr(transformers, self.architecture.config)(
-            **self.architecture.settings | settings, attn_implementation=self.kernel
-        )
+        kernel = {} if self.architecture.timm else {"attn_implementation": self.kernel}
+        made = getattr(transformers, self.architecture.config)(**self.architecture.settings | settings, **kernel)
         model = getattr(transformers, self.architecture.model)(made).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -361,7 +436,8 @@ class Case:
         return model
 
     def config(self, **settings: Any) -> PeftConfig:
-        return self.method.config(task_type=self.task_type, **self.method.settings | self.variant.settings | settings)
+        task_type = self.task_type if self.reads_text else None
+        return self.method.config(task_type=task_type, **self.method.settings | self.variant.settings | settings)
 
     def model(self, base: nn.Module | None = None, adapter: str = "default", **settings: Any) -> PeftModel:
         """The base model with a fresh adapter, in eval mode."""
@@ -374,13 +450,17 @@ class Case:
     def batch(self, lengths: tuple[int, ...] = LENGTHS, side: str = "right", seed: int = 0, pad_to: int = 0) -> Batch:
         """A batch with labels; samples shorter than the longest (or `pad_to`) are padded on `side`.
 
-        A sample's text and labels do not depend on the others nor on the padding.
+        Images are of one size, and of `lengths` only the number counts. A sample's content does
+        not depend on the others nor on the padding.
         """
         samples = [self._sample(length, seed + 10 * i) for i, length in enumerate(lengths)]
         return self.collate(samples, side, pad_to)
 
     def _sample(self, length: int, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
+        if not self.reads_text:
+            pixels = torch.randn(3, *self.architecture.pixels, generator=generator)
+            return {"pixel_values": pixels, "labels": torch.randint(3, (), generator=generator)}
         ids = torch.randint(5, VOCAB, (LENGTH,), generator=generator)[:length]
         if self.task_type == "SEQ_CLS":
             return {"input_ids": ids, "labels": ids[0] % 3}
@@ -395,6 +475,8 @@ class Case:
         return {"input_ids": ids, "labels": labels}
 
     def collate(self, samples: list[Batch], side: str = "right", pad_to: int = 0) -> Batch:
+        if not self.reads_text:
+            return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         longest = max(pad_to, *(len(sample["input_ids"]) for sample in samples))
         padded = any(len(sample["input_ids"]) < longest for sample in samples)
 
@@ -430,7 +512,9 @@ class Case:
 
     def prompt_only(self, batch: Batch) -> Batch:
         """The batch without its targets, for `generate`."""
-        return {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask")}
+        return {
+            name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "pixel_values")
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,9 +522,15 @@ class Case:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def fit(model: nn.Module, batch: Batch) -> Batch:
+    """The batch with images in the type of the model's weights."""
+    dtype = next(p.dtype for name, p in model.named_parameters() if CHILD not in name)
+    return {name: value.to(dtype) if name == "pixel_values" else value for name, value in batch.items()}
+
+
 def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:
     """(B, ...) logits, start and end logits of question answering side by side."""
-    output = model(**batch, **kwargs)
+    output = model(**fit(model, batch), **kwargs)
     if "start_logits" in output:
         return torch.stack([output["start_logits"], output["end_logits"]], dim=-1)
     return output["logits"]
@@ -455,7 +545,7 @@ def real_logits(case: Case, model: nn.Module, batch: Batch) -> list[Tensor]:
     """Logits of each sample at its real tokens (of a classifier or decoder: all of them)."""
     found = predict(model, batch)
     mask = batch.get("attention_mask")
-    if mask is None or case.task_type in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
+    if mask is None or case.task_type in ("SEQ_CLS", "SEQ_2_SEQ_LM", "IMAGE"):
         return list(found)
     return [row[real] for row, real in zip(found, mask.bool(), strict=True)]
 
@@ -464,7 +554,7 @@ def train(model: nn.Module, batch: Batch, steps: int = 3, rate: float = 0.05) ->
     """Losses of plain gradient descent; the model ends in eval mode."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
-    losses = []
+    losses, batch = [], fit(model, batch)
     for _ in range(steps):
         loss = model(**batch).loss
         optimizer.zero_grad()
@@ -481,7 +571,7 @@ def gradients(
     """Loss and gradients of one training step, the gradients divided by `scale`, which the loss was multiplied by."""
     model.train()
     model.zero_grad()
-    loss = (model if forward is None else forward)(**batch).loss
+    loss = (model if forward is None else forward)(**fit(model, batch)).loss
     (loss * scale).backward()
     model.eval()
     return loss.detach(), {
@@ -497,6 +587,11 @@ def adapter_parameters(case: Case, model: nn.Module, adapter: str = "default") -
         for name, parameter in model.named_parameters()
         if case.method.prefix in name and f".{adapter}." in name
     }
+
+
+def prompted(model: nn.Module) -> dict[str, nn.Module]:
+    """Prompt layers by path."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "site")}
 
 
 def set_head(model: nn.Module, adapter: str = "default") -> bool:
@@ -556,7 +651,7 @@ def each_case(
 def one_per_architecture(case: Case) -> bool:
     """Keep each architecture's default variant, for behaviours that do not depend on the variant."""
     default = "token" if case.is_causal_lm else "sample"
-    return case.variant_name == default or len(case.method.variants[case.architecture_name]) == 1
+    return case.variant_name in (default, "adaptive") or len(case.method.variants[case.architecture_name]) == 1
 
 
 def trains_alone(case: Case) -> bool:

@@ -35,19 +35,23 @@ def has_left(case: Case) -> bool:
     return case.architecture.left is not None
 
 
+def reads_text(case: Case) -> bool:
+    return case.reads_text
+
+
 @each_case()
 def test_the_output_has_the_length_of_the_labels(case: Case) -> None:
     model, batch = case.model(), case.batch()
     with torch.no_grad():
         output = model(**batch)
     assert output.loss.ndim == 0 and torch.isfinite(output.loss)
-    rows, length = batch["input_ids"].shape
+    rows, length = next(iter(batch.values())).shape[:2]
     found = predict(model, batch).shape
-    expected = {"SEQ_CLS": (rows, found[-1]), "SEQ_2_SEQ_LM": (rows, TARGETS, found[-1])}
+    expected = {"SEQ_CLS": (rows, found[-1]), "IMAGE": (rows, 3), "SEQ_2_SEQ_LM": (rows, TARGETS, found[-1])}
     assert found == expected.get(case.task_type, (rows, length, found[-1]))
 
 
-@each_case(kernels=ALL_KERNELS)
+@each_case(reads_text, kernels=ALL_KERNELS)
 def test_padding_on_the_right_changes_nothing(case: Case) -> None:
     model = case.model(case.base().double()).double()
     plain = real_logits(case, model, case.batch((6, 6)))
@@ -147,7 +151,7 @@ def test_training_without_labels_is_refused_where_answers_would_leak(case: Case)
         model(**case.prompt_only(batch))
 
 
-@each_case()
+@each_case(reads_text)
 def test_embeddings_can_be_passed_instead_of_ids(case: Case) -> None:
     model, batch = case.model(), case.batch((6, 6))
     expected = predict(model, batch)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 CHOSEN = {("bert", "sample"), ("modernbert", "token"), ("t5", "sample"), ("llama", "token"), ("gpt2", "sample")}
+CHOSEN |= {("vit", "adaptive"), ("timm_vit", "adaptive"), ("vit", "sample")}
 
 _FIELDS = TrainingArguments.__dataclass_fields__
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
