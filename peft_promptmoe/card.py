@@ -40,12 +40,22 @@ pip install peft-promptmoe
 
 ```python
 import peft_promptmoe  # registers {method} with PEFT
-from peft import {auto_class}
-
-adapter = "."  # this folder, or the id of this repository on the Hub
-model = {auto_class}.from_pretrained(adapter{arguments})
+{load}
 ```
 """
+
+LOAD = """from peft import {auto_class}
+
+adapter = "."  # this folder, or the id of this repository on the Hub
+model = {auto_class}.from_pretrained(adapter{arguments})"""
+
+# timm's classes have no from_pretrained, so PEFT's auto classes cannot make the base model.
+LOAD_TIMM = """import timm
+from peft import PeftModel
+
+adapter = "."  # this folder, or the id of this repository on the Hub
+base = timm.create_model({architecture!r}, pretrained=True{arguments})
+model = PeftModel.from_pretrained(base, adapter)"""
 
 
 def write_card(config: PromptConfig, folder: str | os.PathLike[str]) -> None:
@@ -57,15 +67,18 @@ def write_card(config: PromptConfig, folder: str | os.PathLike[str]) -> None:
     card = ModelCard.load(path) if path.exists() else ModelCard(_header(config))
     if MARKER in card.content:
         return
-    labels = getattr(config, "card_num_labels", 2)
-    section = SECTION.format(
-        marker=MARKER,
-        method=str(getattr(config.peft_type, "value", config.peft_type)),
-        auto_class=AUTO_CLASSES.get(str(config.task_type or ""), "AutoPeftModel"),
-        arguments=f", num_labels={labels}" if labels != 2 else "",
-    )
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    section = SECTION.format(marker=MARKER, method=method, load=_load(config))
     card.text = "\n" + section + "\n" + card.text.lstrip("\n")
     card.save(path)
+
+
+def _load(config: PromptConfig) -> str:
+    labels, architecture = getattr(config, "card_num_labels", 2), getattr(config, "card_timm_architecture", None)
+    if architecture is not None:
+        return LOAD_TIMM.format(architecture=architecture, arguments=f", num_classes={labels}")
+    auto_class = AUTO_CLASSES.get(str(config.task_type or ""), "AutoPeftModel")
+    return LOAD.format(auto_class=auto_class, arguments=f", num_labels={labels}" if labels != 2 else "")
 
 
 def _header(config: PromptConfig) -> str:

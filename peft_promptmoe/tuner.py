@@ -161,7 +161,16 @@ class PromptTuner(BaseTuner):
             heads += vision_heads(self.model)
         if new := [head for head in heads if head not in (config.modules_to_save or ())]:
             config.modules_to_save = [*(config.modules_to_save or ()), *new]
-        config.card_num_labels = getattr(getattr(self.model, "config", None), "num_labels", 2)  # type: ignore
+        self._note_for_card(config)
+
+    def _note_for_card(self, config: Any) -> None:
+        """What the model card's loading snippet says of the base model; no part of the config."""
+        timm = getattr(self.model, "pretrained_cfg", None)
+        if timm and not hasattr(self.model, "config"):
+            config.card_timm_architecture = timm.get("architecture")
+            config.card_num_labels = getattr(self.model, "num_classes", 0)
+        else:
+            config.card_num_labels = getattr(getattr(self.model, "config", None), "num_labels", 2)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if getattr(model, CHILD, None) is None:
