@@ -28,6 +28,7 @@ from torch import nn
 
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.attention import ConfigView
+from peft_promptmoe.families import VISION_FAMILIES
 from peft_promptmoe.root import prompt_layers
 
 P = 3
@@ -110,8 +111,9 @@ def test_one_warning_and_the_whole_contract(name: str, tmp_path: Path) -> None:
     base = run(model, inputs)
     prompted, messages = attach(name, model)
     kind = ARCHITECTURES[name].config or name
-    assert len(messages) == 1, messages
-    assert messages[0].startswith(f"{kind} is not among") and GENERIC in messages[0]
+    if kind not in VISION_FAMILIES:  # MEPT is tested on these in full only on ViT, and here on all of them
+        assert len(messages) == 1, messages
+        assert messages[0].startswith(f"{kind} is not among") and GENERIC in messages[0]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "routing='sample' on a causal language model reads the whole input")
         got = run(prompted, inputs)
@@ -152,7 +154,7 @@ def test_refused_at_the_first_forward(name: str) -> None:
     assert torch.equal(run(prompted.unload(), inputs), base)
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "lfm2", "qwen2", "vit"])
+@pytest.mark.parametrize("name", ["gpt_neox", "lfm2", "qwen2", "ijepa"])
 def test_a_norm_that_was_overlooked_is_noticed(name: str) -> None:
     model = make_model(name)
     prompted, _ = attach(name, model)
