@@ -7,6 +7,7 @@ Letters: `B` batch, `N = H * W` patches, `D` width, `P` prompts, `K` kernel side
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layer import PromptLayer
-from ..routing import PromptCall, routing_dtype
+from ..routing import PromptCall, routing_dtype, without_autocast
 from ..sites import Site
 from ..state import AdapterState, PromptTable, SharedLayer
 from ..vision import Grid
@@ -203,7 +204,12 @@ class VAPTLayer(VAPTState, PromptLayer):
                 return prompts
             return F.dropout(prompts.expand(x.shape[0], -1, -1), config.prompt_dropout)
         assert self.grids is not None and self.site.patches is not None
-        grid = self.grids.of(x.shape[1])
+        with without_autocast(x):
+            return self._adapt(adapter, config, x, self.grids.of(x.shape[1]))
+
+    def _adapt(self, adapter: str, config: VAPTConfig, x: Tensor, grid: Grid) -> Tensor:
+        """(B, P, D) prompts made of the patches in `x` (B, T, D), which lie in `grid`."""
+        assert self.site.patches is not None
         kernel = self.vapt_kernel[adapter]() if config.use_conv else None
         projector: Any = self.vapt_token_prompts[adapter]
         norm: Any = self.vapt_norm[adapter]
@@ -238,6 +244,13 @@ class VAPTLayer(VAPTState, PromptLayer):
                 f"The adapter {adapter!r} was made for a grid of {own[0]} x {own[1]} patches (image_size="
                 f"{config.image_size}) and these images have {grid[0]} x {grid[1]}. Resize the images, make the "
                 "adapter with another image_size, or set resample_grid=True."
+            )
+        if self.training and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"The prompts are made for a grid of {own[0]} x {own[1]} patches (image_size={config.image_size}) and "
+                f"train on images of {grid[0]} x {grid[1]}, resampled in every forward. Make the adapter with the "
+                "image_size of your images.",
+                stacklevel=2,
             )
         return resample(tokens, config.reduced(own), config.reduced(grid))
 
