@@ -34,8 +34,8 @@ class Budget:
     """What every method gets alike."""
 
     epochs: int = 3
-    batch_size: int = 32
-    head_lr: float = 1e-2
+    batch_size: int = 16
+    head_lr: float = 3e-3
     warmup: float = 0.06
     bf16: bool = True
 

@@ -10,25 +10,33 @@ the methods take turns within one process; compare them by their ratio to a row 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-import peft_promptmoe
 from peft_promptmoe import MEPTConfig
+
+from _cost import (
+    Model,
+    build,
+    flops,
+    interleaved,
+    relative,
+    saved_bytes,
+    show_exact,
+    show_times,
+    step,
+    with_ratios,
+    write,
+)
 
 BERT_BASE = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 LLAMA_1B = LlamaConfig(
@@ -57,7 +65,6 @@ ATTENTION = {
     "SEQ_CLS": ["query", "key", "value", "attention.output.dense"],
     "CAUSAL_LM": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
-Model = Callable[[], nn.Module]
 
 
 def bert() -> nn.Module:
@@ -97,11 +104,6 @@ def methods(task: str) -> dict[str, Any]:
     }
 
 
-def build(make: Model, config: Any) -> nn.Module:
-    model = make()
-    return model.requires_grad_(False) if config is None else get_peft_model(model, config)
-
-
 def text_batch(task: str, batch: int, length: int, device: str) -> dict[str, Tensor]:
     ids = torch.randint(1, 1000, (batch, length), device=device)
     if task == "SEQ_CLS":
@@ -109,36 +111,6 @@ def text_batch(task: str, batch: int, length: int, device: str) -> dict[str, Ten
     else:
         labels = ids.masked_fill(torch.arange(length, device=device) < length // 2, -100)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def flops(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> int:
-    """FLOPs of one forward, or of a forward and backward."""
-    model.train(train)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-        loss = model(**inputs).loss
-        if train and loss.requires_grad:
-            loss.backward()
-    return counter.get_total_flops()
-
-
-def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Bytes that one training forward keeps for its backward pass, parameters aside; shared storage counts once."""
-    model.train()
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    seen: dict[int, int] = {}
-    kept = []  # keeps storages alive, so that none is counted under the number of a freed one
-
-    def pack(tensor: Tensor) -> None:
-        # Nothing is handed back: a node that kept its own output would hold the whole graph in memory for good.
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
-            kept.append(storage)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
-        loss = model(**inputs).loss
-    del loss
-    return sum(seen.values())
 
 
 def exact_rows(name: str, task: str, make: Model, small: Model, batch: int, length: int) -> list[dict[str, Any]]:
@@ -163,43 +135,11 @@ def exact_rows(name: str, task: str, make: Model, small: Model, batch: int, leng
     return with_ratios(rows)
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_method = {row["method"]: row for row in rows}
-    base, lora = by_method["base"], by_method["lora_r8"]
-    for row in rows:
-        if "forward_flops" in row:
-            row["forward_vs_base"] = row["forward_flops"] / base["forward_flops"]
-            row["train_vs_lora"] = row["train_flops"] / lora["train_flops"]
-        row["saved_vs_lora"] = row["saved_bytes"] / lora["saved_bytes"]
-    return rows
-
-
-def interleaved(runs: dict[str, Callable[[], float]], repeats: int, desc: str) -> dict[str, dict[str, float]]:
-    """Minimum and median seconds of each run, the runs taking turns; the first turn is a warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(repeats + 1), desc=desc, leave=False):
-        for name, run in runs.items():
-            seconds = run()
-            if turn:
-                times[name].append(seconds)
-    return {name: {"min_s": min(found), "median_s": statistics.median(found)} for name, found in times.items()}
-
-
 def step_times(task: str, make: Model, names: list[str], batch: int, length: int, repeats: int) -> dict[str, Any]:
     inputs = text_batch(task, batch, length, "cpu")
     configs = methods(task)
 
-    def step(model: nn.Module) -> Callable[[], float]:
-        def run() -> float:
-            start = time.perf_counter()
-            model(**inputs).loss.backward()
-            seconds = time.perf_counter() - start
-            model.zero_grad()
-            return seconds
-
-        return run
-
-    runs = {name: step(build(make, configs[name]).train()) for name in names}
+    runs = {name: step(build(make, configs[name]).train(), inputs) for name in names}
     return relative(interleaved(runs, repeats, "training step"), "lora_r8")
 
 
@@ -225,21 +165,10 @@ def decode_times(names: list[str], batch: int, prompt: int, tokens: int, repeats
         return relative(interleaved(runs, repeats, "decoding"), "base")
 
 
-def relative(times: dict[str, dict[str, float]], to: str) -> dict[str, dict[str, float]]:
-    return {name: {**row, f"min_vs_{to}": row["min_s"] / times[to]["min_s"]} for name, row in times.items()}
-
-
 def show(result: dict[str, Any]) -> None:
-    print(f"{'model':12}{'method':22}{'trainable':>11}{'forward':>9}{'train/LoRA':>12}{'saved/LoRA':>12}")
-    for row in result["exact"]:
-        forward, train = row.get("forward_vs_base", float("nan")), row.get("train_vs_lora", float("nan"))
-        print(
-            f"{row['model']:12}{row['method']:22}{row['trainable']:11,}{forward:9.4f}{train:12.4f}"
-            f"{row['saved_vs_lora']:12.4f}"
-        )
+    show_exact(result["exact"])
     for kind in ("step", "decode"):
-        for name, row in result[kind].items():
-            print(f"{kind:8}{name:22}" + "".join(f"{key} {value:.4f}   " for key, value in row.items()))
+        show_times(kind, result[kind])
 
 
 def main() -> None:
@@ -267,13 +196,10 @@ def main() -> None:
         ],
         "step": step_times("SEQ_CLS", bert, compared[1:], batch=8, length=128, repeats=args.repeats),
         "decode": decode_times(compared, batch=4, prompt=64, tokens=16, repeats=args.repeats),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, peft_promptmoe)},
-        "machine": {"processor": platform.machine(), "threads": args.threads},
     }
     show(result)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, args.output)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,12 @@ import sys
 from pathlib import Path
 
 import datasets
-import evaluate
-import numpy as np
 import torch
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -31,23 +28,14 @@ from transformers import (
 from peft_promptmoe import MEPTConfig, RoutingCallback, routing_report
 
 import assets
+from metrics import score
+from pooling import pool_by_mean
 
 SENTENCES = [
     "A warm, funny and deeply moving film.",
     "Two hours of my life that I will never get back.",
     "The cast is wonderful, but the script gives them nothing to do.",
 ]
-
-
-class Accuracy(evaluate.Metric):
-    """Share of right answers; `evaluate.load("accuracy")` is the same, but has to fetch a script from the Hub."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        columns = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(columns))
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.equal(predictions, references)))}
 
 
 def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
@@ -68,11 +56,6 @@ def load_splits(args: argparse.Namespace) -> datasets.DatasetDict:
 
 def train(model: torch.nn.Module, data: datasets.DatasetDict, args: argparse.Namespace, name: str) -> dict[str, float]:
     """Train what is trainable in `model` with the stock Trainer; returns its scores on the test split."""
-    metric = Accuracy()
-
-    def score(prediction: EvalPrediction) -> dict[str, float]:
-        return metric.compute(predictions=prediction.predictions.argmax(-1), references=prediction.label_ids)
-
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -102,15 +85,10 @@ def train(model: torch.nn.Module, data: datasets.DatasetDict, args: argparse.Nam
     return {"accuracy": scores["test_accuracy"], "loss": scores["test_loss"], "trainable": trainable, "s": seconds}
 
 
-# Parts of a head that PEFT does not train by itself. BERT's pooler belongs to it where nobody has trained it, as in
-# MiniLM: its outputs are so small that a classifier on top learns next to nothing at an ordinary learning rate.
-HEAD_PARTS = ("pooler",)
-
-
 def head_only(model: PreTrainedModel) -> PreTrainedModel:
     """Freeze everything but the head."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = any(part in ("classifier", "score", *HEAD_PARTS) for part in name.split("."))
+        parameter.requires_grad = any(part in ("classifier", "score") for part in name.split("."))
     return model
 
 
@@ -125,13 +103,12 @@ def fine_tune(args: argparse.Namespace) -> None:
     def base_model() -> PreTrainedModel:
         set_seed(args.seed)  # both runs start from the same head
         names = dict(enumerate(labels))
-        return AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels), id2label=names)
+        base = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(labels), id2label=names)
+        return pool_by_mean(base) if args.mean_pooling else base
 
     head_scores = train(head_only(base_model()), data, args, "head")
 
-    base = base_model()
-    heads = [name for name in HEAD_PARTS if any(path.endswith(f".{name}") for path, _ in base.named_modules())]
-    model = get_peft_model(base, MEPTConfig(task_type="SEQ_CLS", modules_to_save=heads))
+    model = get_peft_model(base_model(), MEPTConfig(task_type="SEQ_CLS"))
     model.print_trainable_parameters()
     mept_scores = train(model, data, args, "mept")
     model.save_pretrained(args.output / "adapter")
@@ -143,6 +120,7 @@ def fine_tune(args: argparse.Namespace) -> None:
 
     print("\nThe saved adapter in a fresh process:", flush=True)
     command = [sys.executable, __file__, "--predict", args.output / "adapter", "--output", args.output]
+    command += ["--mean-pooling"] if args.mean_pooling else []
     subprocess.run([*command, "--text", *args.text, "--labels", *labels], check=True)
 
 
@@ -153,6 +131,8 @@ def predict(args: argparse.Namespace) -> None:
     model = AutoPeftModelForSequenceClassification.from_pretrained(
         args.predict, num_labels=len(names), id2label=names
     ).eval()
+    if args.mean_pooling:
+        pool_by_mean(model.get_base_model())
     tokenizer = AutoTokenizer.from_pretrained(args.predict)
     chances = model(**tokenizer(args.text, padding=True, return_tensors="pt")).logits.softmax(-1)
     for text, row in zip(args.text, chances, strict=True):
@@ -179,6 +159,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="one learning rate for head and prompts")
+    parser.add_argument(
+        "--mean-pooling",
+        action=argparse.BooleanOptionalAction,
+        help="classify the mean over the tokens, for BERT-like sentence encoders (default: for the packaged model)",
+    )
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/text_classification"))
@@ -188,6 +173,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model is None and args.predict is None:
         args.model = assets.minilm()
+        args.mean_pooling = args.mean_pooling is not False
     return args
 
 

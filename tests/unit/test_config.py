@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MEPTConfig refuses every bad value at once, naming the field."""
+"""Every method's config refuses every bad value at once, naming the field."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from peft_promptmoe import MEPTConfig
-from peft_promptmoe.config import MAX_SLOTS_PER_LAYER
+from peft_promptmoe import MEPTConfig, VAPTConfig
+from peft_promptmoe.config import MAX_SLOTS_PER_LAYER, PromptConfig
+from peft_promptmoe.vapt.config import MAX_PIXELS, MAX_WIDTH
 
 NAN, INF = math.nan, math.inf
 NO_INTEGERS = (True, False, 1.0, 1.5, NAN, INF, "3", "", [1], {}, b"1", 1 + 0j)
@@ -22,8 +23,15 @@ NO_BOOLS = (0, 1, "True", "", 1.0, [True])
 NO_NAMES = (0, True, 1.5, ["sample"], {})
 
 # Field, and values that are not of its kind or out of its range.
-BAD: dict[str, tuple[Any, ...]] = {
+COMMON: dict[str, tuple[Any, ...]] = {
     "num_virtual_tokens": (*NO_INTEGERS, None, 0, -1, MAX_SLOTS_PER_LAYER + 1, 10**9, 10**30),
+    "init_weights": (*NO_BOOLS, None),
+    "layers_to_transform": (True, 1.5, NAN, "3", -1, [-1], [True], [0, "1"], [1.0], [None], {"a": 1}),
+    "target_modules": (3, True, 1.5, [1], ["a", None], b"a"),
+    "exclude_modules": (3, True, 1.5, [1], ["a", None], b"a"),
+    "modules_to_save": (3, True, "classifier", [1], [None]),
+}
+BAD: dict[str, tuple[Any, ...]] = COMMON | {
     "num_experts": (*NO_INTEGERS, None, 0, -1, 10**7, 10**30),
     "top_k": (*NO_INTEGERS, None, 0, -1, 5, 10**9),
     "num_shared_experts": (*NO_INTEGERS, None, -1, 10**7, 10**30),
@@ -39,12 +47,26 @@ BAD: dict[str, tuple[Any, ...]] = {
     "prompt_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0),
     "init_std": (True, False, None, "matched", "", NAN, INF, -1.0, [0.1]),
     "prompt_init": (*NO_NAMES, None, "", "zeros", "Random"),
-    "init_weights": (*NO_BOOLS, None),
-    "layers_to_transform": (True, 1.5, NAN, "3", -1, [-1], [True], [0, "1"], [1.0], [None], {"a": 1}),
-    "target_modules": (3, True, 1.5, [1], ["a", None], b"a"),
-    "exclude_modules": (3, True, 1.5, [1], ["a", None], b"a"),
-    "modules_to_save": (3, True, "classifier", [1], [None]),
 }
+BAD_VAPT: dict[str, tuple[Any, ...]] = COMMON | {
+    "bottleneck_dim": (*NO_INTEGERS, None, 0, -1, MAX_WIDTH + 1, 10**30),
+    "kernel_size": (*NO_INTEGERS, None, 0, -1, MAX_PIXELS + 1, 10**30),
+    "padding": (*NO_INTEGERS, None, -1, MAX_PIXELS + 1, 10**30),
+    "use_conv": (*NO_BOOLS, None),
+    "channelwise_kernel": (*NO_BOOLS, None),
+    "use_projector": (*NO_BOOLS, None),
+    "share_projector": (*NO_BOOLS, None),
+    "learnable_scale": (*NO_BOOLS, None),
+    "activation": (*NO_NAMES, None, "", "ReLU", "attention", "silu"),
+    "num_static_layers": (True, False, 1.0, NAN, "", "All", "3", None, -1, [1]),
+    "prompt_dropout": (*NO_NUMBERS, None, NAN, INF, -0.1, 1.0, 2),
+    "channel_dropout": (*NO_NUMBERS, None, NAN, INF, -0.1, 1.0, 2),
+    "projector_dropout": (*NO_NUMBERS, None, NAN, INF, -0.1, 1.0, 2),
+    "image_size": (True, 1.5, NAN, "32", 0, -1, MAX_PIXELS + 1, [], [32], [32, 0], [32, 32, 32], [32, "32"], {32: 32}),
+    "resample_grid": (*NO_BOOLS, None),
+    "backbone_eval": (*NO_BOOLS, None),
+}
+TABLES: dict[type[PromptConfig], dict[str, tuple[Any, ...]]] = {MEPTConfig: BAD, VAPTConfig: BAD_VAPT}
 
 
 def short(value: Any) -> str:
@@ -115,7 +137,23 @@ def test_good_values_at_the_edges() -> None:
     assert MEPTConfig(target_modules="all.*").target_modules == "all.*"
 
 
-def test_ten_thousand_random_configs_raise_nothing_else() -> None:
+def test_good_values_of_vapt_at_the_edges() -> None:
+    config = VAPTConfig(
+        num_virtual_tokens=1,
+        bottleneck_dim=1,
+        kernel_size=1,
+        num_static_layers=0,
+        prompt_dropout=0,
+        channel_dropout=0.99,
+    )
+    assert not config.is_static(0)
+    assert VAPTConfig(num_static_layers="all").is_static(99)
+    assert VAPTConfig(image_size=32).image_size == [32, 32]
+    assert VAPTConfig(image_size=(32, 48)).to_dict()["image_size"] == [32, 48]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", TABLES)
+def test_ten_thousand_random_configs_raise_nothing_else(config: type[PromptConfig]) -> None:
     """Anything that is not a valid config is a TypeError or ValueError, and quick: nothing is allocated."""
     source = random.Random(0)
     junk = [
@@ -140,14 +178,14 @@ def test_ten_thousand_random_configs_raise_nothing_else() -> None:
         {},
         {1},
     ]
-    names = list(BAD)
+    names = list(TABLES[config])
     made = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(10_000):
             settings = {name: source.choice(junk) for name in source.sample(names, source.randint(1, 4))}
             try:
-                MEPTConfig(**settings)
+                config(**settings)
                 made += 1
             except (TypeError, ValueError):
                 pass
