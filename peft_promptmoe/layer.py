@@ -49,7 +49,6 @@ class PromptLayer(AdapterState):
     """
 
     method: ClassVar[str]
-    reads_grid: ClassVar[bool] = False  # whether rows are made from the patch grid
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -95,6 +94,10 @@ class PromptLayer(AdapterState):
 
     def reads_query(self, adapter: str) -> bool:
         """Whether the layer's router pools the input of a causal language model and so must not see answers."""
+        return False
+
+    def uses_grid(self, adapter: str) -> bool:
+        """Whether the adapter's rows are made from the patch grid."""
         return False
 
     def wants_shared(self, adapter: str) -> bool:

@@ -324,8 +324,8 @@ def _check_tensor(name: str, given: Any, expected: Tensor) -> None:
     if tuple(given.shape) != tuple(expected.shape):
         raise ValueError(
             f"{name!r} has shape {tuple(given.shape)} in the adapter file and {tuple(expected.shape)} in the model: "
-            "the adapter was trained with another num_experts, num_virtual_tokens or model width than its config and "
-            "this model have."
+            "the adapter was trained with other settings (num_virtual_tokens and the like) than its config says, or "
+            "on a model of another width."
         )
     if not given.is_meta and not bool(torch.isfinite(given).all()):
         raise ValueError(f"{name!r} holds values that are not finite; the adapter file is damaged.")

@@ -171,7 +171,7 @@ def _family(model: nn.Module, attention: nn.Module, path: str) -> Family | None:
 def _width(attention: Any) -> int:
     """Width D of the layer's input."""
     if hasattr(attention, "config"):
-        return int(attention.config.hidden_size)
+        return int(getattr(attention.config, "hidden_size", 0))  # models of several widths have no one number
     return next(module.in_features for module in attention.modules() if isinstance(module, nn.Linear))
 
 
@@ -219,6 +219,11 @@ def find_site(model: nn.Module, path: str) -> Site:
     block_path, index = _block_of(path)
     block = model.get_submodule(block_path or path.rpartition(".")[0])
     width = _width(attention)
+    if width == 0:
+        raise ValueError(
+            f"{path!r}, a {type(attention).__name__}, belongs to a model of several widths, which prompts cannot "
+            "join. Use a plain transformer."
+        )
     patches = find_patches(model, path, width)
     if timm and patches is None:
         raise ValueError(

@@ -126,6 +126,8 @@ class PromptTuner(BaseTuner):
         message = f"target_modules={config.target_modules!r} matches no module of {type(self.model).__name__}"
         if config.layers_to_transform is not None:
             message += f" within layers_to_transform={config.layers_to_transform!r}"
+        if config.modules_to_save:
+            message += f" outside modules_to_save={config.modules_to_save!r}"
         return message + ". Leave target_modules unset, or name attention layers of this model."
 
     def _check_layers(self, config: PromptConfig, sites: list[Site]) -> None:
@@ -214,7 +216,7 @@ class PromptTuner(BaseTuner):
     def _share(self, layer: PromptLayer, adapter_name: str, config: Any) -> None:
         """Give the layer what it shares with the model's other layers."""
         root: Any = getattr(self.model, CHILD)
-        if layer.reads_grid and layer.grids is None:
+        if layer.uses_grid(adapter_name) and layer.grids is None:
             layer.grids = root.grid_book(layer.site.patches)
             layer.grids.readers.append(layer)
         if self.shared_layer_cls is None or not layer.wants_shared(adapter_name):

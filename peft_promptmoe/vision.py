@@ -12,12 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .inspection import parameter_names
-from .state import AdapterState
 
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
 # Heads of transformers' vision models, children of the model itself; timm's are asked for by `get_classifier`.
-HEADS = ("classifier", "cls_classifier", "distillation_classifier", "decode_head", "auxiliary_head")
+HEADS = ("classifier", "cls_classifier", "distillation_classifier", "decode_head", "auxiliary_head", "fpn", "neck")
 
 Grid = tuple[int, int]
 
@@ -32,6 +31,7 @@ class Patches:
         size: pixels of a patch, (rows, columns).
         image_size: pixels of the model's own images, (rows, columns); None where it takes any.
         owner: the module that adds prefix tokens and positions.
+        pads: whether images are padded to whole patches, not cropped.
     """
 
     embedding: nn.Conv2d
@@ -39,34 +39,40 @@ class Patches:
     size: Grid
     image_size: Grid | None
     owner: nn.Module
+    pads: bool = False
 
     def grid(self, image_size: Grid) -> Grid:
         """Rows and columns of patches in an image of `image_size` pixels."""
-        return image_size[0] // self.size[0], image_size[1] // self.size[1]
+        more = (self.size[0] - 1, self.size[1] - 1) if self.pads else (0, 0)
+        return (image_size[0] + more[0]) // self.size[0], (image_size[1] + more[1]) // self.size[1]
 
 
 def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
     """The patch embedding of the tower that the attention layer at `path` belongs to.
 
     Returns:
-        None where there is no single one of the attention layer's width: text, windows, pyramids.
+        None where there is no single one of the attention layer's width: text, windows, pyramids, patches of another
+        network's features, tokens behind the patches.
     """
     attention: Any = model.get_submodule(path)
     config = getattr(attention, "config", None)
     if config is not None and (not hasattr(config, "patch_size") or hasattr(config, "depths")):
         return None
-    tower = path
-    embedding_path = None
-    while tower and embedding_path is None:
-        tower = tower.rpartition(".")[0]
-        for name, module in model.get_submodule(tower).named_modules(prefix=tower):
-            if _is_patch_embedding(module, width):
-                embedding_path = name
-                break
-    if embedding_path is None:
+    if hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"):
         return None
+    tower = path
+    found: tuple[str, nn.Module] | None = None
+    while tower and found is None:
+        tower = tower.rpartition(".")[0]
+        modules = model.get_submodule(tower).named_modules(prefix=tower)
+        found = next(((name, module) for name, module in modules if isinstance(module, nn.Conv2d)), None)
+    if found is None or not _is_patch_embedding(found[1], width):
+        return None
+    embedding_path = found[0]
     embedding: Any = model.get_submodule(embedding_path)
     owners = [model.get_submodule(name) for name in _ancestors(embedding_path, tower)]
+    if any("detection_tokens" in owner._parameters for owner in owners):
+        return None
     owner = next((module for module in owners if count_prefix(module) is not None), owners[0])
     return Patches(
         embedding=embedding,
@@ -74,6 +80,7 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
         size=tuple(embedding.kernel_size),
         image_size=_image_size([*owners, config]),
         owner=owner,
+        pads=any(getattr(module, "dynamic_img_pad", False) for module in owners),
     )
 
 
@@ -120,13 +127,13 @@ class GridBook:
 
     Attributes:
         grids: rows and columns by number of patches.
-        readers: the layers that read here.
+        readers: the layers that may read here; nothing is written or changed while none of them does.
     """
 
     def __init__(self, patches: Patches) -> None:
         self.patches = patches
         self.grids: dict[int, Grid] = {}
-        self.readers: list[AdapterState] = []
+        self.readers: list[Any] = []
         self._names = parameter_names(patches.owner)
         self._handles: list[Any] = []
 
@@ -156,7 +163,12 @@ class GridBook:
             )
         return grid
 
+    def _is_read(self) -> bool:
+        return any(reader.uses_grid(name) for reader in self.readers for name in reader.working_adapters())
+
     def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not self._is_read():
+            return
         rows, columns = output.shape[-2:]
         known = self.grids.get(rows * columns)
         if known is None:
@@ -171,7 +183,7 @@ class GridBook:
         self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keep the patches in order where the model would shuffle them (ViT-MAE)."""
-        if "noise" not in self._names or not any(reader.working_adapters() for reader in self.readers):
+        if "noise" not in self._names or not self._is_read():
             return None
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         ratio = getattr(getattr(owner, "config", None), "mask_ratio", 0.0)

@@ -10,6 +10,7 @@ from ..registration import ensure_peft_type
 
 MAX_PIXELS = 16_384  # a side of an image; more is a mistake, or a stranger's config asking for memory
 MAX_WIDTH = 65_536
+MAX_PROJECTOR = 4_194_304  # values of one layer's token-wise projector, 16 MiB
 ACTIVATIONS = ("relu", "gelu", "sigmoid", "softmax", "identity")
 
 

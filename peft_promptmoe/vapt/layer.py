@@ -20,9 +20,10 @@ from ..routing import PromptCall, routing_dtype, without_autocast
 from ..sites import Site
 from ..state import AdapterState, PromptTable, SharedLayer
 from ..vision import Grid
-from .config import VAPTConfig
+from .config import MAX_PROJECTOR, VAPTConfig
 
 NORM_EPS = 1e-5  # official code: torch's default
+LEAST_EPS = 1e-6  # that of the official code's ViT
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -102,6 +103,25 @@ def project_features(
     return z + update if scale is None else z + scale.to(z.dtype) * update
 
 
+def temper(prompts: Tensor, eps: float | None) -> Tensor:
+    """The prompts themselves; while they are next to zero, their gradient as behind a norm of epsilon `LEAST_EPS`.
+
+    Prompts start at zero, and there the block's norm multiplies gradients by 1 / sqrt(epsilon). That is 1e3 for the
+    ViTs of the official code and 1e6 for transformers' ViT (1e-12), whose first step would throw the projector off or
+    leave Adam's second moment too large for a thousand steps.
+
+    Args:
+        prompts: (B, P, D).
+        eps: epsilon of the block's norm; None where it has none.
+    """
+    if eps is None or eps >= LEAST_EPS or not prompts.requires_grad:
+        return prompts
+    values = prompts.detach()
+    variance = values.var(dim=-1, correction=0, keepdim=True)
+    factor = torch.where(variance < LEAST_EPS, ((variance + eps) / (variance + LEAST_EPS)).sqrt(), 1.0)
+    return values + (prompts - values) * factor
+
+
 def resample(tokens: Tensor, reduced: Grid, to: Grid) -> Tensor:
     """A token-wise projector for another grid: bilinear between the old one's weights, each prompt's sum kept.
 
@@ -164,7 +184,6 @@ class VAPTLayer(VAPTState, PromptLayer):
         *PROJECTOR,
     )
     method = "VAPT"
-    reads_grid = True
 
     vapt_prompts: nn.ModuleDict
     vapt_norm: nn.ModuleDict
@@ -205,7 +224,8 @@ class VAPTLayer(VAPTState, PromptLayer):
             return F.dropout(prompts.expand(x.shape[0], -1, -1), config.prompt_dropout)
         assert self.grids is not None and self.site.patches is not None
         with without_autocast(x):
-            return self._adapt(adapter, config, x, self.grids.of(x.shape[1]))
+            prompts = self._adapt(adapter, config, x, self.grids.of(x.shape[1]))
+            return temper(prompts, getattr(self.site.norm, "eps", None))
 
     def _adapt(self, adapter: str, config: VAPTConfig, x: Tensor, grid: Grid) -> Tensor:
         """(B, P, D) prompts made of the patches in `x` (B, T, D), which lie in `grid`."""
@@ -227,9 +247,12 @@ class VAPTLayer(VAPTState, PromptLayer):
         down, up = owner.vapt_down[adapter](), owner.vapt_up[adapter]()
         return project_features(z, down, up, config.activation, dropout, scale)
 
+    def uses_grid(self, adapter: str) -> bool:
+        return adapter not in self.vapt_prompts
+
     def wants_shared(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]
-        return adapter not in self.vapt_prompts and config.use_projector and config.share_projector
+        return self.uses_grid(adapter) and config.use_projector and config.share_projector
 
     def _tokens(self, adapter: str, config: VAPTConfig, grid: Grid) -> Tensor:
         """(P, H' * W') token-wise projector for the grid that has come."""
@@ -268,9 +291,16 @@ class VAPTShared(VAPTState, SharedLayer):
 
 
 def check_grid(config: VAPTConfig, grid: Grid) -> None:
-    """Refuse a patch grid that the kernel does not fit on."""
-    if min(config.reduced(grid)) < 1:
+    """Refuse a patch grid that the kernel does not fit on, or one so large that the projector fills the memory."""
+    if config.use_conv and (config.kernel_size > min(grid) or min(config.reduced(grid)) < 1):
         raise ValueError(
             f"kernel_size={config.kernel_size} with padding={config.padding} is larger than the grid of {grid[0]} x "
-            f"{grid[1]} patches. Choose a smaller kernel_size, more padding, or use_conv=False."
+            f"{grid[1]} patches. Choose a smaller kernel_size, or use_conv=False."
+        )
+    rows, columns = config.reduced(grid)
+    if config.num_virtual_tokens * rows * columns > MAX_PROJECTOR:
+        raise ValueError(
+            f"num_virtual_tokens={config.num_virtual_tokens} prompts of {rows} x {columns} patches are "
+            f"{config.num_virtual_tokens * rows * columns} values per layer; at most {MAX_PROJECTOR} are allowed. Use "
+            "fewer prompts or a smaller image_size."
         )

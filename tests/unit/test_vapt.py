@@ -208,9 +208,9 @@ def first_steps(model: nn.Module) -> list[dict[str, float]]:
     return found
 
 
-def test_the_first_step_reaches_the_token_projector_and_the_second_everything() -> None:
-    # With the 1e-12 of most ViTs, the norm of a zero prompt multiplies the first gradient by a million.
-    model = prompted(vit(layer_norm_eps=1e-6), init_weights=True).double()
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+def test_the_first_step_reaches_the_token_projector_and_the_second_everything(eps: float) -> None:
+    model = prompted(vit(layer_norm_eps=eps), init_weights=True).double()
     assert all((rows == 0.0).all() for rows in rows_of(model)[1:])
     first, second = first_steps(model)
     silent = ("vapt_norm", "vapt_kernel", "vapt_down", "vapt_up")
@@ -225,6 +225,16 @@ def test_the_first_step_reaches_the_token_projector_and_the_second_everything() 
     assert {part for part in silent for name in first if part in name} == set(silent)
     for name, size in second.items():
         assert size > 1e-6, name
+
+
+def test_the_first_gradient_does_not_grow_as_the_epsilon_of_the_norm_shrinks() -> None:
+    """A zero prompt's gradient behind a norm of epsilon 1e-12, which is transformers' for ViT, is that of 1e-6."""
+    sizes = []
+    for eps in (1e-6, 1e-12):
+        model = prompted(vit(layer_norm_eps=eps), init_weights=True).double().train()
+        nn.functional.cross_entropy(read(model(images().double())), torch.tensor([0, 1])).backward()
+        sizes.append([weight.grad.norm().item() for weight in named(model, "vapt_token_prompts.default.weight")])
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01) and min(sizes[0]) > 1e-3
 
 
 def test_static_prompts_start_as_the_official_code_has_them() -> None:
@@ -277,8 +287,8 @@ def test_the_shared_projector_stays_shared_in_a_deep_copy() -> None:
     model = prompted(vit())
     copied = copy.deepcopy(model)
     expected = predict(copied, images())
-    assert [layer.grids.grids for layer in prompt_layers(copied)] == [{16: (4, 4)}] * DEPTH
-    assert [layer.grids.grids for layer in prompt_layers(model)] == [{}] * DEPTH
+    assert [layer.grids.grids for layer in prompt_layers(copied)[1:]] == [{16: (4, 4)}] * (DEPTH - 1)
+    assert [layer.grids.grids for layer in prompt_layers(model)[1:]] == [{}] * (DEPTH - 1)
     assert_tied(copied)
     with torch.no_grad():
         for weight in named(copied, "vapt_up"):
@@ -572,6 +582,27 @@ def test_images_of_as_many_patches_in_another_shape_are_refused() -> None:
     assert torch.equal(predict(model, images(2, 32, 48)), expected)
 
 
+@pytest.mark.parametrize("how", ["disabled", "static"])
+def test_nobody_minds_the_grid_where_nobody_reads_it(how: str) -> None:
+    model = prompted(dinov2(), **{"num_static_layers": "all"} if how == "static" else {})
+    predict(model, images(rows=32, columns=48))
+    if how == "static":
+        assert torch.isfinite(predict(model, images(rows=48, columns=32))).all()
+        return
+    with model.disable_adapter():
+        assert torch.equal(predict(model, images(rows=48)), predict(dinov2(), images(rows=48)))
+
+
+def test_static_prompts_do_not_mind_masking() -> None:
+    model = prompted(mae(), num_static_layers="all")
+    assert torch.isfinite(predict(model, images())).all()
+
+
+def test_padded_images_have_the_grid_they_are_padded_to() -> None:
+    model = prompted(timm_vit(dynamic_img_size=True, dynamic_img_pad=True), image_size=30, resample_grid=False)
+    assert torch.isfinite(predict(model, images(rows=30, columns=30))).all()
+
+
 def test_dropped_patches_are_refused() -> None:
     model = prompted(timm_vit(patch_drop_rate=0.5), backbone_eval=False)
     predict(model, images())
@@ -653,6 +684,17 @@ NO_GRID: dict[str, Callable[[], Any]] = {
     "pvt": lambda: pyramid("Pvt", image_size=32, **STAGES),
     "pvt_v2": lambda: pyramid("PvtV2", image_size=32, **STAGES),
     "timm_resnet": lambda: timm.create_model("resnet10t", num_classes=3),
+    "segformer": lambda: transformers.SegformerForImageClassification(transformers.SegformerConfig(num_labels=3)),
+    # patches of a convolutional network's features
+    "timm_hybrid": lambda: timm_vit("vit_tiny_r_s16_p8_224", img_size=64),
+    # windows within the blocks
+    "timm_sam": lambda: timm.create_model(
+        "samvit_base_patch16", img_size=64, embed_dim=D, depth=2, num_heads=4, num_classes=3
+    ),
+    # tokens behind the patches
+    "yolos": lambda: transformers.YolosForObjectDetection(
+        transformers.YolosConfig(**SIZES | {"image_size": [32, 32]}, num_detection_tokens=5)
+    ),
 }
 
 
@@ -679,6 +721,9 @@ def test_layers_without_one_patch_grid_are_refused_by_name(name: str, target: st
         ({"kernel_size": 5}, "kernel_size=5 with padding=0 is larger than the grid of 4 x 4 patches"),
         ({"kernel_size": 8, "padding": 1}, "kernel_size=8 with padding=1 is larger"),
         ({"image_size": [32, 8]}, "is larger than the grid of 4 x 1 patches"),
+        ({"padding": 16384}, "values per layer; at most"),
+        ({"num_virtual_tokens": 16384, "image_size": 16384}, "values per layer; at most"),
+        ({"modules_to_save": ["vit"]}, "outside modules_to_save="),
         ({"num_static_layers": 4}, "num_static_layers=4 is more than the 3 blocks"),
         ({"num_static_layers": 3, "layers_to_transform": [0, 1]}, "num_static_layers=3 is more than the 2 blocks"),
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' .* Leave task_type unset"),
@@ -754,6 +799,13 @@ HEADS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "timm_wrapper": (wrapped, ["timm_model.head"]),
     "upernet": (upernet, ["decode_head", "auxiliary_head"]),
 }
+
+
+def test_the_neck_of_a_segmentation_model_trains() -> None:
+    settings = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": [1, 2]}
+    model = prompted(hugging_face("BeitForSemanticSegmentation", "BeitConfig", **settings))
+    assert set(model.peft_config["default"].modules_to_save) == {"decode_head", "auxiliary_head", "fpn"}
+    assert any("fpn.modules_to_save" in name for name in trained(model))
 
 
 @pytest.mark.parametrize("name", HEADS)
