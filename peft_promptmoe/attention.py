@@ -9,28 +9,18 @@ keyword arguments; no module is changed per call, which is what makes threads an
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from .columns import Columns, Harvest, MaskWithRows, join_rows
 from .inspection import unwrapped_forward
 
 INTERFACE = "promptmoe"
 COLUMNS = "promptmoe_columns"
 KERNELS = ("sdpa", "eager")
-
-# Score of a slot outside a token's top-k, before the scale. Finite, because it is multiplied with the zeros of the
-# other slots' codes, and small enough for float16; times any usual scale its exponential is zero in float64, too.
-CLOSED = -3e4
-
-
-# Closed prompt rows from which on a decoding step gathers the open ones (measured on SmolLM2's shape, CPU).
-GATHER_FROM = 256
 
 
 class ConfigView:
@@ -53,99 +43,6 @@ class ConfigView:
 
     def __reduce__(self) -> tuple[type[ConfigView], tuple[Any]]:
         return ConfigView, (self.real,)
-
-
-@dataclass
-class Columns:
-    """Key and value rows that join one attention call.
-
-    Shapes: `B` batch, `H` key/value heads, `R` prompt rows, `T` query tokens, `G` gates, `d` head width.
-
-    Attributes:
-        key: (B or 1, H, R, d), positions already applied.
-        value: (B or 1, H, R, d).
-        log_gates: (B, T, G) added to the scores of the rows they own, minus infinity for a closed gate; or None.
-        owner: (R,) index of the gate that a row answers to, -1 for rows that are always open; None without gates.
-        bias: (B or 1, query heads, T, R) relative position bias, for models that have one.
-        arrived: how often the attention interface has seen these rows.
-    """
-
-    key: Tensor
-    value: Tensor
-    log_gates: Tensor | None = None
-    owner: Tensor | None = None
-    bias: Tensor | None = None
-    arrived: int = 0
-
-
-@dataclass
-class MaskWithRows:
-    """An attention mask with the prompt rows of its call, for layers that hand on their mask and nothing else."""
-
-    mask: Tensor | None
-    columns: Columns | Harvest
-
-
-class Harvest:
-    """Stands in for `Columns` when the attention layer itself is run on prompt rows to get their keys and values."""
-
-    def __init__(self) -> None:
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-
-def merge_columns(parts: list[Columns]) -> Columns:
-    """Rows of several active adapters, side by side."""
-    if len(parts) == 1:
-        return parts[0]
-    batch = max(part.key.shape[0] for part in parts)
-    gates, owners, count = [], [], 0
-    for part in parts:
-        if part.log_gates is None or part.owner is None:
-            owners.append(torch.full((part.key.shape[2],), -1, device=part.key.device))
-            continue
-        owners.append(torch.where(part.owner >= 0, part.owner + count, part.owner))
-        gates.append(part.log_gates)
-        count += part.log_gates.shape[-1]
-    biases = [part.bias for part in parts if part.bias is not None]
-    bias_batch = max((bias.shape[0] for bias in biases), default=1)
-    return Columns(
-        key=torch.cat([part.key.expand(batch, -1, -1, -1) for part in parts], dim=2),
-        value=torch.cat([part.value.expand(batch, -1, -1, -1) for part in parts], dim=2),
-        log_gates=torch.cat(gates, dim=-1) if gates else None,
-        owner=torch.cat(owners) if gates else None,
-        bias=torch.cat([bias.expand(bias_batch, -1, -1, -1) for bias in biases], dim=-1) if biases else None,
-    )
-
-
-def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -> Columns:
-    """Put gates on columns; for a single query per sample keep only the columns of the experts it chose.
-
-    So a decoding step costs the active experts, not all of them. Where few rows are closed, to gather the others takes
-    longer than to attend to all.
-
-    Args:
-        columns: key and value of (B or 1, H, R, d), the gated experts' rows first.
-        log_gates: (B, T, G).
-        active: experts that are open for one token.
-        slots: rows of one expert.
-    """
-    gates = log_gates.shape[-1]
-    if log_gates.shape[1] == 1 and (gates - active) * slots > GATHER_FROM:
-        best, index = log_gates[:, 0].topk(active, dim=-1)
-        columns = Columns(_gather(columns.key, index, gates, slots), _gather(columns.value, index, gates, slots))
-        log_gates, gates = best[:, None], active
-    owner = torch.arange(columns.key.shape[2], device=log_gates.device) // slots
-    return Columns(columns.key, columns.value, log_gates, torch.where(owner < gates, owner, -1))
-
-
-def _gather(rows: Tensor, index: Tensor, gates: int, slots: int) -> Tensor:
-    """(B, H, K * slots + rest, d) of (B or 1, H, G * slots + rest, d) and chosen experts (B, K)."""
-    batch = index.shape[0]
-    rows = rows.expand(batch, -1, -1, -1)
-    gated = rows[:, :, : gates * slots].unflatten(2, (gates, slots))
-    index = index[:, None, :, None, None].expand(-1, rows.shape[1], -1, slots, rows.shape[-1])
-    return torch.cat([gated.gather(2, index).flatten(2, 3), rows[:, :, gates * slots :]], dim=2)
 
 
 def promptmoe_attention(
@@ -237,83 +134,3 @@ def _attend(
     output, weights = kernel(module, query, key, value, mask, **kwargs)
     # What was padded to the width comes back as zeros; the prompt columns of the weights have no token to belong to.
     return output[..., :width], None if weights is None else weights[..., rows:]
-
-
-def join_rows(
-    columns: Columns, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]:
-    """What an attention kernel takes, with prompt rows in front of the keys and values.
-
-    Args:
-        columns: the rows.
-        query: (B, Hq, T, d).
-        key, value: (B, H, S, d).
-        mask: (B or 1, 1 or Hq, T or 1, S) boolean or additive, or None.
-        scaling: factor of the scores; None for 1 / sqrt(d).
-
-    Returns:
-        query, key, value, mask and scaling. The width of the first three may have grown, then the scaling is given and
-        the output is to be cut to the old width.
-    """
-    batch, width, rows = query.shape[0], query.shape[3], columns.key.shape[2]
-    if columns.key.shape[0] not in (1, batch):
-        raise ValueError(
-            f"The prompt rows were made for a batch of {columns.key.shape[0]} and attention now runs on {batch}. A "
-            "cache that is filled with one batch cannot go on with another; start from a new cache."
-        )
-    if mask is not None:
-        mask = F.pad(mask, (rows, 0), value=True if mask.dtype == torch.bool else 0.0)
-    key = torch.cat([columns.key.to(key.dtype).expand(batch, *columns.key.shape[1:]), key], dim=2)
-    value = torch.cat([columns.value.to(value.dtype).expand(batch, *columns.value.shape[1:]), value], dim=2)
-    if columns.log_gates is None or columns.owner is None:
-        return query, key, value, mask, scaling
-    if not columns.log_gates.requires_grad:
-        return query, key, value, add_gates(mask, columns.log_gates, columns.owner, query, key), scaling
-    scaling = scaling if scaling is not None else 1.0 / math.sqrt(width)
-    query, key, value = fold_gates(query, key, value, columns.log_gates, columns.owner, scaling)
-    return query, key, value, mask, scaling
-
-
-def fold_gates(
-    query: Tensor, key: Tensor, value: Tensor, log_gates: Tensor, owner: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write gates into queries and keys so that attention adds them to the scores by itself.
-
-    An additive mask would do the same, but one that needs a gradient throws sdpa off its fused kernels and saves the
-    attention weights. The gates become extra query features and every row's owner an extra one-hot key feature; the
-    widths are filled up to a multiple of 8, which is what the fused kernels take.
-
-    Args:
-        query: (B, Hq, T, d).
-        key, value: (B, H, R + S, d), the prompt rows first.
-        log_gates: (B, T, G), minus infinity for closed gates.
-        owner: (R,) gate of each prompt row, -1 for none.
-        scaling: factor of the scores.
-
-    Returns:
-        query, key and value of width d + G, filled up to a multiple of 8.
-    """
-    width, gates = query.shape[-1], log_gates.shape[-1]
-    fill = -(width + gates) % 8
-    opened = (log_gates / scaling).clamp(min=CLOSED).to(query.dtype)
-    opened = F.pad(opened, (0, fill))[:, None].expand(-1, query.shape[1], -1, -1)
-    code = (owner[:, None] == torch.arange(gates + fill, device=owner.device)).to(key.dtype)
-    code = F.pad(code, (0, 0, 0, key.shape[2] - code.shape[0])).expand(*key.shape[:2], -1, -1)
-    query = torch.cat([query, opened], dim=-1)
-    key = torch.cat([key, code], dim=-1)
-    return query, key, F.pad(value, (0, gates + fill))
-
-
-def add_gates(mask: Tensor | None, log_gates: Tensor, owner: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The attention mask with the gates added to the columns of the rows they own.
-
-    Returns:
-        (B, 1, T, R + S) additive mask in the dtype of `query`.
-    """
-    by_row = F.pad(log_gates.to(query.dtype), (0, 1))[..., owner]  # (B, T, R); -1 is the gate that is always open
-    gates = F.pad(by_row, (0, key.shape[2] - owner.shape[0]))[:, None]
-    if mask is None:
-        return gates
-    if mask.dtype == torch.bool:
-        return gates.masked_fill(~mask, torch.finfo(query.dtype).min)
-    return gates + mask

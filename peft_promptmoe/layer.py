@@ -9,14 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .attention import (
-    COLUMNS,
-    Columns,
-    ConfigView,
-    MaskWithRows,
-    merge_columns,
-    open_columns,
-)
+from .attention import COLUMNS, ConfigView
+from .cache import cached_rows
+from .columns import Columns, MaskWithRows, merge_columns, open_columns
 from .config import PromptConfig
 from .inspection import parameter_names
 from .projection import first_real, project_rows, real_tokens, relative_bias, rotary_tables
@@ -34,7 +29,6 @@ CHILD = "promptmoe"
 CALL = "promptmoe_call"
 LAYER_INPUT = "_promptmoe_layer_input"
 BLOCK_INPUT = "_promptmoe_block_input"
-CACHE_ROWS = "_promptmoe_rows"
 
 
 class PromptLayer(AdapterState):
@@ -194,7 +188,7 @@ class PromptLayer(AdapterState):
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
-        cached, past = self._cached_rows(bound)
+        cached, past = cached_rows(self.site, bound, x.shape[1])
         mask = bound.get("attention_mask", bound.get("mask"))
         # Images have no padding; what BEiT passes as a mask are its relative positions.
         real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
@@ -235,32 +229,6 @@ class PromptLayer(AdapterState):
             )
         assert layer_input is not None
         return layer_input
-
-    def _cached_rows(self, bound: dict[str, Any]) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
-        """This layer's key and value rows kept with the call's cache, and whether the cache already holds tokens."""
-        cache = bound.get("past_key_values", bound.get("layer_past"))
-        if cache is None or not hasattr(cache, "get_seq_length"):
-            return {}, False
-        length = cache.get_seq_length(self.site.attention.layer_idx)
-        if isinstance(length, Tensor):
-            # A static cache counts on the device. Compiled code cannot ask; there, single tokens are decoding steps.
-            past = self._continues(cache, bound) if torch.compiler.is_compiling() else bool(length > 0)
-        else:
-            past = length > 0
-        rows = cache.__dict__.setdefault(CACHE_ROWS, {})
-        if not past:
-            rows[self.site.name] = {}
-        return rows.setdefault(self.site.name, {}), past
-
-    def _continues(self, cache: Any, bound: dict[str, Any]) -> bool:
-        """Whether compiled code is to go on with the cache's rows, told by there being any."""
-        kept = bool(cache.__dict__.get(CACHE_ROWS, {}).get(self.site.name))
-        if kept and bound["hidden_states"].shape[1] > 1:
-            raise ValueError(
-                "Compiled code cannot tell a further chunk of a static cache from a new text. Give the text in one "
-                "piece and decode token by token, start from a new cache, or do not compile."
-            )
-        return kept
 
     def _columns(
         self,

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import COLUMNS, Columns, Harvest
+from .attention import COLUMNS
+from .columns import Columns, Harvest
 from .inspection import unwrapped_forward
 from .sites import Site
 

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .inspection import accepts_keyword_arguments, parameter_names
 from .layer import CALL, CHILD, PromptLayer
+from .loading import Unread, check_read, check_strangers, check_tensors
 from .projection import real_tokens
 from .routing import PromptCall, add_balance_loss
 from .sites import Site
-from .state import AdapterState, SharedLayer
+from .state import SharedLayer
 from .vision import GridBook, Patches, set_frozen_eval
 
 TIMM_INNER = "timm_model"
@@ -176,36 +174,6 @@ class PromptRoot(nn.Module):
             raise
 
 
-@dataclass
-class Unread:
-    """An adapter that was put into a model and of which nothing is known to have been loaded or used.
-
-    PEFT makes an adapter before it reads the file; when the file is refused, the model has to become what it was.
-
-    Attributes:
-        tuner: that put it in.
-        requires_grad: of the model's parameters before, where this was the model's first adapter; else None.
-        for_inference: whether the config says so, as it does when PEFT is about to read a file.
-    """
-
-    tuner: Any
-    requires_grad: list[tuple[nn.Parameter, bool]] | None
-    for_inference: bool
-
-    def take_back(self, adapter: str) -> None:
-        """Take the adapter out of the model again."""
-        if self.requires_grad is None:
-            self.tuner.delete_adapter(adapter)
-            return
-        model = self.tuner.model
-        heads = {path: m.original_module for path, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-        self.tuner.unload()
-        for path, head in heads.items():
-            model.set_submodule(path, head)
-        for parameter, required in self.requires_grad:
-            parameter.requires_grad_(required)
-
-
 def batch_share(kwargs: dict[str, Any]) -> Tensor | float:
     """Share of this forward in its optimiser step, where the caller says how many labels the step has.
 
@@ -228,104 +196,3 @@ def last_balance_loss(model: nn.Module) -> float | None:
         if isinstance(module, PromptRoot):
             return module.last_balance_loss
     return None
-
-
-def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Check the prompt tensors of a state dict before any of them is loaded.
-
-    An adapter comes whole or not at all; PEFT alone would load what fits and pass over the rest.
-
-    Raises:
-        ValueError: tensors of an adapter are missing, superfluous, of another shape, or not finite.
-    """
-    expected: dict[str, dict[str, Tensor]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, AdapterState):
-            for name, tensor in module.state_dict(prefix=f"{prefix}{path}.").items():
-                adapter = name.rsplit(".", 2)[1]
-                expected.setdefault(adapter, {})[name] = tensor
-    known = {name: tensor for tensors in expected.values() for name, tensor in tensors.items()}
-    given = {name for name in state_dict if name.startswith(prefix) and f"{CHILD}." in name}
-    if unknown := sorted(given - known.keys()):
-        raise ValueError(
-            f"The adapter file holds {len(unknown)} prompt tensors that this model has no place for, for example "
-            f"{unknown[0]!r}. It was trained on a model with other layers, or its adapter_config.json is not its own."
-        )
-    for adapter, tensors in expected.items():
-        if given.isdisjoint(tensors):
-            continue
-        if missing := sorted(tensors.keys() - given):
-            raise ValueError(_lacks(adapter, missing, len(tensors)))
-        for name, tensor in tensors.items():
-            _check_tensor(name, state_dict[name], tensor)
-
-
-def check_read(model: nn.Module, adapter: str) -> None:
-    """Check what transformers' own loader has read: it passes over missing tensors and does not look at values.
-
-    Raises:
-        ValueError: some of the adapter's tensors were read and others not, or some are not finite.
-    """
-    tensors = {
-        f"{path}.{name}": tensor
-        for path, state in model.named_modules()
-        if isinstance(state, AdapterState)
-        for name, tensor in state.state_dict(keep_vars=True).items()
-        if name.rsplit(".", 2)[1] == adapter
-    }
-    read = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
-    if read and (missing := sorted(tensors.keys() - read)):
-        raise ValueError(_lacks(adapter, missing, len(tensors)))
-    for name in sorted(read):
-        _check_tensor(name, tensors[name], tensors[name])
-
-
-def _lacks(adapter: str, missing: list[str], total: int) -> str:
-    return (
-        f"The adapter file lacks {len(missing)} of the {total} prompt tensors of adapter {adapter!r}, for example "
-        f"{missing[0]!r}. It was trained on a model with fewer layers, or it is damaged."
-    )
-
-
-def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Refuse tensors in an adapter file that are no adapter's: by them a file could overwrite the base model.
-
-    Embeddings are let through; PEFT saves them with an adapter when the vocabulary has grown.
-
-    Raises:
-        ValueError: the file holds prompt tensors and others that belong to no adapter, head or embedding.
-    """
-    names = [name for name in state_dict if name.startswith(prefix)]
-    base = {f"{prefix}{name}" for name in model.state_dict() if f"{CHILD}." not in name}
-    if base.issubset(names):  # a checkpoint of the whole model, which a user loads knowingly
-        return
-    ours = [name for name in names if f"{CHILD}." in name]
-    allowed = {id(embedding.weight) for embedding in _embeddings(model)}
-    known = {f"{prefix}{name}" for name, tensor in model.named_parameters() if id(tensor) in allowed}
-    strangers = sorted(n for n in names if n not in ours and n not in known and ".modules_to_save." not in n)
-    if strangers:
-        raise ValueError(
-            f"The adapter file holds {len(strangers)} tensors that are neither prompts nor saved modules, for example "
-            f"{strangers[0]!r}. An adapter must not bring weights of the base model; do not trust this file."
-        )
-
-
-def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
-    for which in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            found = getattr(model, which)()
-        except (AttributeError, NotImplementedError):  # a model that has none
-            continue
-        if hasattr(found, "weight"):
-            yield found
-
-
-def _check_tensor(name: str, given: Any, expected: Tensor) -> None:
-    if tuple(given.shape) != tuple(expected.shape):
-        raise ValueError(
-            f"{name!r} has shape {tuple(given.shape)} in the adapter file and {tuple(expected.shape)} in the model: "
-            "the adapter was trained with other settings (num_virtual_tokens and the like) than its config says, or "
-            "on a model of another width."
-        )
-    if not given.is_meta and not bool(torch.isfinite(given).all()):
-        raise ValueError(f"{name!r} holds values that are not finite; the adapter file is damaged.")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import COLUMNS, Columns, Harvest, join_rows
+from .attention import COLUMNS
+from .columns import Columns, Harvest, join_rows
 
 
 class _RowsMode(TorchFunctionMode):

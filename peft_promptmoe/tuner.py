@@ -16,9 +16,11 @@ from .attention import check_kernel
 from .config import PromptConfig
 from .families import FAMILIES, VISION_FAMILIES
 from .layer import CHILD, PromptLayer, no_merge
-from .root import PromptRoot, Unread, prompt_layers
-from .sites import Site, default_targets, find_site, is_encoder_decoder, model_type
+from .loading import Unread
+from .root import PromptRoot, prompt_layers
+from .sites import Site, find_site
 from .state import AdapterState, SharedLayer
+from .targets import default_targets, is_encoder_decoder, model_type
 from .timm_attention import check_fused
 from .tokens import TokenForm
 from .vision import vision_heads

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .inspection import parameter_names
 from .layer import PromptLayer
 from .root import prompt_layers
-from .sites import is_encoder_decoder
+from .targets import is_encoder_decoder
 
 
 def can_read_vocabulary(model: nn.Module, length: int) -> bool:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from ..root import prompt_layers
-from ..sites import Site, caps_scores, is_encoder_decoder
+from ..sites import Site, caps_scores
+from ..targets import is_encoder_decoder
 from ..tokens import takes_bias
 from ..tuner import PromptTuner
 from ..warmstart import can_read_vocabulary, vocabulary_inputs

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from ..sites import Site, image_targets
+from ..sites import Site
+from ..targets import image_targets
 from ..tuner import PromptTuner
 from .config import VAPTConfig
 from .layer import VAPTLayer, VAPTShared, VAPTState, check_grid

@@ -21,15 +21,10 @@ from transformers.masking_utils import (
 
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.attention import (
-    CLOSED,
     INTERFACE,
-    Columns,
     ConfigView,
-    add_gates,
-    fold_gates,
-    merge_columns,
-    open_columns,
 )
+from peft_promptmoe.columns import CLOSED, Columns, add_gates, fold_gates, merge_columns, open_columns
 from peft_promptmoe.projection import first_real, real_tokens
 from peft_promptmoe.root import prompt_layers
 from peft_promptmoe.routing import top_k_log_gates

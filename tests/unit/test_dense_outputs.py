@@ -137,15 +137,14 @@ def test_a_few_steps_train_prompts_and_heads_and_nothing_else(name: str) -> None
     print(f"{name}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     assert losses[-1] < 0.7 * losses[0]
     changed = {path for path, parameter in model.named_parameters() if not torch.equal(parameter, before[path])}
-    heads = {path for path in before if "_head.modules_to_save." in path}
+    heads = {path for path in before if ".modules_to_save." in path}
     prompts = {path for path in before if ".vapt_" in path}
     unread = {path for path in prompts if UNREAD.get(name, "nowhere") in path}
     assert {path for path, parameter in model.named_parameters() if parameter.requires_grad} == heads | prompts
     assert changed == (heads | prompts) - unread
-    assert {path.split(".modules_to_save")[0].rpartition(".")[2] for path in heads} == {
-        "decode_head",
-        "auxiliary_head",
-    }
+    neck = {"fpn"} if name == "beit" else set()  # which nobody has trained before
+    found = {path.split(".modules_to_save")[0].rpartition(".")[2] for path in heads}
+    assert found == {"decode_head", "auxiliary_head"} | neck
 
 
 @each_model

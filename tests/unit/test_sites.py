@@ -12,9 +12,9 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_promptmoe import MEPTConfig
+from peft_promptmoe.families import FAMILIES
 from peft_promptmoe.inspection import calls_in_order, passes_on_keywords
 from peft_promptmoe.root import prompt_layers
-from peft_promptmoe.sites import FAMILIES
 
 _LM: dict[str, Any] = {
     "vocab_size": 20,

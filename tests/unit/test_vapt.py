@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peft_promptmoe import VAPTConfig
 from peft_promptmoe.root import prompt_layers
-from peft_promptmoe.vapt.layer import resample
+from peft_promptmoe.vapt.generator import resample
 
 # peft asks transformers by an old name, and the generic rule says when it is at work.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
