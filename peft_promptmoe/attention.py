@@ -102,7 +102,7 @@ def _attend(
     columns: Columns,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    length, width, rows = query.shape[2], query.shape[3], columns.key.shape[2]
+    length, width, rows = query.shape[2], value.shape[3], columns.key.shape[2]
     is_causal = kwargs.get("is_causal")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if mask is None and is_causal and length > 1 and kernel_name == "sdpa":

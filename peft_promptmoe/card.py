@@ -54,7 +54,7 @@ LOAD_TIMM = """import timm
 from peft import PeftModel
 
 adapter = "."  # this folder, or the id of this repository on the Hub
-base = timm.create_model({architecture!r}, pretrained=True{arguments})
+base = timm.create_model({weights!r}, pretrained=True{arguments})
 model = PeftModel.from_pretrained(base, adapter)"""
 
 
@@ -74,11 +74,15 @@ def write_card(config: PromptConfig, folder: str | os.PathLike[str]) -> None:
 
 
 def _load(config: PromptConfig) -> str:
-    labels, architecture = getattr(config, "card_num_labels", 2), getattr(config, "card_timm_architecture", None)
-    if architecture is not None:
-        return LOAD_TIMM.format(architecture=architecture, arguments=f", num_classes={labels}")
+    labels, weights = getattr(config, "card_num_labels", 2), getattr(config, "card_timm_weights", None)
+    if weights is not None:
+        size = getattr(config, "card_image_size", None)
+        arguments = f", num_classes={labels}" + (f", img_size={size}" if size is not None else "")
+        return LOAD_TIMM.format(weights=weights, arguments=arguments)
     auto_class = AUTO_CLASSES.get(str(config.task_type or ""), "AutoPeftModel")
-    return LOAD.format(auto_class=auto_class, arguments=f", num_labels={labels}" if labels != 2 else "")
+    # The head of the base checkpoint may be of another size; the adapter brings its own.
+    arguments = f", num_labels={labels}, ignore_mismatched_sizes=True" if labels != 2 else ""
+    return LOAD.format(auto_class=auto_class, arguments=arguments)
 
 
 def _header(config: PromptConfig) -> str:

@@ -126,7 +126,7 @@ def join_rows(
 
     Returns:
         query, key, value, mask and scaling. The width of the first three may have grown, then the scaling is given and
-        the output is to be cut to the old width.
+        the output is to be cut to the values' old width.
     """
     batch, width, rows = query.shape[0], query.shape[3], columns.key.shape[2]
     if columns.key.shape[0] not in (1, batch):

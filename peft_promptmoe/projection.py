@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attention import COLUMNS
 from .columns import Columns, Harvest
-from .inspection import unwrapped_forward
+from .inspection import parameter_names, unwrapped_forward
 from .sites import Site
 
 
@@ -57,7 +57,8 @@ def rotary_tables(
 
     Args:
         position_embeddings: (cos, sin), each (B or 1, T, r), as the attention layer receives them; None if it has
-        none. first: (B,) column of the first real token, None for column 0 of all.
+            none.
+        first: (B,) column of the first real token, None for column 0 of all.
         offsets: (R,) integers; None puts every row where the first token is ("unrotated").
 
     Returns:
@@ -203,7 +204,7 @@ def harvest(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None, bo
     arguments = {name: value for name, value in bound.items() if name not in _NOT_FOR_PROMPTS}
     accepted = inspect.signature(unwrapped_forward(attention)).parameters
     arguments |= {name: None for name in _NOT_FOR_PROMPTS if name in accepted}
-    arguments[site.input_name] = normed.expand(batch, -1, -1)
+    arguments[parameter_names(attention)[0]] = normed.expand(batch, -1, -1)
     if site.patches is not None and not site.is_timm and arguments.get("position_embeddings") is not None:
         raise ValueError(
             f"{type(attention).__name__} turns its patches by a rotary embedding that peft_promptmoe does not know. "

@@ -34,6 +34,7 @@ class PromptRoot(nn.Module):
         self._unread: dict[str, Unread] = {}
         self._model = (model,)  # a tuple, so that it is no child
         self._grid_books: list[GridBook] = []
+        self._held: list[nn.Module] = []  # in evaluation mode for an adapter's backbone_eval
         self.shared = nn.ModuleDict()
 
     def attach(self, model: nn.Module) -> None:
@@ -49,6 +50,7 @@ class PromptRoot(nn.Module):
             handle.remove()
         for book in self._grid_books:
             book.detach()
+        self._release()
         delattr(model, CHILD)
 
     def grid_book(self, patches: Patches) -> GridBook:
@@ -67,23 +69,40 @@ class PromptRoot(nn.Module):
             self.shared[method] = cls(site.attention, site.width)
         return self.shared[method]  # type: ignore[return-value]
 
-    def disown(self, method: str) -> None:
-        """Drop what the layers of a method shared."""
+    def disown(self, method: str, layers: list[PromptLayer]) -> None:
+        """Forget the layers of a method and drop what they shared."""
         if method in self.shared:
             del self.shared[method]
+        self._layers = [layer for layer in self._layers if layer not in layers]
+        for book in self._grid_books:
+            book.readers = [reader for reader in book.readers if reader not in layers]
+        self.hold()
 
     def train(self, mode: bool = True) -> PromptRoot:
         """As the last child of the base model this hears of training mode last, and can keep the frozen part out."""
         super().train(mode)
-        working = [layer.prompt_config[name] for layer in self._layers for name in layer.working_adapters()]
-        if mode and any(config.backbone_eval for config in working):
-            set_frozen_eval(self._model[0])
+        self._held = []  # whatever is above this has just set the mode of all
+        self.hold()
         return self
+
+    def hold(self) -> None:
+        """Keep the frozen part in evaluation mode while the model trains and a working adapter asks for it."""
+        working = [layer.prompt_config[name] for layer in self._layers for name in layer.working_adapters()]
+        if not (self._model[0].training and any(config.backbone_eval for config in working)):
+            self._release()
+        elif not self._held:
+            self._held = set_frozen_eval(self._model[0])
+
+    def _release(self) -> None:
+        for module in self._held:
+            module.training = self._model[0].training
+        self._held = []
 
     def watch(self, model: nn.Module, adapter: str, unread: Unread) -> None:
         """Note the prompt layers of the model and the adapter that came; called after each injection."""
         self._layers = prompt_layers(model)
         self._unread[adapter] = unread
+        self.hold()
 
     @property
     def last_balance_loss(self) -> float | None:
@@ -98,6 +117,8 @@ class PromptRoot(nn.Module):
             for adapter in self._unread:
                 check_read(model, adapter)
             self._unread = {}
+        if model.training and not torch.compiler.is_compiling():
+            self.hold()  # another adapter may have been switched to since
         # timm's models hand nothing on to their layers, and would refuse what they do not know.
         asking = [layer for layer in self._layers if any(map(layer.needs_call, layer.working_adapters()))]
         asking = [layer for layer in asking if not layer.site.is_timm]

@@ -15,7 +15,6 @@ from .families import Family
 from .inspection import (
     calls_attention_interface,
     calls_in_order,
-    parameter_names,
     passes_on_keywords,
     unwrapped_forward,
 )
@@ -70,11 +69,6 @@ class Site:
     def is_timm(self) -> bool:
         """Whether the attention layer is timm's, which does not go through transformers' AttentionInterface."""
         return is_timm_attention(self.attention, self.name)
-
-    @property
-    def input_name(self) -> str:
-        """Name of the attention layer's input."""
-        return parameter_names(self.attention)[0]
 
 
 def find_site(model: nn.Module, path: str) -> Site:

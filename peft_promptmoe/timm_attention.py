@@ -38,7 +38,8 @@ class _RowsMode(TorchFunctionMode):
 
 def _catch(harvest: Harvest, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     harvest.key, harvest.value = key, value
-    return query
+    # Of the shape that the output projection takes; heads may be narrower in values than in keys.
+    return query[..., :1].expand(-1, -1, -1, value.shape[-1])
 
 
 def _attend(
@@ -53,7 +54,7 @@ def _attend(
 ) -> Tensor:
     if is_causal:
         raise ValueError("Prompts join timm's bidirectional attention only, and this layer was called with is_causal.")
-    width = query.shape[-1]
+    width = value.shape[-1]
     query, key, value, attn_mask, scale = join_rows(columns, query, key, value, attn_mask, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)[..., :width]
 

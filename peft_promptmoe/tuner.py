@@ -23,7 +23,7 @@ from .state import AdapterState, SharedLayer
 from .targets import default_targets, is_encoder_decoder, model_type
 from .timm_attention import check_fused
 from .tokens import TokenForm
-from .vision import vision_heads
+from .vision import Patches, vision_heads
 
 # Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
 MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
@@ -120,7 +120,7 @@ class PromptTuner(BaseTuner):
                 f"is tested with ({tested}); its attention layers were found by a generic rule.",
                 stacklevel=2,
             )
-        self._save_heads(peft_config, any(site.patches is not None for site in sites))
+        self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
         self._sites = {site.name: site for site in sites}
         return peft_config
 
@@ -157,12 +157,12 @@ class PromptTuner(BaseTuner):
                         "it out of modules_to_save, or leave that layer out by exclude_modules."
                     )
 
-    def _save_heads(self, config: PromptConfig, sees_images: bool) -> None:
+    def _save_heads(self, config: PromptConfig, patches: Patches | None) -> None:
         """Train and save the heads that PEFT's task wrappers do not know; `modules_to_save=[]` keeps an image head."""
         present = dict(self.model.named_children())
         heads = [head for head in MORE_HEADS.get(str(config.task_type or ""), ()) if head in present]
-        if sees_images and config.task_type is None and config.modules_to_save != []:
-            heads += vision_heads(self.model)
+        if patches is not None and config.task_type is None and config.modules_to_save != []:
+            heads += vision_heads(self.model, patches)
         if new := [head for head in heads if head not in (config.modules_to_save or ())]:
             config.modules_to_save = [*(config.modules_to_save or ()), *new]
         self._note_for_card(config)
@@ -171,8 +171,12 @@ class PromptTuner(BaseTuner):
         """What the model card's loading snippet says of the base model; no part of the config."""
         timm = getattr(self.model, "pretrained_cfg", None)
         if timm and not hasattr(self.model, "config"):
-            config.card_timm_architecture = timm.get("architecture")
+            weights = timm.get("architecture"), timm.get("tag")
+            config.card_timm_weights = ".".join(part for part in weights if part)
             config.card_num_labels = getattr(self.model, "num_classes", 0)
+            own = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+            usual = tuple(timm.get("input_size", ()))[1:]
+            config.card_image_size = tuple(own) if own is not None and tuple(own) != usual else None
         else:
             config.card_num_labels = getattr(getattr(self.model, "config", None), "num_labels", 2)
 
@@ -245,7 +249,7 @@ class PromptTuner(BaseTuner):
         for layer in own:
             layer.detach()
         root: Any = getattr(self.model, CHILD)
-        root.disown(self.method)
+        root.disown(self.method, own)
         if len(own) == len(layers):
             root.detach(self.model)
         return self.model

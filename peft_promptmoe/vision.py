@@ -16,7 +16,16 @@ from .inspection import parameter_names
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
 # Heads of transformers' vision models, children of the model itself; timm's are asked for by `get_classifier`.
-HEADS = ("classifier", "cls_classifier", "distillation_classifier", "decode_head", "auxiliary_head", "fpn", "neck")
+HEADS = (
+    "classifier",
+    "cls_classifier",
+    "distillation_classifier",
+    "head",
+    "decode_head",
+    "auxiliary_head",
+    "fpn",
+    "neck",
+)
 
 Grid = tuple[int, int]
 
@@ -202,9 +211,12 @@ class GridBook:
         return args, {**kwargs, "noise": noise}
 
 
-def vision_heads(model: nn.Module) -> list[str]:
+def vision_heads(model: nn.Module, patches: Patches) -> list[str]:
     """Names of the heads of an image model that train along with prompts."""
-    found = [name for name, child in model.named_children() if name in HEADS and _has_parameters(child)]
+    # A bare encoder has no head; what is called so there (SigLIP) pools.
+    bare = any(child is patches.owner for child in model.children()) or patches.owner is model
+    children = [] if bare else model.named_children()
+    found = [name for name, child in children if name in HEADS and _has_parameters(child)]
     backbone: Any = getattr(model, "timm_model", model)
     if not hasattr(backbone, "get_classifier"):
         return found
@@ -217,16 +229,22 @@ def _has_parameters(module: Any) -> bool:
     return isinstance(module, nn.Module) and next(module.parameters(), None) is not None
 
 
-def set_frozen_eval(module: nn.Module) -> None:
+def set_frozen_eval(module: nn.Module) -> list[nn.Module]:
     """Put what is frozen below a training module into evaluation mode: its dropout and stochastic depth are off.
 
     Modules that checkpoint stay in training mode, in which alone transformers checkpoints; their parts do not.
+
+    Returns:
+        The modules whose mode has changed.
     """
+    changed = []
     for child in module.children():
         parameters = list(child.parameters())
         trained = bool(parameters) and all(parameter.requires_grad for parameter in parameters)
         if trained or isinstance(child, BaseTunerLayer):
             continue
-        if not hasattr(child, "gradient_checkpointing"):
+        if child.training and not hasattr(child, "gradient_checkpointing"):
             child.training = False
-        set_frozen_eval(child)
+            changed.append(child)
+        changed += set_frozen_eval(child)
+    return changed

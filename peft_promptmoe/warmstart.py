@@ -81,6 +81,6 @@ def _listen(layer: PromptLayer, found: dict[str, Tensor]) -> Any:
 
     def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = dict(zip(names, args, strict=False)) | kwargs
-        found[layer.site.name] = layer.layer_input(bound[layer.site.input_name]).detach()
+        found[layer.site.name] = layer.layer_input(bound[names[0]]).detach()
 
     return layer.site.attention.register_forward_pre_hook(hear, with_kwargs=True)

@@ -64,7 +64,6 @@ class MEPTLayer(PromptLayer):
     """
 
     adapter_layer_names = ("mept_prompts", "mept_shared_prompts", "mept_router", "mept_router_center")
-    other_param_names = ("prompt_config",)
     method = "MEPT"
 
     def __init__(self, site: Site) -> None:

@@ -73,6 +73,11 @@ class MEPTModel(PromptTuner):
                 f"decoder_sees_prompts=True needs to place prompt tokens in the relative positions of "
                 f"{type(site.attention).__name__}, which keeps them to itself. Set decoder_sees_prompts=False."
             )
+        if site.is_timm and config.num_experts > 1 and (config.balance_loss_weight > 0.0 or config.router_centering):
+            raise ValueError(
+                "balance_loss_weight and router_centering need the model to hand an argument on to its layers, and "
+                "timm's do not. Set balance_loss_weight=0 and router_centering=False."
+            )
         if config.routing == "token" and config.num_experts > 1 and caps_scores(site):
             raise ValueError(
                 f"routing='token' adds its gates to the attention scores, and {type(site.attention).__name__} caps "

@@ -10,7 +10,8 @@ from ..registration import ensure_peft_type
 
 MAX_PIXELS = 16_384  # a side of an image; more is a mistake, or a stranger's config asking for memory
 MAX_WIDTH = 65_536
-MAX_PROJECTOR = 4_194_304  # values of one layer's token-wise projector, 16 MiB
+MAX_VALUES = 4_194_304  # of one trained tensor, 16 MiB
+MAX_MAPS = 2**28  # values of what kernels of their own spread over the grid, 1 GiB
 ACTIVATIONS = ("relu", "gelu", "sigmoid", "softmax", "identity")
 
 

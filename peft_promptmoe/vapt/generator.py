@@ -54,7 +54,8 @@ def grid_weights(tokens: Tensor, kernel: Tensor | None, grid: Grid, reduced: Gri
 def aggregate(x: Tensor, weights: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     """Weighted sums of layer-normed patches.
 
-    The norm is folded into the weights of the sums, so that nothing of the size of `x` is saved but `x` itself.
+    The norm is folded into the weights of the sums, so that nothing of the size of `x` is saved but `x` itself, and in
+    half precision its float32 copy.
 
     Args:
         x: (B, N, D) patches before any norm.
@@ -69,8 +70,8 @@ def aggregate(x: Tensor, weights: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     scale = torch.rsqrt(variance + NORM_EPS)  # (B, N)
     sums = weights.sum(dim=-1).to(dtype)  # (1 or D, P)
     if weights.shape[0] == 1:
-        scaled = weights.to(dtype) * scale[:, None]  # (B, P, N)
-        normed = torch.matmul(scaled.to(x.dtype), x).to(dtype) - (scaled @ mean[..., None])
+        scaled = (weights.to(dtype) * scale[:, None]).to(x.dtype)  # (B, P, N)
+        normed = torch.matmul(scaled, x).to(dtype) - (scaled.to(dtype) @ mean[..., None])
     else:
         centred = ((x.to(dtype) - mean[..., None]) * scale[..., None]).to(x.dtype)
         normed = torch.einsum("dpn,bnd->bpd", weights.to(x.dtype), centred).to(dtype)
@@ -91,9 +92,9 @@ def project_features(
     Returns:
         (B, P, D).
     """
-    hidden = ACTIVATE[activation](F.linear(z, down.to(z.dtype)))
-    update = F.linear(F.dropout(hidden, dropout, training=dropout > 0.0), up.to(z.dtype))
-    return z + update if scale is None else z + scale.to(z.dtype) * update
+    hidden = ACTIVATE[activation](F.linear(z, down.to(z)))
+    update = F.linear(F.dropout(hidden, dropout, training=dropout > 0.0), up.to(z))
+    return z + update if scale is None else z + scale.to(z) * update
 
 
 def temper(prompts: Tensor, eps: float | None) -> Tensor:

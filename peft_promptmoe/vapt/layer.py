@@ -16,7 +16,7 @@ from ..routing import PromptCall, without_autocast
 from ..sites import Site
 from ..state import AdapterState, PromptTable, SharedLayer
 from ..vision import Grid
-from .config import MAX_PROJECTOR, VAPTConfig
+from .config import MAX_MAPS, MAX_VALUES, VAPTConfig
 from .generator import NORM_EPS, aggregate, grid_weights, project_features, resample, temper
 
 PROJECTOR = ("vapt_down", "vapt_up", "vapt_scale")
@@ -77,7 +77,7 @@ class VAPTLayer(VAPTState, PromptLayer):
         assert patches is not None
         self.prompt_config[adapter] = config
         if config.is_static(self.site.index):
-            fan = patches.embedding.weight[0].numel() + width
+            fan = patches.embedding.in_channels * math.prod(patches.size) + width
             bound = math.sqrt(6.0 / fan) if config.init_weights else 1.0
             self.vapt_prompts[adapter] = PromptTable(torch.empty(count, width).uniform_(-bound, bound))
             return
@@ -139,7 +139,7 @@ class VAPTLayer(VAPTState, PromptLayer):
         tokens, own = projector.weight, self.site.patches.grid(config.image_shape)
         if grid == own:
             return tokens
-        check_grid(config, grid)
+        check_grid(config, grid, self.site.width)
         if not config.resample_grid:
             raise ValueError(
                 f"The adapter {adapter!r} was made for a grid of {own[0]} x {own[1]} patches (image_size="
@@ -168,17 +168,30 @@ class VAPTShared(VAPTState, SharedLayer):
         self.add_projector(adapter, config, self.width)
 
 
-def check_grid(config: VAPTConfig, grid: Grid) -> None:
-    """Refuse a patch grid that the kernel does not fit on, or one so large that the projector fills the memory."""
+def check_grid(config: VAPTConfig, grid: Grid, width: int) -> None:
+    """Refuse a patch grid that the kernel does not fit on, and sizes that fill the memory."""
     if config.use_conv and (config.kernel_size > min(grid) or min(config.reduced(grid)) < 1):
         raise ValueError(
             f"kernel_size={config.kernel_size} with padding={config.padding} is larger than the grid of {grid[0]} x "
             f"{grid[1]} patches. Choose a smaller kernel_size, or use_conv=False."
         )
     rows, columns = config.reduced(grid)
-    if config.num_virtual_tokens * rows * columns > MAX_PROJECTOR:
+    projector = config.num_virtual_tokens * rows * columns
+    if projector > MAX_VALUES:
         raise ValueError(
-            f"num_virtual_tokens={config.num_virtual_tokens} prompts of {rows} x {columns} patches are "
-            f"{config.num_virtual_tokens * rows * columns} values per layer; at most {MAX_PROJECTOR} are allowed. Use "
-            "fewer prompts or a smaller image_size."
+            f"num_virtual_tokens={config.num_virtual_tokens} prompts of {rows} x {columns} patches are {projector} "
+            f"values per layer; at most {MAX_VALUES} are allowed. Use fewer prompts, less padding or a smaller "
+            "image_size."
+        )
+    kernel = config.kernel_size**2 * width if config.use_conv and config.channelwise_kernel else 0
+    if kernel > MAX_VALUES or (kernel and projector * width > MAX_MAPS):
+        raise ValueError(
+            f"channelwise_kernel=True with kernel_size={config.kernel_size}, padding={config.padding} and "
+            f"num_virtual_tokens={config.num_virtual_tokens} needs too much memory at width {width}. Use "
+            "channelwise_kernel=False, a smaller kernel_size, less padding or fewer prompts."
+        )
+    if 2 * config.bottleneck_dim * width > MAX_VALUES:
+        raise ValueError(
+            f"bottleneck_dim={config.bottleneck_dim} is too large for width {width}: at most {MAX_VALUES} values are "
+            "allowed."
         )

@@ -51,11 +51,21 @@ class VAPTModel(PromptTuner):
                 f"num_static_layers={config.num_static_layers} is more than the {deepest} blocks up to the last one "
                 "with prompts. Choose fewer, or 'all' for static prompts in all of them (VPT-Deep)."
             )
-        if config.image_size is None:
-            sizes = {site.patches.image_size for site in sites if site.patches is not None}
-            if len(sizes) != 1 or None in sizes:
+        adaptive = [site for site in sites if not config.is_static(site.index)]
+        if config.share_projector and len({site.width for site in adaptive}) > 1:
+            raise ValueError(
+                "share_projector=True shares one projector among layers of different widths. Set "
+                "share_projector=False, or name the layers of one tower in target_modules."
+            )
+        if config.image_size is None and adaptive:
+            sizes = {site.patches.image_size for site in adaptive if site.patches is not None}
+            if not sizes:
+                return  # `check_site` says what is wrong
+            if None in sizes:
                 raise ValueError("The model takes images of any size. Set image_size to that of yours.")
-            config.image_size = list(sizes.pop())  # type: ignore[arg-type]
+            if len(sizes) > 1:
+                raise ValueError("The model's towers take images of different sizes. Set image_size to that of yours.")
+            config.image_size = next(list(size) for size in sizes if size is not None)
 
     def check_site(self, config: VAPTConfig, site: Site) -> None:
         if site.patches is None:
@@ -64,8 +74,28 @@ class VAPTModel(PromptTuner):
                 "vision transformer's, or one's of windows or several resolutions (Swin, Hiera, PVT). Use a plain "
                 "vision transformer of transformers or timm."
             )
-        if not config.is_static(site.index):
-            check_grid(config, site.patches.grid(config.image_shape))
+        if config.is_static(site.index):
+            return
+        check_grid(config, site.patches.grid(config.image_shape), site.width)
+        dropped = getattr(site.patches.owner, "patch_drop", None)
+        if not config.backbone_eval and getattr(dropped, "prob", 0.0) > 0.0:
+            raise ValueError(
+                "backbone_eval=False lets the model drop patches in training, and VAPT makes its prompts from all of "
+                "them. Set backbone_eval=True, or make the model with patch_drop_rate=0."
+            )
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        read = [paths[id(site.patches.embedding)], paths[id(site.patches.owner)]]
+        for name in config.modules_to_save or ():
+            if any(part == name or part.endswith(f".{name}") for path in read for part in _and_above(path)):
+                raise ValueError(
+                    f"modules_to_save={name!r} would copy the patch embedding, by which VAPT knows the grid of an "
+                    "image. Leave it out of modules_to_save."
+                )
+
+
+def _and_above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _blocks(sites: list[Site]) -> int:

@@ -104,7 +104,8 @@ def test_the_snippet_of_the_card_makes_the_base_model_with_timm(
         real = timm.models.create_model
         patch.setitem(globals(), "timm", type("timm", (), {"create_model": staticmethod(real)}))
         exec(snippet, names)
-    assert asked == {"name": NAMES[0], "pretrained": True, "num_classes": 3}
+    weights = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # timm's own choice where none is named
+    assert asked == {"name": weights, "pretrained": True, "num_classes": 3, "img_size": (32, 32)}
     with torch.no_grad():
         assert torch.equal(logits(names["model"].eval(), images()), logits(model, images()))
 
@@ -128,10 +129,19 @@ def test_attention_switched_to_by_hand_later_is_noticed() -> None:
         model(images())
 
 
-def test_a_balance_loss_is_refused_where_layers_cannot_take_part() -> None:
-    model = get_peft_model(tiny(), MEPTConfig(num_virtual_tokens=3, routing="sample", balance_loss_weight=0.1)).train()
-    with pytest.raises(ValueError, match="balance_loss_weight=0"):
-        model(images())
+@pytest.mark.parametrize("settings", [{"balance_loss_weight": 0.1}, {"router_centering": True}])
+def test_what_needs_an_argument_handed_on_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="balance_loss_weight=0 and router_centering=False"):
+        get_peft_model(tiny(), MEPTConfig(num_virtual_tokens=3, routing="sample", **settings))
+
+
+def test_attention_that_reaches_the_kernel_twice_is_refused() -> None:
+    """timm's differential attention, whose values are wider than its keys."""
+    model = tiny("vit_dlittle_patch16_reg1_gap_256")
+    with pytest.warns(UserWarning, match="generic rule"):
+        prompted = get_peft_model(model, VAPTConfig(num_virtual_tokens=3, num_static_layers="all"))
+    with pytest.raises(RuntimeError, match="reached its attention kernel 2 times"):
+        prompted(images())
 
 
 def test_causal_attention_is_refused() -> None:

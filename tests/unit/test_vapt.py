@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_ad
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_promptmoe import VAPTConfig
+from peft_promptmoe import MEPTConfig, VAPTConfig, VAPTModel
 from peft_promptmoe.root import prompt_layers
 from peft_promptmoe.vapt.generator import resample
 
@@ -441,6 +441,48 @@ def test_heads_train_whole() -> None:
     assert all(training == (".modules_to_save.default." in path) for path, training in norms.items())
 
 
+def test_the_frozen_part_is_in_evaluation_mode_from_the_start() -> None:
+    """A model that nobody has told to train is in training mode if timm made it."""
+    base = timm_vit(proj_drop_rate=0.5, drop_path_rate=0.3).train()
+    model = get_peft_model(base, VAPTConfig(num_virtual_tokens=P, init_weights=False, **QUIET))
+    assert model.training and not base.blocks[0].training
+    assert torch.equal(read(model(images())), read(model(images())))
+
+
+def test_evaluation_mode_follows_the_working_adapter() -> None:
+    base = timm_vit(proj_drop_rate=0.5)
+    settings = {"num_virtual_tokens": P, "init_weights": False} | QUIET
+    model = get_peft_model(base, VAPTConfig(**settings))
+    model.add_adapter("noisy", VAPTConfig(**settings, backbone_eval=False))
+    model.train()
+    for name, frozen in (("default", True), ("noisy", False), ("default", True)):
+        model.set_adapter(name)
+        model(images())
+        assert base.blocks[0].attn.proj_drop.training is not frozen, name
+
+
+def test_a_model_in_training_trains_on_after_unloading() -> None:
+    base = timm_vit(proj_drop_rate=0.5)
+    get_peft_model(base, VAPTConfig()).train().unload()
+    assert all(module.training for module in base.modules())
+
+
+def test_unloading_leaves_nothing_with_another_methods_layers() -> None:
+    base = vit(hidden_dropout_prob=0.5)
+    get_peft_model(base, MEPTConfig(layers_to_transform=[0], num_virtual_tokens=2, modules_to_save=[]))
+    config = VAPTConfig(layers_to_transform=[1, 2], num_static_layers=0, modules_to_save=[], init_weights=False)
+    other = VAPTModel(base, config, "second")
+    with torch.no_grad():
+        base(images())
+    base.train()
+    assert not base.vit.layers[0].dropout.training
+    other.unload()
+    base.train()
+    assert all(module.training for module in base.modules())
+    assert [type(layer).__name__ for layer in base.promptmoe._layers] == ["MEPTLayer"]
+    assert not [reader for book in base.promptmoe._grid_books for reader in book.readers]
+
+
 @pytest.mark.parametrize("how", ["disabled", "inactive"])
 def test_evaluation_mode_is_for_working_adapters(how: str) -> None:
     """Without a working adapter the model is trained as if there were none."""
@@ -604,9 +646,11 @@ def test_padded_images_have_the_grid_they_are_padded_to() -> None:
 
 
 def test_dropped_patches_are_refused() -> None:
-    model = prompted(timm_vit(patch_drop_rate=0.5), backbone_eval=False)
+    base = timm_vit(patch_drop_rate=0.5)
+    model = prompted(base)
     predict(model, images())
     model.train()
+    base.patch_drop.train()  # by somebody's own hand
     with pytest.raises(ValueError, match=r"this layer got 8 patches.*patch dropout"):
         predict(model, images())
 
@@ -723,6 +767,10 @@ def test_layers_without_one_patch_grid_are_refused_by_name(name: str, target: st
         ({"image_size": [32, 8]}, "is larger than the grid of 4 x 1 patches"),
         ({"padding": 16384}, "values per layer; at most"),
         ({"num_virtual_tokens": 16384, "image_size": 16384}, "values per layer; at most"),
+        ({"image_size": 16384, "kernel_size": 2048, "channelwise_kernel": True}, "needs too much memory"),
+        ({"padding": 1010, "num_virtual_tokens": 3, "channelwise_kernel": True}, "values per layer|too much memory"),
+        ({"modules_to_save": ["embeddings"]}, "would copy the patch embedding"),
+        ({"modules_to_save": ["projection"]}, "would copy the patch embedding"),
         ({"modules_to_save": ["vit"]}, "outside modules_to_save="),
         ({"num_static_layers": 4}, "num_static_layers=4 is more than the 3 blocks"),
         ({"num_static_layers": 3, "layers_to_transform": [0, 1]}, "num_static_layers=3 is more than the 2 blocks"),
@@ -747,6 +795,40 @@ def test_the_image_size_has_to_be_said_where_the_model_takes_any() -> None:
     base.patch_embed.img_size = None
     refused(base, "takes images of any size. Set image_size")
     assert get_peft_model(base, VAPTConfig(image_size=32)).peft_config["default"].image_size == [32, 32]
+
+
+def test_a_projector_that_fills_the_memory_is_refused() -> None:
+    with torch.device("meta"):
+        base = transformers.ViTModel(transformers.ViTConfig())
+    with pytest.raises(ValueError, match="bottleneck_dim=65536 is too large for width 768"):
+        get_peft_model(base, VAPTConfig(bottleneck_dim=65536))
+
+
+class Towers(nn.Module):
+    """Two towers side by side."""
+
+    def __init__(self, *towers: nn.Module) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict({f"tower_{'ab'[i]}": tower for i, tower in enumerate(towers)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([tower(x) for tower in self.towers.values()], dim=-1)
+
+
+def test_towers_of_two_widths_share_no_projector() -> None:
+    towers = Towers(timm_vit(), timm_vit(embed_dim=16))
+    refused(towers, "layers of different widths")
+    assert torch.isfinite(predict(prompted(towers, share_projector=False), images())).all()
+
+
+def test_towers_of_two_image_sizes_need_one_said() -> None:
+    refused(Towers(timm_vit(), timm_vit(img_size=64)), "images of different sizes")
+
+
+def test_patch_dropout_is_refused_where_it_would_be_on() -> None:
+    refused(timm_vit(patch_drop_rate=0.5), "patch_drop_rate=0", backbone_eval=False)
+    model = get_peft_model(timm_vit(patch_drop_rate=0.5), VAPTConfig()).train()
+    assert torch.isfinite(read(model(images()))).all()
 
 
 def test_a_scale_needs_a_projector() -> None:
@@ -798,7 +880,14 @@ HEADS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "timm_distilled": (lambda: timm_vit("deit_tiny_distilled_patch16_224"), ["head", "head_dist"]),
     "timm_wrapper": (wrapped, ["timm_model.head"]),
     "upernet": (upernet, ["decode_head", "auxiliary_head"]),
+    "siglip_encoder": (lambda: hugging_face("SiglipVisionModel", "SiglipVisionConfig"), []),  # its head pools
 }
+
+
+def test_a_depth_model_trains_neck_and_head() -> None:
+    settings = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8, 8, 8, 8]}
+    model = prompted(hugging_face("DPTForDepthEstimation", "DPTConfig", fusion_hidden_size=8, **settings))
+    assert set(model.peft_config["default"].modules_to_save) == {"neck", "head"}
 
 
 def test_the_neck_of_a_segmentation_model_trains() -> None:
@@ -812,7 +901,9 @@ def test_the_neck_of_a_segmentation_model_trains() -> None:
 def test_heads_are_found_trained_and_saved(name: str, tmp_path: Path) -> None:
     build, heads = HEADS[name]
     model = prompted(build())
-    assert model.peft_config["default"].modules_to_save == heads
+    assert (model.peft_config["default"].modules_to_save or []) == heads
+    if not heads:
+        return
     weights = {path: weight for path, weight in trained(model).items() if "vapt_" not in path}
     owners = {path.split(".modules_to_save.default.")[0].removeprefix("base_model.model.") for path in weights}
     assert owners == set(heads)
