@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from peft import get_peft_model
@@ -13,7 +14,9 @@ from tiny import FAMILIES, make_model
 from tiny import Family as Builder
 from torch import Tensor
 
-from peft_promptmoe import MEPTConfig, sites
+from peft_promptmoe import MEPTConfig
+from peft_promptmoe.families import FAMILIES as TABLE
+from peft_promptmoe.families import TIMM_FAMILIES, VISION_FAMILIES
 from peft_promptmoe.projection import harvest, project_directly, rotary_tables
 from peft_promptmoe.root import prompt_layers
 
@@ -66,7 +69,7 @@ def test_direct_is_harvest(name: str, implementation: str) -> None:
     layers = prompt_layers(prompted)
     assert len(layers) == 3
     for layer in layers:
-        assert layer.site.family is sites.FAMILIES[name]
+        assert layer.site.family is TABLE[name]
         normed = torch.randn(2, P, layer.site.width, dtype=torch.float64)
         tables = layer_tables(layer, torch.zeros(2, TOKENS, layer.site.width, dtype=torch.float64))
         assert (tables is None) == (name in ("bert", "roberta", "distilbert", "t5", "bart", "gpt2"))
@@ -78,7 +81,35 @@ def test_direct_is_harvest(name: str, implementation: str) -> None:
 
 
 def test_every_family_is_here() -> None:
-    assert MODELS.keys() == sites.FAMILIES.keys()
+    assert MODELS.keys() == TABLE.keys()
+
+
+# SigLIP's layers hand on no argument by which to stop them at the kernel, and DINOv3's cannot run on rows without a
+# place in the image: these two are compared block by block only.
+VISION = sorted(VISION_FAMILIES.keys() - {"siglip_vision_model", "dinov3_vit"})
+
+
+def make_vision_model(name: str) -> Any:
+    torch.manual_seed(0)
+    if name not in VISION_FAMILIES:
+        settings = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+        return timm.create_model("vit_tiny_patch16_224", qk_norm=True, **settings).eval().double()
+    config = transformers.AutoConfig.for_model(name, **_small, image_size=32, patch_size=8)
+    return transformers.AutoModel.from_config(config).eval().double()
+
+
+@pytest.mark.parametrize("name", [*VISION, "timm.layers.attention.Attention"])
+def test_direct_is_harvest_for_images(name: str) -> None:
+    prompted = get_peft_model(make_vision_model(name), MEPTConfig(num_virtual_tokens=P, routing="sample"))
+    layers = prompt_layers(prompted)
+    assert len(layers) == 3
+    for layer in layers:
+        assert layer.site.family is (VISION_FAMILIES | TIMM_FAMILIES)[name] and layer.site.family.direct
+        normed = torch.randn(2, P, layer.site.width, dtype=torch.float64)
+        direct, reference = project_directly(layer.site, normed, None), harvest(layer.site, normed, None, {})
+        assert direct.key.shape == reference.key.shape and direct.key.abs().max() > 0.05
+        torch.testing.assert_close(direct.key, reference.key, rtol=0, atol=1e-12)
+        torch.testing.assert_close(direct.value, reference.value, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["modernbert", "gpt2"])
