@@ -18,20 +18,44 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import assets
-from _training import Split
 
 SPLITS = ("train", "dev", "test")
 Labelled = list[tuple[str, int]]
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Tokenised texts: `input_ids` one list per text, `labels` (N,), `tasks` (N,) the task each text belongs to."""
+
+    input_ids: list[list[int]]
+    labels: Tensor
+    tasks: Tensor
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def length(self, index: int) -> int:
+        return len(self.input_ids[index])
+
+    def batch(self, chosen: list[int]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` (B, N), padded on the right to the longest text, and `labels` (B,)."""
+        rows = [self.input_ids[i] for i in chosen]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": self.labels[chosen]}
+
+
+@dataclass(frozen=True)
 class Data:
     """Three splits, and the names of the tasks in them."""
 
-    splits: dict[str, Split]
+    splits: dict[str, Texts]
     tasks: tuple[str, ...]
 
 
@@ -59,10 +83,11 @@ def mixture(tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int], max_lengt
     return Data(splits, tuple(sources))
 
 
-def _encode(texts: dict[str, Labelled], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
+def _encode(texts: dict[str, Labelled], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Texts:
     rows = [(text, label, task) for task, labelled in enumerate(texts.values()) for text, label in labelled]
     ids = tokenizer([text for text, _, _ in rows], truncation=True, max_length=max_length)["input_ids"]
-    return Split(ids, torch.tensor([label for _, label, _ in rows]), torch.tensor([task for _, _, task in rows]))
+    labels, tasks = torch.tensor([label for _, label, _ in rows]), torch.tensor([task for _, _, task in rows])
+    return Texts(ids, labels, tasks, tokenizer.pad_token_id)
 
 
 def _balanced(rows: Labelled, count: int, task: str) -> Labelled:

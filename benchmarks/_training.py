@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,18 @@ from tqdm.auto import tqdm
 HEAD_NAMES = ("classifier", "score")
 
 
-@dataclass(frozen=True)
-class Split:
-    """Tokenised texts: `input_ids` one list per text, `labels` (N,), `tasks` (N,) the task each text belongs to."""
+class Split(Protocol):
+    """Samples to train on or to predict, with `labels` (N,)."""
 
-    input_ids: list[list[int]]
     labels: Tensor
-    tasks: Tensor
 
-    def __len__(self) -> int:
-        return len(self.input_ids)
+    def __len__(self) -> int: ...
+
+    def length(self, index: int) -> int:
+        """Tokens of a sample; samples of like length share a batch."""
+
+    def batch(self, chosen: list[int]) -> dict[str, Tensor]:
+        """The model's inputs, and `labels`."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,11 @@ class Budget:
     bf16: bool = True
 
 
-def collate(data: Split, chosen: list[int], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (B, N), padded on the right to the longest text, and `labels` (B,)."""
-    rows = [data.input_ids[i] for i in chosen]
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "labels": data.labels[chosen]}
-
-
 def batches(data: Split, size: int, generator: torch.Generator) -> list[list[int]]:
-    """A random order of random batches; texts of like length share one, which saves a third of the padding."""
+    """A random order of random batches; samples of like length share one, which saves texts a third of the padding."""
     order = torch.randperm(len(data), generator=generator).tolist()
     pools = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
-    order = [i for pool in pools for i in sorted(pool, key=lambda i: len(data.input_ids[i]))]
+    order = [i for pool in pools for i in sorted(pool, key=data.length)]
     groups = [order[i : i + size] for i in range(0, len(order), size)]
     return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
 
@@ -70,7 +63,7 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float) -> list[dict[s
     return [{"params": method, "lr": lr}, {"params": head, "lr": head_lr}]
 
 
-def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, pad_id: int, label: str) -> float:
+def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, label: str) -> float:
     """Train what is trainable in `model` and return the mean loss of the last 50 steps."""
     generator = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(data) / budget.batch_size) * budget.epochs
@@ -82,7 +75,7 @@ def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, p
     order = (chosen for _ in range(budget.epochs) for chosen in batches(data, budget.batch_size, generator))
     for chosen in tqdm(order, total=steps, desc=label, mininterval=5.0):
         with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
-            loss = model(**collate(data, chosen, pad_id)).loss
+            loss = model(**data.batch(chosen)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
@@ -98,19 +91,19 @@ def _linear(step: int, steps: int, warmup: float) -> float:
 
 
 def prediction_order(data: Split) -> list[int]:
-    """The order in which `predict` goes through the texts: short ones first, which saves padding."""
-    return sorted(range(len(data)), key=lambda i: len(data.input_ids[i]))
+    """The order in which `predict` goes through the samples: short ones first, which saves padding."""
+    return sorted(range(len(data)), key=data.length)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Split, budget: Budget, pad_id: int) -> Tensor:
-    """Predicted class of every text, (N,)."""
+def predict(model: nn.Module, data: Split, budget: Budget) -> Tensor:
+    """Predicted class of every sample, (N,)."""
     model.eval()
     predicted = torch.empty(len(data), dtype=torch.long)
     order = prediction_order(data)
     for start in range(0, len(order), 64):
         chosen = order[start : start + 64]
-        batch = collate(data, chosen, pad_id)
+        batch = data.batch(chosen)
         batch.pop("labels")
         with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
             predicted[chosen] = model(**batch).logits.argmax(-1)

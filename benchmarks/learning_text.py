@@ -30,7 +30,8 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 
 import _text_tasks as text_tasks  # noqa: E402
 import assets  # noqa: E402
-from _training import Budget, Results, Split, Stopwatch, predict, prediction_order, train  # noqa: E402
+from _search import HEADINGS, line, ranking, run_method  # noqa: E402
+from _training import Budget, Results, Stopwatch, predict, prediction_order, train  # noqa: E402
 from pooling import pool_by_mean  # noqa: E402
 
 SIZES = {
@@ -100,9 +101,11 @@ class Bench:
     """All that a cell needs: the base model's folder, the tokenised data and the budget."""
 
     model: str
-    pad_id: int
     data: text_tasks.Data
     budget: Budget
+
+    def lrs(self, name: str) -> tuple[float, ...]:
+        return METHODS[name].lrs
 
     def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
         """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
@@ -115,7 +118,7 @@ class Bench:
         model = METHODS[name].build(base)
         splits = self.data.splits
         with Stopwatch() as watch:
-            loss = train(model, splits["train"], lr, seed, self.budget, self.pad_id, f"{name} lr={lr:g} seed={seed}")
+            loss = train(model, splits["train"], lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
         split = splits["test" if final else "dev"]
         cell = {
             "method": name,
@@ -128,24 +131,24 @@ class Bench:
         }
         return cell | self._scores(model, split, METHODS[name].routed)
 
-    def _scores(self, model: nn.Module, split: Split, routed: bool) -> dict[str, Any]:
+    def _scores(self, model: nn.Module, split: text_tasks.Texts, routed: bool) -> dict[str, Any]:
         """Accuracy, by task where there are several; for a routed method also what its routers did, layer by layer.
 
         `load_entropy` is the entropy of the experts' shares: 1 is an even load, 0 one expert that takes all.
         `task_expert_bits` is the mutual information of task and chosen expert.
         """
         if not routed:
-            return self._accuracies(predict(model, split, self.budget, self.pad_id), split)
+            return self._accuracies(predict(model, split, self.budget), split)
         from peft_promptmoe import record_routing
 
         with record_routing(model, labels=split.tasks[prediction_order(split)]) as record:
-            scores = self._accuracies(predict(model, split, self.budget, self.pad_id), split)
+            scores = self._accuracies(predict(model, split, self.budget), split)
         scores["load_entropy"] = rounded(record.report().entropy)
         if len(self.data.tasks) > 1:
             scores["task_expert_bits"] = rounded(record.mutual_information())
         return scores
 
-    def _accuracies(self, predicted: Tensor, split: Split) -> dict[str, Any]:
+    def _accuracies(self, predicted: Tensor, split: text_tasks.Texts) -> dict[str, Any]:
         right = (predicted == split.labels).double()
         scores: dict[str, Any] = {"accuracy": round(right.mean().item(), 5)}
         if len(self.data.tasks) > 1:
@@ -153,63 +156,28 @@ class Bench:
             scores["by_task"] = {task: round(share, 5) for task, share in hits.items()}
         return scores
 
+    def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """Means over the cells of what routers did and of the accuracy by task."""
+        row: dict[str, Any] = {}
+        for measure in ("load_entropy", "task_expert_bits"):
+            if measure in cells[0]:
+                row[measure] = rounded(torch.tensor([cell[measure] for cell in cells]).mean(0))
+        if "by_task" in cells[0]:
+            tasks = cells[0]["by_task"]
+            row["by_task"] = {task: round(statistics.mean(c["by_task"][task] for c in cells), 4) for task in tasks}
+        return row
+
 
 def rounded(values: Tensor) -> list[float]:
     return [round(value, 3) for value in values.tolist()]
 
 
-def run_method(bench: Bench, results: Results, name: str, seeds: list[int]) -> None:
-    """Search the learning rate on the development split, then score the chosen one on the test split."""
-    lrs = METHODS[name].lrs
-    for lr in lrs:
-        run_cell(bench, results, name, lr, 0, final=False)
-    chosen = max(lrs, key=lambda lr: results.cells[cell_key(name, lr, 0, False)]["accuracy"])
-    for seed in seeds:
-        run_cell(bench, results, name, chosen, seed, final=True)
-    results.summaries[name] = summary(results, name, chosen, seeds)
-    results.save()
-
-
-def run_cell(bench: Bench, results: Results, name: str, lr: float, seed: int, final: bool) -> None:
-    key = cell_key(name, lr, seed, final)
-    if key not in results.cells:
-        results.add(key, bench.run(name, lr, seed, final))
-
-
-def cell_key(name: str, lr: float, seed: int, final: bool) -> str:
-    return f"{name} lr={lr:g} seed={seed} {'test' if final else 'dev'}"
-
-
-def summary(results: Results, name: str, chosen: float, seeds: list[int]) -> dict[str, Any]:
-    lrs = METHODS[name].lrs
-    cells = [results.cells[cell_key(name, chosen, seed, True)] for seed in seeds]
-    scores = [cell["accuracy"] for cell in cells]
-    row: dict[str, Any] = {
-        "dev_by_lr": {f"{lr:g}": results.cells[cell_key(name, lr, 0, False)]["accuracy"] for lr in lrs},
-        "lr": chosen,
-        "test": scores,
-        "mean": round(statistics.mean(scores), 4),
-        "sd": round(statistics.stdev(scores), 4) if len(scores) > 1 else None,
-        "trainable": cells[0]["trainable"],
-        "train_seconds": min(cell["train_seconds"] for cell in cells),
-    }
-    for measure in ("load_entropy", "task_expert_bits"):
-        if measure in cells[0]:
-            row[measure] = rounded(torch.tensor([cell[measure] for cell in cells]).mean(0))
-    if "by_task" in cells[0]:
-        tasks = cells[0]["by_task"]
-        row["by_task"] = {task: round(statistics.mean(c["by_task"][task] for c in cells), 4) for task in tasks}
-    return row
-
-
 def print_table(results: Results) -> None:
-    print(f"\n{'method':12} {'test mean':>9} {'sd':>7} {'lr':>7} {'trainable':>10}  load entropy by layer")
-    for name, row in sorted(results.summaries.items(), key=lambda item: -item[1]["mean"]):
-        entropies = " ".join(f"{x:.2f}" for x in row.get("load_entropy", []))
-        spread = "-" if row["sd"] is None else f"{row['sd']:.4f}"
-        print(f"{name:12} {row['mean']:9.4f} {spread:>7} {row['lr']:7g} {row['trainable']:10,}  {entropies}")
+    print(f"\n{HEADINGS}  load entropy by layer")
+    for name, row in ranking(results):
+        print(f"{line(name, row)}  " + " ".join(f"{x:.2f}" for x in row.get("load_entropy", [])))
         if "task_expert_bits" in row:
-            print(f"{'':12} bits of the task in the expert: {row['task_expert_bits']}")
+            print(f"{'':14} bits of the task in the expert: {row['task_expert_bits']}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -233,7 +201,7 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     make = {"sentiment": text_tasks.sentiment, "mixture": text_tasks.mixture}[args.task]
     data = make(tokenizer, SIZES[args.task], max_length)
-    bench = Bench(folder, tokenizer.pad_token_id, data, budget)
+    bench = Bench(folder, data, budget)
     config = {
         "task": args.task,
         "model": args.model or "all-MiniLM-L6-v2",

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a method is scored: its learning rate is searched on the development split, then tested with several seeds."""
+
+import statistics
+from typing import Any, Protocol
+
+from _training import Results
+
+
+class Bench(Protocol):
+    """What a benchmark has to offer to be searched."""
+
+    def lrs(self, name: str) -> tuple[float, ...]:
+        """Learning rates to try."""
+
+    def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
+        """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`.
+
+        Returns:
+            `accuracy`, `trainable` and `train_seconds` at least.
+        """
+
+    def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the method's summary says besides, from its final cells."""
+
+
+def run_method(bench: Bench, results: Results, name: str, seeds: list[int]) -> None:
+    """Search the learning rate on the development split, then score the chosen one on the test split."""
+    lrs = bench.lrs(name)
+    dev = {lr: run_cell(bench, results, name, lr, 0, final=False)["accuracy"] for lr in lrs}
+    chosen = max(lrs, key=lambda lr: dev[lr])
+    cells = [run_cell(bench, results, name, chosen, seed, final=True) for seed in seeds]
+    results.summaries[name] = {
+        "dev_by_lr": {f"{lr:g}": accuracy for lr, accuracy in dev.items()},
+        "lr": chosen,
+        **spread(cells),
+        "trainable": cells[0]["trainable"],
+        "train_seconds": min(cell["train_seconds"] for cell in cells),
+        **bench.details(cells),
+    }
+    results.save()
+
+
+def run_cell(bench: Bench, results: Results, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
+    key = f"{name} lr={lr:g} seed={seed} {'test' if final else 'dev'}"
+    if key not in results.cells:
+        results.add(key, bench.run(name, lr, seed, final))
+    return results.cells[key]
+
+
+def spread(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies of cells that differ in their seed, with mean and standard deviation."""
+    scores = [cell["accuracy"] for cell in cells]
+    return {
+        "test": scores,
+        "mean": round(statistics.mean(scores), 4),
+        "sd": round(statistics.stdev(scores), 4) if len(scores) > 1 else None,
+    }
+
+
+def ranking(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """Summaries, the best mean first."""
+    return sorted(results.summaries.items(), key=lambda item: -item[1]["mean"])
+
+
+HEADINGS = f"{'method':14} {'test mean':>9} {'sd':>7} {'lr':>7} {'trainable':>11} {'seconds':>8}"
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    """A method's summary under `HEADINGS`."""
+    deviation = "-" if row["sd"] is None else f"{row['sd']:.4f}"
+    numbers = f"{row['mean']:9.4f} {deviation:>7} {row['lr']:7g} {row['trainable']:11,} {row['train_seconds']:8.0f}"
+    return f"{name:14} {numbers}"

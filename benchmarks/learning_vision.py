@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each method learns on 1,000 real images with a pretrained vision transformer, on one budget.
+
+    python benchmarks/learning_vision.py                          # CIFAR-10
+    python benchmarks/learning_vision.py --task mnist
+    python benchmarks/learning_vision.py --low-data               # and with 1, 10 and 30 per cent of the images
+    python benchmarks/learning_vision.py --methods vapt lora      # some methods only
+
+The protocol is VTAB-1k's. Every method gets the same images, epochs, batches and number of learning rates. The rate is
+chosen by training on 800 images and scoring 200 with seed 0; at that rate only, all 1,000 are trained on with seeds 1
+to 3, and 2,000 others are scored. The head trains at one fixed rate in every method. Finished cells are kept in the
+JSON file and not run again, and any method may be added later.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+import _vision_tasks as vision_tasks  # noqa: E402
+import assets  # noqa: E402
+from _search import HEADINGS, line, ranking, run_method, spread  # noqa: E402
+from _training import Budget, Results, Split, Stopwatch, predict, train  # noqa: E402
+
+SIZE = 98  # pixels, a grid of 7 x 7 patches
+TEST = 2000
+PROMPTS = 10
+LOW_DATA = ("vpt-deep", "vapt")
+SHARES = (0.01, 0.1, 0.3)
+FEWEST_STEPS = 200  # with few images an epoch is a step or two, and twenty of them would teach no method anything
+
+
+def everything(model: nn.Module) -> nn.Module:
+    return model
+
+
+def adapted(config: Callable[[], PeftConfig]) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: get_peft_model(model, config())
+
+
+def lora() -> LoraConfig:
+    # "LoRA r8" here always means the query, key, value and output projections of attention.
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=["classifier"])
+
+
+def vapt(**options: Any) -> Callable[[], PeftConfig]:
+    def config() -> PeftConfig:
+        from peft_promptmoe import VAPTConfig  # here, so that the baselines run without the package
+
+        return VAPTConfig(num_virtual_tokens=PROMPTS, image_size=SIZE, **options)
+
+    return config
+
+
+def mept() -> PeftConfig:
+    from peft_promptmoe import MEPTConfig
+
+    return MEPTConfig(num_virtual_tokens=PROMPTS, routing="sample")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: what it makes of a base model, None to train a head on features that are computed once."""
+
+    build: Callable[[nn.Module], nn.Module] | None
+    lrs: tuple[float, ...]
+
+
+# Six rates each, a factor of about three apart, around what trial runs suggest. MEPT's stored tensors are scaled (its
+# `prompt_scale`), which under Adam multiplies their rate, and VAPT's are not.
+MATRICES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+PROMPT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+METHODS = {
+    "head": Method(None, PROMPT_RATES),
+    "full": Method(everything, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)),
+    "lora": Method(adapted(lora), MATRICES),
+    "vpt-deep": Method(adapted(vapt(num_static_layers="all")), PROMPT_RATES),
+    "vapt": Method(adapted(vapt()), PROMPT_RATES),
+    "mept-sample": Method(adapted(mept), MATRICES),
+}
+
+
+class Head(nn.Module):
+    """A model's head on features that are already there."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        logits = self.classifier(features)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that a cell needs: the base model's folder, the images and the budget."""
+
+    model: str
+    images: dict[str, vision_tasks.Images]
+    budget: Budget
+    features: dict[str, vision_tasks.Features] = field(default_factory=dict)
+
+    def lrs(self, name: str) -> tuple[float, ...]:
+        return METHODS[name].lrs
+
+    def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        return {}
+
+    def run(self, name: str, lr: float, seed: int, final: bool, share: float = 1.0) -> dict[str, Any]:
+        """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`.
+
+        `share` is that of the training images that are used.
+        """
+        torch.manual_seed(seed)
+        base = self._base()
+        build = METHODS[name].build
+        trained, scored = ("both", "test") if final else ("train", "dev")
+        data, held_out = (self.images[split] if build else self._features(split) for split in (trained, scored))
+        budget = self.budget
+        if share < 1.0:
+            data = data.select(vision_tasks.subset(data.labels, round(share * len(data)), seed))
+            epochs = math.ceil(FEWEST_STEPS / math.ceil(len(data) / budget.batch_size))
+            budget = replace(budget, epochs=max(budget.epochs, epochs))
+        model = build(base) if build else Head(base.classifier)
+        with Stopwatch() as watch:
+            loss = train(model, data, lr, seed, budget, f"{name} lr={lr:g} seed={seed} share={share:g}")
+        return {
+            "method": name,
+            "lr": lr,
+            "seed": seed,
+            "split": scored,
+            "images": len(data),
+            "epochs": budget.epochs,
+            "train_loss": round(loss, 4),
+            "train_seconds": round(watch.seconds, 1),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "accuracy": self._accuracy(model, held_out),
+        }
+
+    def _base(self) -> PreTrainedModel:
+        # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
+        return AutoModelForImageClassification.from_pretrained(self.model, num_labels=10, attn_implementation="eager")
+
+    def _accuracy(self, model: nn.Module, split: Split) -> float:
+        return round((predict(model, split, self.budget) == split.labels).double().mean().item(), 5)
+
+    def _features(self, split: str) -> vision_tasks.Features:
+        """What the head of the frozen model reads, so that training it need not run the model again."""
+        if split not in self.features:
+            found: list[Tensor] = []
+            base = self._base()
+            base.classifier.register_forward_pre_hook(lambda _, args: found.append(args[0].float()))
+            predict(base, self.images[split], self.budget)
+            self.features[split] = vision_tasks.Features(torch.cat(found), self.images[split].labels)
+        return self.features[split]
+
+
+def run_low_data(bench: Bench, results: Results, name: str, seeds: list[int]) -> None:
+    """Score a method with few images, at the learning rate that was chosen with all of them."""
+    row = results.summaries[name]
+    curve = {}
+    for share in SHARES:
+        cells = []
+        for seed in seeds:
+            key = f"{name} lr={row['lr']:g} seed={seed} test share={share:g}"
+            if key not in results.cells:
+                results.add(key, bench.run(name, row["lr"], seed, True, share))
+            cells.append(results.cells[key])
+        curve[str(cells[0]["images"])] = spread(cells)
+    curve[str(len(bench.images["both"]))] = {key: row[key] for key in ("test", "mean", "sd")}
+    results.data.setdefault("low_data", {})[name] = curve
+    results.save()
+
+
+def print_tables(results: Results) -> None:
+    print(f"\n{HEADINGS}")
+    for name, row in ranking(results):
+        print(line(name, row))
+    for name, curve in results.data.get("low_data", {}).items():
+        points = sorted(curve.items(), key=lambda item: int(item[0]))
+        print(f"{name:14} " + "   ".join(f"{images} images {row['mean']:.4f}" for images, row in points))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=sorted(vision_tasks.TASKS), default="cifar10")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="bf16 autocast, which halves a step's time on CPUs that have AMX",
+    )
+    parser.add_argument("--low-data", action="store_true", help=f"also train {', '.join(LOW_DATA)} on few images")
+    parser.add_argument(
+        "--results", type=Path, help="JSON file (default: benchmarks/results/learning_vision_TASK.json)"
+    )
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    transformers.logging.set_verbosity_error()  # every cell makes a new head, and would be warned of it
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, budget = assets.dinov2_small(), Budget(epochs=args.epochs, batch_size=32, head_lr=1e-3, bf16=args.bf16)
+    bench = Bench(folder, vision_tasks.load(args.task, folder, SIZE, TEST), budget)
+    config = {
+        "task": args.task,
+        "model": Path(folder).name,
+        "images": {name: len(split) for name, split in bench.images.items()},
+        "image_size": SIZE,
+        "prompts": PROMPTS,
+        "budget": asdict(budget),
+    }
+    results = Results(args.results or HERE / "results" / f"learning_vision_{args.task}.json", config)
+    for name in args.methods:
+        run_method(bench, results, name, args.seeds)
+        if args.low_data and name in LOW_DATA:
+            run_low_data(bench, results, name, args.seeds)
+    print_tables(results)
+
+
+if __name__ == "__main__":
+    main(parse_args())
