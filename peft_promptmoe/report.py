@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .layer import PromptLayer
 from .root import prompt_layers
 from .routing import RoutingRecord
+from .state import SharedLayer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,6 +139,12 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> RoutingRepor
     Raises:
         ValueError: nothing is routed, or there has been no forward yet.
     """
+    for shared in model.modules():
+        if isinstance(shared, SharedLayer):
+            names = [adapter] if adapter is not None else shared.active_adapters[:1]
+            own = [shared.report(name) for name in names if name in shared.prompt_config]
+            if own and own[0] is not None:
+                return own[0]
     loads, gates, numbers = [], [], []
     for layer, name in routed_layers(model, adapter):
         record = layer.last_routing.get(name)

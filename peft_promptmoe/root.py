@@ -72,6 +72,7 @@ class PromptRoot(nn.Module):
     def disown(self, method: str, layers: list[PromptLayer]) -> None:
         """Forget the layers of a method and drop what they shared."""
         if method in self.shared:
+            self.shared[method].close()  # type: ignore[operator]
             del self.shared[method]
         self._layers = [layer for layer in self._layers if layer not in layers]
         for book in self._grid_books:

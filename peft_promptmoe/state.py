@@ -73,3 +73,13 @@ class SharedLayer(AdapterState):
 
     def get_base_layer(self) -> nn.Module:
         return self._anchor[0]
+
+    def join(self, layer: Any) -> None:
+        """Hear of a prompt layer that shares; called once for each adapter of the layer."""
+
+    def close(self) -> None:
+        """Take away what the shared layer has changed on the base model, before it goes."""
+
+    def report(self, adapter: str) -> Any:
+        """What `routing_report` shows of the last forward; None where the layers' own records say it all."""
+        return None

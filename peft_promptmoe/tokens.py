@@ -3,10 +3,14 @@
 
 In an encoder-decoder the decoder attends to everything the last encoder block puts out. There the prompt rows are
 prepended to the block's input and nothing is dropped behind it; the decoder's mask grows by the same number.
+
+In a vision transformer whose next block's prompts are made from what this block makes of its own (`TokenLayer`), they
+stand behind the prefix tokens and are taken out behind the block, so that the model sees no more tokens than before.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -14,9 +18,95 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .inspection import parameter_names
-from .layer import CALL, PromptLayer, no_call
+from .key_value import KeyValueLayer, no_call
+from .layer import CALL, PromptLayer
 from .projection import bias_at, first_real, real_tokens, relative_bias
 from .sites import Site
+from .vision import Patches
+
+CARRIED = "_promptmoe_carried"
+
+
+class TokenLayer(PromptLayer):
+    """Prompts that pass through the whole block of a vision transformer as real tokens behind its prefix tokens."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._names = parameter_names(site.block)
+
+    @abstractmethod
+    def tokens(self, adapter: str, patches: Tensor, carried: Tensor | None) -> Tensor:
+        """Prompt tokens of the block's input.
+
+        Args:
+            patches: (B, N, D) the block's input at the patches.
+            carried: (B, P, D) what the block before has made of its prompts; None if it had none or they are dropped.
+
+        Returns:
+            (B, P, D).
+        """
+
+    @abstractmethod
+    def takes_over(self, adapter: str) -> bool:
+        """Whether the prompts that come out of the block before are read here."""
+
+    def hook(self) -> list[Any]:
+        block = self.site.block
+        return [
+            block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            block.register_forward_hook(self._after_block),
+        ]
+
+    def working_adapter(self) -> str | None:
+        """The active adapter that has prompts here.
+
+        Raises:
+            ValueError: there are several.
+        """
+        working = self.working_adapters()
+        if len(working) > 1:
+            raise ValueError(
+                f"{self.method} works with one active adapter at a time, and {working} are active. Activate one with "
+                "set_adapter()."
+            )
+        return working[0] if working else None
+
+    def _before_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        adapter = self.working_adapter()
+        if adapter is None:
+            return None
+        x = args[0] if args else kwargs[self._names[0]]
+        carried = None
+        if self.takes_over(adapter):
+            # A note on the tensor itself: another thread or another call cannot pick it up, unlike one on a module.
+            carried = getattr(x, CARRIED, None)
+            if carried is None:
+                raise RuntimeError(
+                    f"The input of {self.site.name!r} is not what the block before it put out, so its prompts cannot "
+                    "be carried on. If the model checkpoints activations, do so with use_reentrant=False; otherwise "
+                    "set carry_prompts=False."
+                )
+        patches = self._patches()
+        prompts = self.tokens(adapter, x[:, patches.prefix :], carried).to(x.dtype)
+        x = torch.cat([x[:, : patches.prefix], prompts, x[:, patches.prefix :]], dim=1)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, self._names[0]: x})
+
+    def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        adapter = self.working_adapter()
+        if adapter is None:
+            return None
+        x = output[0] if isinstance(output, tuple) else output
+        start = self._patches().prefix
+        stop = start + self.prompt_config[adapter].num_virtual_tokens
+        kept = torch.cat([x[:, :start], x[:, stop:]], dim=1)
+        setattr(kept, CARRIED, x[:, start:stop])
+        return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+    def _patches(self) -> Patches:
+        assert self.site.patches is not None
+        return self.site.patches
 
 
 class TokenForm:
@@ -30,11 +120,11 @@ class TokenForm:
     def __init__(self, site: Site, decoder: nn.Module) -> None:
         self.site = site
         self.decoder = decoder
-        self.layer: PromptLayer | None = None
+        self.layer: KeyValueLayer | None = None
         self._names = parameter_names(site.block)
         self._handles: list[Any] = []
 
-    def attach(self, layer: PromptLayer) -> None:
+    def attach(self, layer: KeyValueLayer) -> None:
         self.layer = layer
         self._handles = [
             self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True),

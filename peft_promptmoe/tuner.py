@@ -15,6 +15,7 @@ from torch import nn
 from .attention import check_kernel
 from .config import PromptConfig
 from .families import FAMILIES, VISION_FAMILIES
+from .key_value import KeyValueLayer
 from .layer import CHILD, PromptLayer, no_merge
 from .loading import Unread
 from .root import PromptRoot, prompt_layers
@@ -60,6 +61,9 @@ class PromptTuner(BaseTuner):
     def check_site(self, config: Any, site: Site) -> None:
         """Raise ValueError where the config cannot work at this attention layer."""
 
+    def prepare_shared(self, shared: Any, adapter_name: str) -> None:
+        """Hand what `resolve` has found for an adapter to the shared layer, before that makes its tensors."""
+
     # -- checks before the model is touched ---------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -100,10 +104,8 @@ class PromptTuner(BaseTuner):
         sites = [find_site(self.model, path) for path in paths]
         self._check_layers(peft_config, sites)
         for site in sites:
-            if site.is_timm:
-                check_fused(site.attention, site.name)
-            else:
-                check_kernel(site.attention.config._attn_implementation_internal)
+            if issubclass(self.prompt_layer_cls, KeyValueLayer):
+                _check_attention(site)
             if not isinstance(getattr(site.attention, CHILD, None), (self.prompt_layer_cls, type(None))):
                 raise ValueError(
                     f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
@@ -212,7 +214,7 @@ class PromptTuner(BaseTuner):
             layer = self.prompt_layer_cls(site)
             layer.update_layer(adapter_name, peft_config)
             layer.attach()
-            if self._is_read_by_decoder(site):
+            if isinstance(layer, KeyValueLayer) and self._is_read_by_decoder(site):
                 layer.hold_token_form(TokenForm(site, self.model.get_decoder()))
         else:
             layer.update_layer(adapter_name, peft_config)
@@ -229,7 +231,9 @@ class PromptTuner(BaseTuner):
             return
         shared = root.shared_layer(self.shared_layer_cls, self.method, layer.site)
         layer.shared = (shared,)
+        shared.join(layer)
         if adapter_name not in shared.prompt_config:
+            self.prepare_shared(shared, adapter_name)
             shared.update_layer(adapter_name, config)
             shared._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -271,6 +275,23 @@ class PromptTuner(BaseTuner):
                 "set_adapter()."
             )
         yield
+
+
+def _check_attention(site: Site) -> None:
+    """Refuse attention kernels that rows cannot join."""
+    if site.is_timm:
+        check_fused(site.attention, site.name)
+    else:
+        check_kernel(site.attention.config._attn_implementation_internal)
+
+
+def refuse_task_type(config: PromptConfig) -> None:
+    """Raise ValueError where a config for images asks for one of PEFT's wrappers, which are for text."""
+    if config.task_type is not None:
+        raise ValueError(
+            f"task_type={config.task_type!r} wraps the model in a class of PEFT that passes text on. Leave "
+            "task_type unset for vision models; their heads are found without it."
+        )
 
 
 def check_adapter_name(name: str, prefix: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .inspection import parameter_names
-from .layer import PromptLayer
+from .key_value import KeyValueLayer
 from .root import prompt_layers
 from .targets import is_encoder_decoder
 
@@ -55,7 +55,7 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.randint(embeddings.num_embeddings, (rows, length)).to(embeddings.weight.device)
     reader = model.get_encoder() if is_encoder_decoder(model) else getattr(model, "base_model", model)  # type: ignore
-    layers = prompt_layers(model)
+    layers = [layer for layer in prompt_layers(model) if isinstance(layer, KeyValueLayer)]
     found: dict[str, Tensor] = {}
     handles = [_listen(layer, found) for layer in layers]
     modes = {module: module.training for module in model.modules()}
@@ -76,7 +76,7 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
     return found
 
 
-def _listen(layer: PromptLayer, found: dict[str, Tensor]) -> Any:
+def _listen(layer: KeyValueLayer, found: dict[str, Tensor]) -> Any:
     names = parameter_names(layer.site.attention)
 
     def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptConfig
-from ..layer import PromptLayer
+from ..key_value import KeyValueLayer
 from ..routing import (
     PromptCall,
     balance_loss,
@@ -57,7 +57,7 @@ class RouterCenter(nn.Module):
         self.weight += momentum * (mean.to(self.weight.dtype) - self.weight)
 
 
-class MEPTLayer(PromptLayer):
+class MEPTLayer(KeyValueLayer):
     """Routed and shared prompt experts of one attention layer, for any number of adapters.
 
     Trained tensors per adapter: `mept_prompts` (E, P, D), `mept_shared_prompts` (S, P, D), `mept_router` (E, D).

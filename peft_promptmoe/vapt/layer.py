@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layer import PromptLayer
+from ..key_value import KeyValueLayer
 from ..routing import PromptCall, without_autocast
 from ..sites import Site
 from ..state import AdapterState, PromptTable, SharedLayer
@@ -46,17 +46,17 @@ class VAPTState(AdapterState):
             self.vapt_scale[adapter] = PromptTable(torch.ones(1))
 
 
-class VAPTLayer(VAPTState, PromptLayer):
+class VAPTLayer(VAPTState, KeyValueLayer):
     """Static or adaptive prompts of one attention layer, for any number of adapters.
 
-    Trained tensors per adapter of a static layer: `vapt_prompts` (P, D). Of an adaptive one: `vapt_norm` (D,) twice,
+    Trained tensors per adapter of a static layer: `vapt_prompts` (P, D). Of an adaptive one: `vapt_norms` (D,) twice,
     `vapt_kernel` (1 or D, 1, K, K), `vapt_token_prompts` weight (P, H' * W') and bias (P,), and the feature projector
     where layers do not share it.
     """
 
     adapter_layer_names = (
         "vapt_prompts",
-        "vapt_norm",
+        "vapt_norms",
         "vapt_kernel",
         "vapt_token_prompts",
         *PROJECTOR,
@@ -64,7 +64,7 @@ class VAPTLayer(VAPTState, PromptLayer):
     method = "VAPT"
 
     vapt_prompts: nn.ModuleDict
-    vapt_norm: nn.ModuleDict
+    vapt_norms: nn.ModuleDict
     vapt_kernel: nn.ModuleDict
     vapt_token_prompts: nn.ModuleDict
 
@@ -82,7 +82,7 @@ class VAPTLayer(VAPTState, PromptLayer):
             self.vapt_prompts[adapter] = PromptTable(torch.empty(count, width).uniform_(-bound, bound))
             return
         rows, columns = config.reduced(patches.grid(config.image_shape))
-        self.vapt_norm[adapter] = nn.LayerNorm(width, eps=NORM_EPS)
+        self.vapt_norms[adapter] = nn.LayerNorm(width, eps=NORM_EPS)
         self.vapt_token_prompts[adapter] = projector = nn.Linear(rows * columns, count)
         if config.use_conv:
             channels, side = width if config.channelwise_kernel else 1, config.kernel_size
@@ -110,7 +110,7 @@ class VAPTLayer(VAPTState, PromptLayer):
         assert self.site.patches is not None
         kernel = self.vapt_kernel[adapter]() if config.use_conv else None
         projector: Any = self.vapt_token_prompts[adapter]
-        norm: Any = self.vapt_norm[adapter]
+        norm: Any = self.vapt_norms[adapter]
         tokens = self._tokens(adapter, config, grid)
         weights = grid_weights(tokens, kernel, grid, config.reduced(grid), config.padding)
         z = aggregate(x[:, self.site.patches.prefix :], weights, norm.weight, norm.bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ..sites import Site
 from ..targets import image_targets
-from ..tuner import PromptTuner
+from ..tuner import PromptTuner, refuse_task_type
 from .config import VAPTConfig
 from .layer import VAPTLayer, VAPTShared, VAPTState, check_grid
 
@@ -41,11 +41,7 @@ class VAPTModel(PromptTuner):
         return image_targets(self.model)
 
     def resolve(self, config: VAPTConfig, sites: list[Site]) -> None:
-        if config.task_type is not None:
-            raise ValueError(
-                f"task_type={config.task_type!r} wraps the model in a class of PEFT that passes text on. Leave "
-                "task_type unset for vision models; their heads are found without it."
-            )
+        refuse_task_type(config)
         if config.num_static_layers != "all" and int(config.num_static_layers) > (deepest := _blocks(sites)):
             raise ValueError(
                 f"num_static_layers={config.num_static_layers} is more than the {deepest} blocks up to the last one "

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from experts import expert
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_promptmoe import MEPTConfig, VAPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
 
 VOCAB, WIDTH, HEADS, LENGTH, TARGETS, IGNORED = 64, 32, 4, 8, 5, -100
 LENGTHS = (LENGTH, LENGTH - 4, LENGTH - 1)
@@ -295,6 +296,7 @@ class Method:
         balance: name of the argument that weighs the balance loss; None for methods without one.
         single: settings of one expert, which has nothing to balance.
         other: settings of a second adapter, of another size than the first.
+        joins_attention: whether prompts are rows within attention, and not tokens of whole blocks.
     """
 
     config: type[PeftConfig]
@@ -309,6 +311,7 @@ class Method:
     balance: str | None = None
     single: dict[str, Any] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
+    joins_attention: bool = True
 
 
 _BOTH = ("sdpa", "eager")
@@ -338,6 +341,16 @@ def _vapt_variants() -> dict[str, dict[str, Variant]]:
         table[name] = {"adaptive": Variant(size, kernels=_BOTH if name in ("vit", "dinov2") else ("sdpa",))}
     table["vit"]["deep"] = Variant({"num_static_layers": "all"})
     return table
+
+
+def _pmoe_variants() -> dict[str, dict[str, Variant]]:
+    def of(*names: str, **settings: Any) -> Variant:
+        return Variant({"experts": [expert(name) for name in names], **settings})
+
+    return {
+        "vit": {"dinov2": of("dinov2"), "three": of("dinov2", "timm", dispatcher="attention")},
+        "timm_vit": {"vit": of("vit", dispatcher="expert"), "timm": of("timm")},
+    }
 
 
 _NO_TOKENS_FOR_DECODER = {"routing": "token", "decoder_sees_prompts": True}
@@ -372,6 +385,19 @@ METHODS: dict[str, Method] = {
         ),
         noisy={"channel_dropout": 0.5, "projector_dropout": 0.5, "prompt_dropout": 0.5},
         other={"num_virtual_tokens": 2, "bottleneck_dim": 4, "learnable_scale": True},
+    ),
+    "pmoe": Method(
+        config=PMoEConfig,
+        prefix="pmoe_",
+        # Heads of further experts start at zero, where their prompts get no gradient yet; see tests/unit.
+        settings={"num_virtual_tokens": 3, "init_weights": False},
+        variants=_pmoe_variants(),
+        refusals=(
+            ("vit", {"exclude_modules": ["layers.1.attention"]}, "layers_to_transform"),
+            ("timm_vit", {"fusion": "mean"}, "fusion='mean' averages features of one width"),
+        ),
+        other={"num_virtual_tokens": 2, "dispatcher": "none"},
+        joins_attention=False,
     ),
 }
 
@@ -594,6 +620,11 @@ def prompted(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "site")}
 
 
+def prompted_base(model: nn.Module) -> dict[str, nn.Module]:
+    """Prompt layers that are children of the base model's attention layers, by path."""
+    return {name: layer for name, layer in prompted(model).items() if name.endswith(f".{CHILD}")}
+
+
 def set_head(model: nn.Module, adapter: str = "default") -> bool:
     """Change the trained head of an adapter by a lot; False if it has none."""
     changed = False
@@ -651,7 +682,10 @@ def each_case(
 def one_per_architecture(case: Case) -> bool:
     """Keep each architecture's default variant, for behaviours that do not depend on the variant."""
     default = "token" if case.is_causal_lm else "sample"
-    return case.variant_name in (default, "adaptive") or len(case.method.variants[case.architecture_name]) == 1
+    return (
+        case.variant_name in (default, "adaptive", "dinov2", "timm")
+        or len(case.method.variants[case.architecture_name]) == 1
+    )
 
 
 def trains_alone(case: Case) -> bool:

@@ -28,6 +28,7 @@ from cases import (
     one_per_architecture,
     predict,
     prompted,
+    prompted_base,
     set_head,
     train,
 )
@@ -339,4 +340,4 @@ def test_one_root_and_one_child_per_attention_layer(case: Case) -> None:
     model = case.model()
     model.add_adapter("other", case.config(**case.method.other))
     children = [name for name, _ in model.named_modules() if name.endswith(f".{CHILD}")]
-    assert len(children) == len(prompted(model)) + 1
+    assert len(children) == len(prompted_base(model)) + 1

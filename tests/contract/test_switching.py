@@ -22,6 +22,7 @@ from cases import (
     one_per_architecture,
     predict,
     prompted,
+    prompted_base,
     set_head,
     train,
     trains_alone,
@@ -298,7 +299,7 @@ def test_what_a_method_refuses(case: Case, settings: dict[str, Any], pattern: st
     assert_equal(predict(base, batch), expected, "logits of the base model after a refusal")
 
 
-@each_case(lambda case: one_per_architecture(case) and not case.architecture.timm)
+@each_case(lambda case: one_per_architecture(case) and case.method.joins_attention and not case.architecture.timm)
 def test_an_untested_kernel_is_refused(case: Case) -> None:
     base = case.base()
     for config in {
@@ -322,7 +323,7 @@ def test_model_and_layer_status(case: Case) -> None:
     assert status.requires_grad == {"default": True} and status.available_adapters == ["default"]
     assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = [layer for layer in get_layer_status(model) if layer.name.endswith(CHILD)]
-    assert len(layers) == len(prompted(model)) > 0
+    assert len(layers) == len(prompted_base(model)) > 0
     assert all(layer.requires_grad == {"default": True} for layer in layers)
     with model.disable_adapter():
         assert get_model_status(model).enabled is False

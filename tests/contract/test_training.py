@@ -115,7 +115,7 @@ def test_training_lowers_the_loss(case: Case) -> None:
     assert losses[-1] < losses[0] - 1e-3
 
 
-@each_case(one_per_architecture)
+@each_case(lambda case: bool(case.method.noisy) and one_per_architecture(case))
 def test_noise_of_training_is_off_in_evaluation(case: Case) -> None:
     model, plain, batch = case.model(**case.method.noisy), case.model(), case.batch()
     assert_equal(predict(model, batch), predict(plain, batch), "evaluation with and without the settings for noise")

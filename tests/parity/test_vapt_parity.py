@@ -194,7 +194,7 @@ def fill(trained: dict[str, nn.Parameter]) -> None:
     generator = torch.Generator().manual_seed(7)
     for name, weight in sorted(trained.items()):
         drawn = noise(weight.shape, generator)
-        if ("vapt_norm" in name and name.endswith("weight")) or "vapt_scale" in name:
+        if ("vapt_norms" in name and name.endswith("weight")) or "vapt_scale" in name:
             weight.copy_(1.0 + 0.4 * drawn)
         elif "vapt_" in name:
             sizes = {"vapt_prompts": 0.7, "vapt_down": 1.5 / WIDTH**0.5, "vapt_up": 0.6}
@@ -219,8 +219,8 @@ def block_tensors(trained: dict[str, Tensor], blocks: str) -> list[Block]:
     """The oracle's view on the package's tensors, found by their names."""
     names = {
         "vapt_prompts.default.weight": "prompts",
-        "vapt_norm.default.weight": "gain",
-        "vapt_norm.default.bias": "shift",
+        "vapt_norms.default.weight": "gain",
+        "vapt_norms.default.bias": "shift",
         "vapt_kernel.default.weight": "kernel",
         "vapt_token_prompts.default.weight": "token_weight",
         "vapt_token_prompts.default.bias": "token_bias",

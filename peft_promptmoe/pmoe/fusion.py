@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the further experts' features join the base model's classifier."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..inspection import parameter_names
+from .features import encode, fit_pixels
+
+if TYPE_CHECKING:
+    from .config import PMoEConfig
+    from .shared import PMoEShared
+
+
+class Fusion:
+    """Hooks on the base model, which tells of its images, and on its classifier, whose reading the experts join.
+
+    Args:
+        shared: what the experts share.
+
+    Attributes:
+        last_decision: by adapter, (B, K) each expert's term in the logit of the predicted class in the last forward of
+            evaluation mode.
+    """
+
+    def __init__(self, shared: PMoEShared) -> None:
+        self.shared = shared
+        self.last_decision: dict[str, Tensor] = {}
+        self._pixels: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def features(self, adapter: str, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Feature (B, D_k) and patch tokens (B, N_k, D_k) of each further expert.
+
+        Args:
+            pixels: (B, channels, rows, columns) as the base model gets them.
+        """
+        config: PMoEConfig = self.shared.prompt_config[adapter]
+        incoming = _normalisation(config.image_mean, config.image_std)
+        found = []
+        for key in self.shared.members[adapter]:
+            expert, patches = self.shared.experts[key], self.shared.patches(key)
+            record, weight = expert.record, patches.embedding.weight
+            size = None if record.size is None else (record.size[0], record.size[1])
+            fitted = fit_pixels(pixels, incoming, _normalisation(record.mean, record.std), size).to(weight.device)
+            fitted = fitted.to(weight.dtype) if weight.is_floating_point() else fitted
+            if torch.is_grad_enabled() and checkpoints(self.shared.base()[0]):
+                pair = checkpoint(encode, expert.module, patches, fitted, use_reentrant=False)
+            else:
+                pair = encode(expert.module, patches, fitted)
+            found.append((pair[0].to(pixels.device), pair[1].to(pixels.device)))
+        return found
+
+    def open(self) -> None:
+        """Hook the base model, which tells of its images, and its classifier, whose reading the experts join."""
+        model, head = self.shared.base()
+        if head is None:
+            return
+        module = model.get_submodule(head)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
+            module.register_forward_pre_hook(self._before_head),
+            module.register_forward_hook(self._after_head),
+        ]
+
+    def shut(self) -> None:
+        """Take the hooks away. PEFT copies a classifier to train it, and would copy its hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def working_adapter(self) -> str | None:
+        """The active adapter, if it has further experts; layers see to it that there are not several."""
+        working = [name for name in self.shared.working_adapters() if self.shared.members[name]]
+        return working[0] if working else None
+
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.working_adapter() is not None:
+            self._pixels[caller()] = args[0] if args else kwargs[parameter_names(model)[0]]
+
+    def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._pixels.pop(caller(), None)
+
+    def _seen(self) -> Tensor:
+        pixels = self._pixels.get(caller())
+        if pixels is None:
+            raise RuntimeError(
+                "The classifier was called outside the model's forward, where the further experts have seen no image. "
+                "Call the model, or disable the adapter."
+            )
+        return pixels
+
+    def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        adapter = self.working_adapter()
+        if adapter is None or self.shared.prompt_config[adapter].fusion != "mean":
+            return None
+        features = [args[0], *(feature for feature, _ in self.features(adapter, self._seen()))]
+        return (torch.stack([feature.to(args[0].dtype) for feature in features]).mean(dim=0), *args[1:])
+
+    def _after_head(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        adapter = self.working_adapter()
+        if adapter is None or self.shared.prompt_config[adapter].fusion == "mean":
+            return None
+        features = [feature for feature, _ in self.features(adapter, self._seen())]
+        weight = self.shared.pmoe_fusion[adapter]()
+        maps = weight.split([feature.shape[-1] for feature in features], dim=1)
+        read = [F.linear(feature.to(part.dtype), part) for feature, part in zip(features, maps, strict=True)]
+        parts = torch.stack([output.to(weight.dtype), *read])
+        logits = parts.sum(dim=0)
+        if not self.shared.training:
+            chosen = logits.detach().argmax(dim=-1)
+            self.last_decision[adapter] = parts.detach().take_along_dim(chosen[None, :, None], dim=2)[..., 0].T
+        if self.shared.prompt_config[adapter].fusion == "logits":
+            logits = logits / len(parts)
+        return logits.to(output.dtype)
+
+
+def caller() -> int:
+    """Who is calling: forwards of several threads must not see each other's images."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def checkpoints(model: Any) -> bool:
+    """Whether the model trades time for memory, which its further experts then do, too."""
+    return model.training and any(
+        getattr(module, "gradient_checkpointing", False) or getattr(module, "grad_checkpointing", False)
+        for module in model.modules()
+    )
+
+
+def _normalisation(mean: list[float] | None, std: list[float] | None) -> tuple[list[float], list[float]] | None:
+    return None if mean is None or std is None else (mean, std)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts and dispatcher of one block of one expert."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..routing import without_autocast
+from ..sites import Site
+from ..state import PromptTable
+from ..tokens import TokenLayer
+from .config import PMoEConfig
+from .dispatch import all_tokens, dispatch_attention, dispatch_experts, dispatch_sum, dispatch_tokens, group_shares
+
+if TYPE_CHECKING:
+    from .shared import PMoEShared
+
+OWN_SHARE = 0.9  # of what a dispatcher takes from its own expert's prompts when training begins
+
+
+class Dispatcher(nn.Module):
+    """Tensors of one dispatcher, by the names that `dispatch` gives them; "mean" and "none" have none."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def forward(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+
+class PMoELayer(TokenLayer):
+    """Prompts and dispatcher of one block of one expert, for any number of adapters.
+
+    Trained tensors per adapter: `pmoe_prompts` (P, D) and those of `pmoe_dispatcher`: for "token" weight (P, D) and
+    bias (P,); for "expert" hidden_weight (h, D), hidden_bias (h,), weight (K, h), bias (K,); for "attention" query,
+    key, down (r, D) and up (D, r).
+
+    Args:
+        site: the block's attention layer.
+
+    Attributes:
+        expert: key of the expert that the block belongs to; None for the base model.
+        last_shares: by adapter, (B, K + 2) what the experts' prompts, the carried prompts and the patches contributed
+            in the last forward.
+    """
+
+    adapter_layer_names = ("pmoe_prompts", "pmoe_dispatcher")
+    method = "pMoE"
+
+    pmoe_prompts: nn.ModuleDict
+    pmoe_dispatcher: nn.ModuleDict
+
+    def __init__(self, site: Site, expert: str | None = None) -> None:
+        super().__init__(site)
+        self.expert = expert
+        self.last_shares: dict[str, Tensor] = {}
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
+
+    def update_layer(self, adapter: str, config: PMoEConfig) -> None:
+        patches, width, count = self._patches(), self.site.width, config.num_virtual_tokens
+        self.prompt_config[adapter] = config
+        fan = patches.embedding.in_channels * math.prod(patches.size) + width
+        bound = math.sqrt(6.0 / fan) if config.init_weights else 1.0
+        self.pmoe_prompts[adapter] = PromptTable(torch.empty(count, width).uniform_(-bound, bound))
+        if tensors := self._dispatcher(adapter, config):
+            self.pmoe_dispatcher[adapter] = Dispatcher(tensors)
+
+    def _dispatcher(self, adapter: str, config: PMoEConfig) -> dict[str, Tensor]:
+        width, count, rank = self.site.width, config.num_virtual_tokens, config.dispatcher_dim
+        experts = len(config.experts) + 1
+        spread = 0.02 if config.init_weights else 2.0 / math.sqrt(width)
+        if config.dispatcher == "token":
+            others = (experts + int(config.carry_prompts)) * count - 1 + self._usual_patches()
+            bias = torch.full((count,), math.log(others * OWN_SHARE / (1.0 - OWN_SHARE)))
+            return {"weight": spread * torch.randn(count, width), "bias": bias}
+        if config.dispatcher == "expert":
+            bias = torch.zeros(experts)
+            number = 0 if self.expert is None else self._shared().number(adapter, self.expert)
+            bias[number] = math.log((experts - 1) * OWN_SHARE / (1.0 - OWN_SHARE))
+            hidden = nn.Linear(width, rank)
+            return {
+                "hidden_weight": hidden.weight.detach(),
+                "hidden_bias": hidden.bias.detach(),
+                "weight": spread * torch.randn(experts, rank),
+                "bias": bias,
+            }
+        if config.dispatcher == "attention":
+            rows = {name: torch.randn(rank, width) / math.sqrt(width) for name in ("query", "key", "down")}
+            # Zero, as in low-rank adapters: training begins at the expert's own prompts.
+            return rows | {"up": torch.zeros(width, rank) if config.init_weights else torch.randn(width, rank)}
+        return {}
+
+    def _usual_patches(self) -> int:
+        patches = self._patches()
+        rows, columns = patches.grid(patches.image_size or (224, 224))
+        return rows * columns
+
+    def _shared(self) -> PMoEShared:
+        return self.shared[0]  # type: ignore[return-value]
+
+    def wants_shared(self, adapter: str) -> bool:
+        return True
+
+    def takes_over(self, adapter: str) -> bool:
+        before = self._shared().find(self.expert, self.site.index - 1)
+        return self.prompt_config[adapter].carry_prompts and before is not None and adapter in before.prompt_config
+
+    def tokens(self, adapter: str, patches: Tensor, carried: Tensor | None) -> Tensor:
+        config: PMoEConfig = self.prompt_config[adapter]
+        with without_autocast(patches):
+            prompts, shares = self._dispatch(adapter, config, patches, carried)
+        self.last_shares[adapter] = shares.detach()
+        return prompts
+
+    def _dispatch(
+        self, adapter: str, config: PMoEConfig, patches: Tensor, carried: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, P, D) prompts, and (B, K + 2) what they were made of."""
+        shared, slots = self._shared(), config.num_virtual_tokens
+        number = shared.number(adapter, self.expert)
+        if config.dispatcher == "none":
+            own = self.pmoe_prompts[adapter]()
+            return dispatch_sum([own], carried, len(patches)), self._fixed(config, patches, [number])
+        prompts = shared.prompts(adapter, self)
+        if config.dispatcher == "mean":
+            everyone = list(range(len(prompts)))
+            return dispatch_sum(prompts, carried, len(patches)), self._fixed(config, patches, everyone)
+        dispatcher: Any = self.pmoe_dispatcher[adapter]
+        tokens, held = all_tokens(prompts, carried, patches), dispatcher()
+        if config.dispatcher == "expert":
+            made, gates = dispatch_experts(tokens, prompts, carried, **held)
+            return made, torch.cat([gates, torch.zeros_like(gates[:, :1]).expand(-1, 2)], dim=1)
+        if config.dispatcher == "token":
+            made, shares = dispatch_tokens(tokens, number * slots, **held)
+        else:
+            made, shares = dispatch_attention(tokens, prompts[number], carried, **held)
+        return made, group_shares(shares.detach(), len(prompts), slots, carried is not None)
+
+    def _fixed(self, config: PMoEConfig, patches: Tensor, experts: list[int]) -> Tensor:
+        shares = patches.new_zeros(len(config.experts) + 3)
+        shares[experts] = 1.0 / len(experts)
+        return shares.expand(len(patches), -1)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch maps of all experts on one grid, for dense prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..vision import Grid
+from .features import encode, encoder_of
+from .shared import PMoEShared
+
+
+def shared_of(model: nn.Module) -> PMoEShared:
+    """What the experts of a model share.
+
+    Raises:
+        ValueError: the model has no pMoE adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, PMoEShared):
+            return module
+    raise ValueError(f"{type(model).__name__} has no pMoE adapter; add one with get_peft_model().")
+
+
+def patch_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Last patch tokens of all experts on the base model's patch grid, for a head that predicts something per pixel.
+
+    Gradients reach the prompts. The base model's classifier is not read, so a bare encoder will do as base model.
+
+    Args:
+        model: with an active pMoE adapter.
+        pixel_values: (B, channels, rows, columns) as the base model gets them.
+
+    Returns:
+        (B, sum of D_k, H, W), the base model's channels first; other grids are resized bilinearly.
+
+    Raises:
+        ValueError: no pMoE adapter is active.
+    """
+    shared = shared_of(model)
+    working = shared.working_adapters()
+    if len(working) != 1:
+        raise ValueError(f"patch_maps reads the one active pMoE adapter, and {len(working)} are active.")
+    encoder, patches = encoder_of(shared.base()[0]), shared.patches(None)
+    size: Any = tuple(pixel_values.shape[-2:])
+    grid = patches.grid(size)
+    _, tokens = encode(encoder, patches, pixel_values)
+    maps = [tokens.transpose(1, 2).unflatten(2, grid)]
+    for key, (_, tokens) in zip(
+        shared.members[working[0]], shared.fusion.features(working[0], pixel_values), strict=True
+    ):
+        maps.append(_on_grid(tokens, _grid_of(shared, key, size), grid).to(maps[0].dtype))
+    return torch.cat(maps, dim=1)
+
+
+def _grid_of(shared: PMoEShared, key: str, size: Grid) -> Grid:
+    record = shared.experts[key].record
+    return shared.patches(key).grid((record.size[0], record.size[1]) if record.size is not None else size)
+
+
+def _on_grid(tokens: Tensor, own: Grid, grid: Grid) -> Tensor:
+    """(B, N, D) tokens of one grid as a map (B, D, H, W) on another."""
+    found = tokens.transpose(1, 2).unflatten(2, own)
+    return found if own == grid else F.interpolate(found, size=grid, mode="bilinear", align_corners=False)

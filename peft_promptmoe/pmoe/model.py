@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pMoE tuner."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from torch import nn
+
+from ..layer import CHILD
+from ..sites import Site, find_site
+from ..state import AdapterState
+from ..targets import image_targets
+from ..tuner import PromptTuner, refuse_task_type
+from ..vision import vision_heads
+from .config import PMoEConfig
+from .experts import Expert, check_tower, gather_experts, pixels_of
+from .layer import PMoELayer
+from .shared import PMoEShared, classifier
+
+
+class PMoEModel(PromptTuner):
+    """Makes a mixture of an image model and further frozen backbones (our reading of arXiv 2602.22938).
+
+    Args:
+        model: the base model, a vision transformer of transformers or timm with one classifier; a bare encoder, if
+            only `patch_maps` is to be read.
+        config: a [`PMoEConfig`].
+        adapter_name: name of the adapter.
+
+    Example:
+
+        ```py
+        >>> import peft_promptmoe
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForImageClassification
+
+        >>> vit = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)
+        >>> experts = ["facebook/dino-vitb16", "timm/vit_base_patch16_224.mae"]
+        >>> model = get_peft_model(vit, peft_promptmoe.PMoEConfig(experts=experts))
+        >>> print(peft_promptmoe.parameter_report(model))
+        ```
+    """
+
+    prefix = "pmoe_"
+    method = "pMoE"
+    tuner_layer_cls = AdapterState
+    prompt_layer_cls = PMoELayer
+    shared_layer_cls = PMoEShared
+
+    def default_targets(self) -> str | list[str]:
+        return image_targets(self.model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As `PromptTuner.inject_adapter`; further experts are loaded before the model is touched."""
+        if (shared := self._shared()) is not None:
+            shared.fusion.shut()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            if (shared := self._shared()) is not None:
+                shared.fusion.open()
+
+    def _shared(self) -> PMoEShared | None:
+        root: Any = getattr(self.model, CHILD, None)
+        return root.shared[self.method] if root is not None and self.method in root.shared else None
+
+    def resolve(self, config: PMoEConfig, sites: list[Site]) -> None:
+        refuse_task_type(config)
+        tower = self._tower()
+        check_tower(tower, type(self.model).__name__)
+        self._check_blocks(config, sites, tower)
+        shared = self._shared()
+        experts = gather_experts(
+            config.experts,
+            config.expert_records if config.stored else None,
+            stored=config.stored,
+            download=config.download_experts,
+            known=shared.experts if shared is not None else {},
+            base=self.model,
+        )
+        if config.layers_to_transform is not None:
+            _check_depths(experts, len(tower))
+        head = self._classifier(tower[0])
+        if config.fusion == "mean" and experts:
+            self._check_mean(experts, head)
+        if config.image_mean is None:
+            config.image_mean, config.image_std = pixels_of(self.model)
+        _warn_of_pixels(config, experts)
+        config.expert_records = [expert.record.to_dict() for expert in experts]
+        self._arrival = (head, len(tower), experts)
+
+    def prepare_shared(self, shared: Any, adapter_name: str) -> None:
+        head, depth, experts = self._arrival
+        shared.welcome(self.model, head, depth, experts)
+
+    def _tower(self) -> list[Site]:
+        """All attention layers of the base model's tower, prompted or not."""
+        targets = image_targets(self.model)
+        if isinstance(targets, str):
+            targets = [path for path, _ in self.model.named_modules() if re.fullmatch(targets, path)]
+        return [find_site(self.model, path) for path in targets]
+
+    def _check_blocks(self, config: PMoEConfig, sites: list[Site], tower: list[Site]) -> None:
+        found, everything = {site.name for site in sites}, {site.name for site in tower}
+        if found - everything:
+            raise ValueError(
+                f"target_modules matches {sorted(found - everything)[0]!r}, which is no attention layer of the image "
+                "tower. Leave target_modules unset."
+            )
+        if config.layers_to_transform is None and found != everything:
+            raise ValueError(
+                "pMoE aligns its experts' blocks by depth, so some are named by layers_to_transform and not by "
+                "target_modules or exclude_modules. Leave these unset."
+            )
+
+    def _classifier(self, site: Site) -> str | None:
+        """Path of the base model's linear classifier; None for bare encoders and other heads."""
+        assert site.patches is not None
+        found = []
+        for name in vision_heads(self.model, site.patches):
+            if isinstance(classifier(self.model, name), nn.Linear):
+                found.append(name)
+        if len(found) > 1:
+            raise ValueError(
+                f"{type(self.model).__name__} has several classifiers ({', '.join(found)}), and the experts' features "
+                "join one. Use a model with one classifier."
+            )
+        return found[0] if found else None
+
+    def _check_mean(self, experts: list[Expert], head: str | None) -> None:
+        if head is None:
+            raise ValueError("fusion='mean' averages what a classifier reads, and the base model has none.")
+        width = classifier(self.model, head).in_features
+        other = [expert for expert in experts if expert.record.width != width]
+        if other:
+            raise ValueError(
+                f"fusion='mean' averages features of one width: the base model's classifier reads {width} values and "
+                f"{other[0].record.name!r} gives {other[0].record.width}. Use fusion='concat'."
+            )
+
+
+def _warn_of_pixels(config: PMoEConfig, experts: list[Expert]) -> None:
+    unknown = [expert.record.name for expert in experts if expert.record.mean is None]
+    if experts and (unknown or config.image_mean is None):
+        which = f"of {', '.join(unknown)}" if config.image_mean is not None else "of the incoming pixels"
+        warnings.warn(
+            f"The normalisation {which} is not known, so pixels are passed on as they come. Set image_mean and "
+            "image_std, and hand over experts with a processor's or timm's data config, if they differ.",
+            stacklevel=2,
+        )
+
+
+def _check_depths(experts: list[Expert], depth: int) -> None:
+    for expert in experts:
+        if expert.record.depth != depth:
+            raise ValueError(
+                f"layers_to_transform counts blocks, and {expert.record.name!r} has {expert.record.depth} of them "
+                f"where the base model has {depth}. Leave layers_to_transform unset."
+            )

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the experts share: the further backbones themselves, bridges between widths, and the head on their features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..state import PromptTable, SharedLayer
+from ..vision import Patches
+from .config import PMoEConfig
+from .fusion import Fusion
+from .layer import PMoELayer
+
+if TYPE_CHECKING:
+    from .experts import Expert
+
+
+class Bridges(nn.Module):
+    """Linear maps of prompts between experts of different widths: `weight_j_to_k` (D_k, D_j)."""
+
+    def __init__(self, widths: Sequence[int], init_weights: bool) -> None:
+        super().__init__()
+        for j, given in enumerate(widths):
+            for k, taken in enumerate(widths):
+                if given != taken:
+                    weight = torch.randn(taken, given) / math.sqrt(given)
+                    self.register_parameter(f"weight_{j}_to_{k}", nn.Parameter(weight))
+
+    def forward(self, prompts: Tensor, j: int, k: int) -> Tensor:
+        weight = getattr(self, f"weight_{j}_to_{k}", None)
+        return prompts if weight is None else F.linear(prompts, weight)
+
+
+class PMoEShared(SharedLayer):
+    """The further experts and what their prompts and features pass through, for any number of adapters.
+
+    The experts' own weights are frozen and no part of the model's parameters or state: they are moved and cast with
+    the model and stay in evaluation mode, and nothing can save, load or train them. Trained tensors per adapter:
+    `pmoe_fusion` (C, sum of the further experts' D_k), `pmoe_bridges`, and the layers of the further experts' blocks.
+
+    Attributes:
+        experts: by key.
+        members: by adapter, the keys of its further experts in order.
+        layers: by key and block, the further experts' prompt layers.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("pmoe_fusion", "pmoe_bridges")
+    other_param_names: tuple[str, ...] = ("prompt_config", "members")
+
+    pmoe_fusion: nn.ModuleDict
+    pmoe_bridges: nn.ModuleDict
+
+    def __init__(self, anchor: nn.Module, width: int) -> None:
+        super().__init__(anchor, width)
+        self.experts: dict[str, Expert] = {}
+        self.members: dict[str, list[str]] = {}
+        self.layers = nn.ModuleDict()
+        self.depth = 0
+        self._base_layers: dict[int, PMoELayer] = {}
+        self._base: tuple[nn.Module, str | None] | None = None
+        self._coming: list[Expert] = []
+        self.fusion = Fusion(self)
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
+
+    # -- adapters come and go -----------------------------------------------------------------------------------------
+
+    def welcome(self, model: nn.Module, head: str | None, depth: int, experts: list[Expert]) -> None:
+        """Note the further experts of the adapter that comes next, and the base model's classifier and depth."""
+        self._base, self.depth, self._coming = (model, head), depth, experts
+
+    def join(self, layer: Any) -> None:
+        self._base_layers[layer.site.index] = layer
+
+    def update_layer(self, adapter: str, config: PMoEConfig) -> None:
+        assert self._base is not None
+        self.prompt_config[adapter] = config
+        self.members[adapter] = [expert.key for expert in self._coming]
+        for expert in self._coming:
+            self.experts.setdefault(expert.key, expert)
+            if expert.key not in self.layers:
+                self.layers[expert.key] = nn.ModuleDict()
+            for site in expert.sites:
+                if config.layers_to_transform is None or site.index in prompted_blocks(config):
+                    self._prompt(expert.key, site.index, adapter, config)
+        widths = [self.width, *(expert.record.width for expert in self._coming)]
+        if len(set(widths)) > 1 and config.dispatcher != "none":
+            self.pmoe_bridges[adapter] = Bridges(widths, config.init_weights)
+        model, head = self._base
+        if head is not None and self._coming and config.fusion != "mean":
+            classes = classifier(model, head).out_features
+            weight = torch.zeros(classes, sum(widths[1:]))
+            self.pmoe_fusion[adapter] = PromptTable(weight if config.init_weights else 0.1 * torch.randn_like(weight))
+
+    def _prompt(self, key: str, block: int, adapter: str, config: PMoEConfig) -> None:
+        blocks: Any = self.layers[key]
+        if str(block) not in blocks:
+            blocks[str(block)] = layer = PMoELayer(self.experts[key].sites[block], key)
+            layer.shared = (self,)
+            layer._handles = layer.hook()
+        blocks[str(block)].update_layer(adapter, config)
+        blocks[str(block)]._move_adapter_to_device_of_base_layer(adapter)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PMoEShared:
+        """Move and cast the experts along with the model that they are no part of."""
+        super()._apply(fn, recurse)
+        for expert in self.experts.values():
+            expert.module._apply(fn)
+        return self
+
+    # -- who reads whose prompts --------------------------------------------------------------------------------------
+
+    def find(self, expert: str | None, block: int) -> PMoELayer | None:
+        """The prompt layer of an expert's block; None for blocks without."""
+        if expert is None:
+            return self._base_layers.get(block)
+        blocks: Any = self.layers[expert]
+        name = str(block)
+        return blocks[name] if name in blocks else None  # noqa: SIM401  a ModuleDict has no get
+
+    def layers_of(self, expert: str | None, adapter: str) -> list[PMoELayer]:
+        """The layers of an expert in which an adapter has prompts, in the order of the blocks."""
+        blocks: Any = self._base_layers if expert is None else self.layers[expert]
+        return [layer for _, layer in sorted(blocks.items(), key=_number) if adapter in layer.prompt_config]
+
+    def report(self, adapter: str) -> Any:
+        from .report import dispatch_report  # the report reads this module
+
+        return dispatch_report(self, adapter)
+
+    def number(self, adapter: str, expert: str | None) -> int:
+        """Place of an expert among those of an adapter; the base model is number 0."""
+        return 0 if expert is None else self.members[adapter].index(expert) + 1
+
+    def prompts(self, adapter: str, reader: PMoELayer) -> list[Tensor]:
+        """All experts' prompts at the relative depth of a block, K of (P, D), as the block's expert sees them."""
+        found = []
+        keys = [None, *self.members[adapter]]
+        own = self.number(adapter, reader.expert)
+        for number, key in enumerate(keys):
+            block = aligned_block(reader.site.index, self._depth(reader.expert), self._depth(key))
+            layer = self.find(key, block)
+            assert layer is not None
+            prompts = layer.pmoe_prompts[adapter]().to(reader.pmoe_prompts[adapter].weight.device)
+            if adapter in self.pmoe_bridges:
+                prompts = self.pmoe_bridges[adapter](prompts, number, own)
+            found.append(prompts)
+        return found
+
+    def _depth(self, expert: str | None) -> int:
+        return self.depth if expert is None else len(self.experts[expert].sites)
+
+    # -- what fusion and reports ask for ------------------------------------------------------------------------------
+
+    def base(self) -> tuple[nn.Module, str | None]:
+        """The base model, and the path of its classifier."""
+        assert self._base is not None
+        return self._base
+
+    def patches(self, expert: str | None) -> Patches:
+        """How an expert makes tokens of an image."""
+        layer = next(iter(self._base_layers.values())) if expert is None else None
+        site = layer.site if layer is not None else self.experts[str(expert)].sites[0]
+        assert site.patches is not None
+        return site.patches
+
+    def close(self) -> None:
+        self.fusion.shut()
+
+
+def _number(item: tuple[Any, Any]) -> int:
+    return int(item[0])
+
+
+def aligned_block(block: int, depth: int, other: int) -> int:
+    """The block at the same relative depth in an expert of `other` blocks."""
+    return (2 * block + 1) * other // (2 * depth)
+
+
+def prompted_blocks(config: PMoEConfig) -> set[int]:
+    asked = config.layers_to_transform
+    assert asked is not None
+    return {asked} if isinstance(asked, int) else set(asked)
+
+
+def classifier(model: nn.Module, head: str) -> nn.Linear:
+    """The classifier at a path, below the wrapper by which PEFT trains it."""
+    module: Any = model.get_submodule(head)
+    return getattr(module, "original_module", module)
