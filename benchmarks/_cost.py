@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,13 @@ def flops(model: nn.Module, inputs: dict[str, Tensor], train: bool) -> int:
     return counter.get_total_flops()
 
 
-def saved_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> int:
-    """Bytes that one training forward keeps for its backward pass, parameters aside; shared storage counts once."""
+def saved_bytes(model: nn.Module, inputs: dict[str, Tensor], beside: Iterable[nn.Module] = ()) -> int:
+    """Bytes that one training forward keeps for its backward pass, parameters aside; shared storage counts once.
+
+    `beside` are models that it runs and that are no part of it.
+    """
     model.train()
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    own = {parameter.untyped_storage()._cdata for part in (model, *beside) for parameter in part.parameters()}
     seen: dict[int, int] = {}
     kept = []  # keeps storages alive, so that none is counted under the number of a freed one
 

@@ -47,7 +47,7 @@ import peft_promptmoe  # registers {method} with PEFT
 LOAD = """from peft import {auto_class}
 
 adapter = "."  # this folder, or the id of this repository on the Hub
-model = {auto_class}.from_pretrained(adapter{arguments})"""
+{preparation}model = {auto_class}.from_pretrained(adapter{arguments})"""
 
 # timm's classes have no from_pretrained, so PEFT's auto classes cannot make the base model.
 LOAD_TIMM = """import timm
@@ -55,7 +55,7 @@ from peft import PeftModel
 
 adapter = "."  # this folder, or the id of this repository on the Hub
 base = timm.create_model({weights!r}, pretrained=True{arguments})
-model = PeftModel.from_pretrained(base, adapter)"""
+{preparation}model = PeftModel.from_pretrained(base, adapter{config})"""
 
 
 def write_card(config: PromptConfig, folder: str | os.PathLike[str]) -> None:
@@ -78,11 +78,18 @@ def _load(config: PromptConfig) -> str:
     if weights is not None:
         size = getattr(config, "card_image_size", None)
         arguments = f", num_classes={labels}" + (f", img_size={size}" if size is not None else "")
-        return LOAD_TIMM.format(weights=weights, arguments=arguments)
+        return LOAD_TIMM.format(
+            weights=weights,
+            arguments=arguments,
+            preparation=config.card_preparation(),
+            config=", config=config" if config.card_preparation() else "",
+        )
     auto_class = AUTO_CLASSES.get(str(config.task_type or ""), "AutoPeftModel")
     # The head of the base checkpoint may be of another size; the adapter brings its own.
     arguments = f", num_labels={labels}, ignore_mismatched_sizes=True" if labels != 2 else ""
-    return LOAD.format(auto_class=auto_class, arguments=arguments)
+    if config.card_preparation():
+        arguments = f", config=config{arguments}"
+    return LOAD.format(auto_class=auto_class, arguments=arguments, preparation=config.card_preparation())
 
 
 def _header(config: PromptConfig) -> str:

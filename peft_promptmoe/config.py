@@ -87,6 +87,10 @@ class PromptConfig(PeftConfig):
             fields["modules_to_save"] = list(dict.fromkeys(fields["modules_to_save"]))
         return fields
 
+    def card_preparation(self) -> str:
+        """Lines of the model card's snippet that make `config`, where loading needs more than the adapter's folder."""
+        return ""
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the lines a stranger needs to load the adapter into the model card."""
         super().save_pretrained(str(save_directory), **kwargs)

@@ -80,13 +80,7 @@ class PMoEConfig(PromptConfig):
         self.stored = self.peft_type is not None
         super().__post_init__()
         self.peft_type = ensure_peft_type("PMOE")
-        if not isinstance(self.experts, (list, tuple)):
-            raise TypeError(f"experts must be a list of names or modules, got {self.experts!r}.")
-        self.experts = list(self.experts)
-        check_int("the number of experts", len(self.experts), 0, MAX_EXPERTS)
-        for expert in self.experts:
-            if not isinstance(expert, (str, nn.Module)) or expert == "":
-                raise TypeError(f"experts must be names or modules, got {expert!r}.")
+        self.check_experts()
         check_choice("dispatcher", self.dispatcher, DISPATCHERS)
         check_int("dispatcher_dim", self.dispatcher_dim, 1, MAX_RANK)
         check_choice("fusion", self.fusion, FUSIONS)
@@ -99,6 +93,16 @@ class PMoEConfig(PromptConfig):
         self._check_pixels()
         if self.stored:
             self.download_experts = False
+
+    def check_experts(self) -> None:
+        """Check the list of experts, which a user may set on a loaded config."""
+        if not isinstance(self.experts, (list, tuple)):
+            raise TypeError(f"experts must be a list of names or modules, got {self.experts!r}.")
+        self.experts = list(self.experts)
+        check_int("the number of experts", len(self.experts), 0, MAX_EXPERTS)
+        for expert in self.experts:
+            if not isinstance(expert, (str, nn.Module)) or expert == "":
+                raise TypeError(f"experts must be names or modules, got {expert!r}.")
 
     def _check_pixels(self) -> None:
         if (self.image_mean is None) != (self.image_std is None):
@@ -122,6 +126,18 @@ class PMoEConfig(PromptConfig):
         if isinstance(config, PMoEConfig):
             config.stored, config.download_experts = True, False
         return config
+
+    def card_preparation(self) -> str:
+        """Lines that ask for the experts; without them experts load from this machine only."""
+        if not self.experts:
+            return ""
+        lines = [f"config = peft_promptmoe.{type(self).__name__}.from_pretrained(adapter)"]
+        names = [expert if isinstance(expert, str) else type(expert).__name__ for expert in self.experts]
+        if any(isinstance(expert, nn.Module) for expert in self.experts):
+            lines.append(f"config.experts = [...]  # modules to hand over, in this order: {', '.join(names)}")
+        else:
+            lines.append(f"config.download_experts = True  # its experts: {', '.join(names)}")
+        return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dict, experts by name; leave to download is given by call and never stored."""

@@ -8,20 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..inspection import parameter_names
 from ..vision import Grid, Patches
 
 # Their last hidden state is not what was trained to be read; the pooled output is.
 POOLED = ("clip_vision_model", "siglip_vision_model")
-
-
-def encoder_of(model: Any) -> nn.Module:
-    """The encoder below a model's head: the model itself where it is bare."""
-    if hasattr(model, "timm_model"):
-        return model.timm_model
-    return getattr(model, getattr(model, "base_model_prefix", "") or "", model)
 
 
 def fit_pixels(

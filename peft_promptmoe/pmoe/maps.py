@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..vision import Grid
-from .features import encode, encoder_of
+from .features import encode
 from .shared import PMoEShared
+from .towers import encoder_within
 
 
 def shared_of(model: nn.Module) -> PMoEShared:
@@ -45,7 +46,10 @@ def patch_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
     working = shared.working_adapters()
     if len(working) != 1:
         raise ValueError(f"patch_maps reads the one active pMoE adapter, and {len(working)} are active.")
-    encoder, patches = encoder_of(shared.base()[0]), shared.patches(None)
+    base, patches = shared.base()[0], shared.patches(None)
+    encoder = encoder_within(base, [layer.site for layer in shared.layers_of(None, working[0])])
+    if encoder is None:
+        raise ValueError(f"patch_maps reads models of transformers and timm, and {type(base).__name__} is neither.")
     size: Any = tuple(pixel_values.shape[-2:])
     grid = patches.grid(size)
     _, tokens = encode(encoder, patches, pixel_values)

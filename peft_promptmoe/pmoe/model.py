@@ -69,6 +69,7 @@ class PMoEModel(PromptTuner):
 
     def resolve(self, config: PMoEConfig, sites: list[Site]) -> None:
         refuse_task_type(config)
+        config.check_experts()
         tower = self._tower()
         check_tower(tower, type(self.model).__name__)
         self._check_blocks(config, sites, tower)

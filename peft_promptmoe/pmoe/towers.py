@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -27,21 +28,26 @@ def find_encoder(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"Expert {name!r} has weights on the meta device. Load them before handing it over.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(f"Expert {name!r} has an adapter in it. Hand over the model without, or merged.")
-    wrapped = getattr(model, "timm_model", model)
-    if hasattr(wrapped, "forward_features"):
-        return wrapped
-    sites = _sites(model, name)
-    first = sites[0].patches
-    assert first is not None
-    found = None
-    for module in model.modules():
-        parts = {id(part) for part in module.modules()} if isinstance(module, PreTrainedModel) else set()
-        if {id(first.embedding), *(id(site.attention) for site in sites)} <= parts:
-            found = module
+    found = encoder_within(model, _sites(model, name))
     if found is None:
         raise ValueError(
             f"Expert {name!r} is neither a model of transformers nor one of timm. Hand over one of these."
         )
+    return found
+
+
+def encoder_within(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:
+    """As `find_encoder`, by the tower's attention layers; None where no model of either library holds them all."""
+    wrapped = getattr(model, "timm_model", model)
+    if hasattr(wrapped, "forward_features"):
+        return wrapped
+    first = sites[0].patches
+    assert first is not None
+    wanted = {id(first.embedding), *(id(site.attention) for site in sites)}
+    found = None
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and wanted <= {id(part) for part in module.modules()}:
+            found = module
     return found
 
 
