@@ -26,6 +26,22 @@ def plain_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x.to(routing_dtype(x)), x.shape[-1:], eps=NORM_EPS)
 
 
+def read_tokens(tokens: Tensor, weight: Tensor) -> Tensor:
+    """A linear map of `plain_norm(tokens)` that keeps the tokens for the backward pass and not their norm, too.
+
+    Args:
+        tokens: (B, M, D).
+        weight: (r, D).
+
+    Returns:
+        (B, M, r) in at least float32.
+    """
+    dtype = routing_dtype(tokens)
+    weight = weight.to(dtype)
+    variance, mean = torch.var_mean(tokens.to(dtype), dim=-1, correction=0, keepdim=True)
+    return (F.linear(tokens.to(dtype), weight) - mean * weight.sum(dim=-1)) * torch.rsqrt(variance + NORM_EPS)
+
+
 def all_tokens(prompts: list[Tensor], carried: Tensor | None, patches: Tensor) -> Tensor:
     """(B, M, D) what a dispatcher reads: all experts' prompts, the carried prompts, the expert's patches.
 
@@ -73,7 +89,7 @@ def dispatch_tokens(tokens: Tensor, own: int, weight: Tensor, bias: Tensor) -> t
     Returns:
         (B, P, D) prompts and (B, P, M) weights.
     """
-    scores = F.linear(plain_norm(tokens), weight.to(routing_dtype(tokens))).transpose(1, 2)
+    scores = read_tokens(tokens, weight).transpose(1, 2)
     slots = weight.shape[0]
     scores = scores + F.pad(torch.diag(bias.to(scores.dtype)), (own, tokens.shape[1] - own - slots))
     shares = scores.softmax(dim=-1)
@@ -127,7 +143,7 @@ def dispatch_attention(
     start = own.to(dtype).expand(tokens.shape[0], -1, -1)
     if carried is not None:
         start = start + carried
-    asked, keys = F.linear(plain_norm(start), query.to(dtype)), F.linear(plain_norm(tokens), key.to(dtype))
+    asked, keys = read_tokens(start, query), read_tokens(tokens, key)
     shares = (asked @ keys.transpose(1, 2) / math.sqrt(query.shape[0])).softmax(dim=-1)
     found = shares @ F.linear(tokens, down.to(tokens.dtype)).to(dtype)
     return start + F.linear(found, up.to(dtype)), shares
