@@ -140,9 +140,8 @@ def dispatch_attention(
         (B, P, D) prompts and (B, P, M) weights.
     """
     dtype = routing_dtype(tokens)
-    start = own.to(dtype).expand(tokens.shape[0], -1, -1)
-    if carried is not None:
-        start = start + carried
+    # A copy for each sample: on an expanded view torch's products round by whether the weights want a gradient.
+    start = own.to(dtype).repeat(tokens.shape[0], 1, 1) if carried is None else own.to(dtype) + carried
     asked, keys = read_tokens(start, query), read_tokens(tokens, key)
     shares = (asked @ keys.transpose(1, 2) / math.sqrt(query.shape[0])).softmax(dim=-1)
     found = shares @ F.linear(tokens, down.to(tokens.dtype)).to(dtype)

@@ -276,7 +276,7 @@ def test_checkpointing_reaches_the_experts(pixels: Tensor) -> None:
     def kept(checkpointing: dict[str, Any] | None) -> tuple[int, dict[str, Tensor]]:
         model = pmoe(vit(num_hidden_layers=6), init_weights=False).train()
         if checkpointing is not None:
-            model.base_model.model.gradient_checkpointing_enable(checkpointing)
+            model.base_model.model.activation_checkpointing_enable(checkpointing)
         seen: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
