@@ -11,6 +11,13 @@ from torch import Tensor
 from .sites import Site
 
 CACHE_ROWS = "_promptmoe_rows"
+# transformers' names of the argument: since 5.24, before, and in a few old models
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+
+
+def given_cache(bound: dict[str, Any]) -> Any | None:
+    """The key/value cache among a call's arguments by name."""
+    return next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
 
 
 def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
@@ -21,7 +28,7 @@ def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[st
         bound: the attention call's arguments by name.
         tokens: that the call brings.
     """
-    cache = bound.get("past_key_values", bound.get("layer_past"))
+    cache = given_cache(bound)
     if cache is None or not hasattr(cache, "get_seq_length"):
         return {}, False
     length = cache.get_seq_length(site.attention.layer_idx)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import COLUMNS
+from .cache import CACHE_ARGUMENTS
 from .columns import Columns, Harvest
 from .inspection import parameter_names, unwrapped_forward
 from .sites import Site
@@ -224,8 +225,7 @@ def harvest(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None, bo
 _NOT_FOR_PROMPTS = (
     "attention_mask",
     "mask",
-    "past_key_values",
-    "layer_past",
+    *CACHE_ARGUMENTS,
     "position_bias",
     "cache_position",
     "position_ids",

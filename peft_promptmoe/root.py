@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import given_cache
 from .inspection import accepts_keyword_arguments, parameter_names
 from .layer import CALL, CHILD, PromptLayer
 from .loading import Unread, check_read, check_strangers, check_tensors
@@ -170,7 +171,7 @@ class PromptRoot(nn.Module):
                 "this training forward has none (label smoothing and compute_loss_func take them away), so routers "
                 "would read the answer. Pass labels, or use routing='token', which never looks ahead."
             )
-        if bound.get("past_key_values") is None and not torch.compiler.is_compiling():
+        if given_cache(bound) is None and not torch.compiler.is_compiling():
             warnings.warn(
                 "routing='sample' on a causal language model reads the whole input when no labels are given. That is "
                 "right for generate(), but scores of a text leak later tokens into earlier ones: pass labels with the "

@@ -21,10 +21,11 @@ KEEPS_KEYWORDS = "does not pass keyword arguments on"
 OTHER_INPUTS = "takes queries, keys and values from different inputs"
 # An error at the first forward.
 ROTARY_FORM = "rotary tables of a form peft_promptmoe does not know"
+ROTARY_ANGLES = "needs the rotary angles of the positions before the text"
 WINDOWS = "is not the output of LayerNorm"
 
 AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS)
-AT_FORWARD = (ROTARY_FORM, WINDOWS)
+AT_FORWARD = (ROTARY_FORM, ROTARY_ANGLES, WINDOWS)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ _GPT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# transformers 5.24 put them on the attention interface, with tables of (sin, cos) that no rotary module can extend.
+_GPTJ = ROTARY_ANGLES if hasattr(transformers.models.gptj.modeling_gptj, "GPTJRotaryEmbedding") else NOT_ON_INTERFACE
 _MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _BERT: dict[str, Any] = {
     "vocab_size": 64,
@@ -223,8 +226,8 @@ ARCHITECTURES: dict[str, Arch] = {
     "qwen3_next": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS | _MOE | _DELTA),
     "lfm2": Arch(EXACT, _CAUSAL, _LM | {"full_attn_idxs": [1], "block_multiple_of": 8}),
     "llama4_text": Arch(ROTARY_FORM, _CAUSAL, _LM_WIDE_HEADS | {"num_local_experts": 2, "intermediate_size_mlp": 48}),
-    "gptj": Arch(NOT_ON_INTERFACE, _CAUSAL, _GPT | {"rotary_dim": 4}),
-    "codegen": Arch(NOT_ON_INTERFACE, _CAUSAL, _GPT | {"rotary_dim": 4}),
+    "gptj": Arch(_GPTJ, _CAUSAL, _GPT | {"rotary_dim": 4}),
+    "codegen": Arch(_GPTJ, _CAUSAL, _GPT | {"rotary_dim": 4}),
     "gpt_neo": Arch(
         NOT_ON_INTERFACE,
         _CAUSAL,

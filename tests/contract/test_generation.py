@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from cases import ALL_KERNELS, Batch, Case, assert_different, each_case
 from peft import PeftModel
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 NEW = 6
+# `past_key_values` before transformers 5.24
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def generates(case: Case) -> bool:
@@ -104,8 +108,8 @@ def test_generation_equals_steps_by_hand(case: Case, model: PeftModel, batch: Ba
     ids, cache, found = batch["input_ids"], None, []
     with torch.no_grad():
         for _ in range(NEW):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            scores, cache = output.logits[:, -1:], output.past_key_values
+            output = model(input_ids=ids, **{CACHE: cache}, use_cache=True)
+            scores, cache = output.logits[:, -1:], output[CACHE]
             scores[..., model.config.eos_token_id] = -torch.inf  # as min_new_tokens does
             ids = scores.argmax(-1)
             found.append(ids)
@@ -115,9 +119,9 @@ def test_generation_equals_steps_by_hand(case: Case, model: PeftModel, batch: Ba
 @each_case(lambda case: case.is_causal_lm)
 def test_a_cache_from_another_model_is_refused(case: Case, model: PeftModel, batch: Batch) -> None:
     with torch.no_grad(), model.disable_adapter():
-        cache = model(**batch, use_cache=True).past_key_values
+        cache = model(**batch, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="Start from a new cache"), torch.no_grad():
-        model(input_ids=batch["input_ids"][:, :1], past_key_values=cache, use_cache=True)
+        model(input_ids=batch["input_ids"][:, :1], **{CACHE: cache}, use_cache=True)
 
 
 @each_case(lambda case: case.is_causal_lm and case.variant.causal)
@@ -128,8 +132,8 @@ def test_decoding_in_chunks_equals_one_forward(case: Case, model: PeftModel) -> 
         expected = model(**batch).logits
         cache, parts = None, []
         for chunk in batch["input_ids"].split([3, 1, 4], dim=1):
-            output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=chunk, **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-3, atol=1e-3)
     assert_different(expected[:, 0], expected[:, 1], "logits")

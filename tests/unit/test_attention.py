@@ -59,7 +59,7 @@ def test_real_tokens_on_the_masks_of_transformers(padding: str, kind: str, imple
         mask = create_bidirectional_mask(config, embeds, attention_mask)
     else:
         make = create_causal_mask if kind == "causal" else create_sliding_window_causal_mask
-        mask = make(config, embeds, attention_mask, past_key_values=None)
+        mask = make(config, embeds, attention_mask, None)
     assert mask.ndim == 4
     real = real_tokens(mask, T)
     assert real is not None and torch.equal(real, attention_mask.bool())
@@ -72,7 +72,7 @@ def test_real_tokens_with_a_static_cache(padding: str, implementation: str) -> N
     config = LlamaConfig(**SMALL, attn_implementation=implementation)
     attention_mask = torch.tensor(PADDING[padding])
     cache = StaticCache(config, max_cache_len=T + 10)
-    mask = create_causal_mask(config, torch.zeros(B, T, D), attention_mask, past_key_values=cache)
+    mask = create_causal_mask(config, torch.zeros(B, T, D), attention_mask, cache)
     assert mask.shape[-1] > T
     real = real_tokens(mask, T)
     assert real is not None and torch.equal(real, attention_mask.bool())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,8 @@ LLAMA_1B: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 64,
 }
+# `past_key_values` before transformers 5.24
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 TOKEN: dict[str, Any] = {"routing": "token", "num_experts": 4, "num_shared_experts": 1}
 
 
@@ -111,8 +114,8 @@ def test_decoding_a_token_costs_its_experts_only(active: int) -> None:
         model = get_peft_model(base, MEPTConfig(**settings)).eval() if settings else base
         cache = DynamicCache(config=config)
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
-        return forward_flops(model, input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids, **{CACHE: cache})
+        return forward_flops(model, input_ids=ids[:, :1], **{CACHE: cache})
 
     settings = {"routing": "token", "num_virtual_tokens": slots, "top_k": active}
     few, many = decode(**settings, num_experts=32), decode(**settings, num_experts=64)
