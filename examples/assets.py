@@ -291,4 +291,4 @@ def _write_splits(folder: Path, seed: int) -> None:
     partial.mkdir(parents=True)
     for name, part in {"train": movies[:first], "dev": movies[first:second], "test": movies[second:]}.items():
         snippets[snippets["movie_name"].isin(part)].to_csv(partial / f"{name}.csv", index=False)
-    partial.rename(folder)
+    _into_place(partial, folder)
