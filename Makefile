@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := peft_promptmoe tests examples benchmarks
 
-.PHONY: demo test test-full check format bench clean
+.PHONY: demo test test-full check format bench bench-learning clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/text_classification.py
@@ -28,9 +28,19 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+# The cost of every method, in a quarter of an hour; bench-learning takes hours and goes on where it was stopped.
 bench: $(VENV)/.installed-benchmarks
+	$(BIN)/python benchmarks/cost_text.py --output benchmarks/results/cost_text.json
+	$(BIN)/python benchmarks/cost_vision.py --output benchmarks/results/cost_vision.json
+	$(BIN)/python benchmarks/cost_experts.py --output benchmarks/results/cost_experts.json
+	$(BIN)/python benchmarks/readme_tables.py
+
+bench-learning: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/learning_text.py
 	$(BIN)/python benchmarks/learning_text.py --task mixture
+	$(BIN)/python benchmarks/learning_vision.py
+	$(BIN)/python benchmarks/learning_vision.py --task mnist
+	$(BIN)/python benchmarks/readme_tables.py
 
 clean:
 	rm -rf $(VENV)

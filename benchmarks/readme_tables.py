@@ -94,7 +94,7 @@ def cost_vision() -> str:
     for prompts in (10, 50):
         for method, name in (("vapt", "VAPT"), ("vpt_deep", "VPT-Deep"), ("mept_sample", "MEPT by sample")):
             line = [f"{name}, {prompts}"]
-            for model in ("vit-b16", "vit-b16-timm"):
+            for model in ("vit-b16-hf", "vit-b16-timm"):
                 row = exact[model, f"{method}_{prompts}"]
                 line += [f"{row[key]:.3f}" for key in ("forward_vs_base", "train_vs_lora", "saved_vs_lora")]
                 time = found["step"][model].get(f"{method}_{prompts}")

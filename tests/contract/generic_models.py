@@ -82,7 +82,7 @@ _GPT = {
     "eos_token_id": 2,
 }
 # transformers 5.24 put them on the attention interface, with tables of (sin, cos) that no rotary module can extend.
-_GPTJ = ROTARY_ANGLES if hasattr(transformers.models.gptj.modeling_gptj, "GPTJRotaryEmbedding") else NOT_ON_INTERFACE
+_NEW_GPTJ = hasattr(transformers.models.gptj.modeling_gptj, "GPTJRotaryEmbedding")
 _MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _BERT: dict[str, Any] = {
     "vocab_size": 64,
@@ -226,8 +226,13 @@ ARCHITECTURES: dict[str, Arch] = {
     "qwen3_next": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS | _MOE | _DELTA),
     "lfm2": Arch(EXACT, _CAUSAL, _LM | {"full_attn_idxs": [1], "block_multiple_of": 8}),
     "llama4_text": Arch(ROTARY_FORM, _CAUSAL, _LM_WIDE_HEADS | {"num_local_experts": 2, "intermediate_size_mlp": 48}),
-    "gptj": Arch(_GPTJ, _CAUSAL, _GPT | {"rotary_dim": 4}),
-    "codegen": Arch(_GPTJ, _CAUSAL, _GPT | {"rotary_dim": 4}),
+    "gptj": Arch(
+        EXACT if _NEW_GPTJ else NOT_ON_INTERFACE,
+        _CAUSAL,
+        _GPT | {"rotary_dim": 4},
+        mept={"prompt_positions": "unrotated"},
+    ),
+    "codegen": Arch(ROTARY_ANGLES if _NEW_GPTJ else NOT_ON_INTERFACE, _CAUSAL, _GPT | {"rotary_dim": 4}),
     "gpt_neo": Arch(
         NOT_ON_INTERFACE,
         _CAUSAL,

@@ -66,7 +66,10 @@ def _prepend(site: Any, rows: Tensor) -> Hook:
         if tables is not None:
             kind = {"layer_type": site.rotary_type} if site.rotary_type else {}
             # The text starts at position 0 here: these tests pad on the right.
-            before = site.rotary(x, torch.arange(-count, 0)[None].expand(batch, -1), **kind)
+            if site.rotary is None:  # prompts turned like the first token, which is "unrotated"
+                before = tuple(table[:, :1].expand(batch, count, -1) for table in tables)
+            else:
+                before = site.rotary(x, torch.arange(-count, 0)[None].expand(batch, -1), **kind)
             given["position_embeddings"] = tuple(
                 torch.cat([front, table.expand(batch, -1, -1)], dim=1)
                 for front, table in zip(before, tables, strict=True)
