@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-HEAD_NAMES = ("classifier", "score")
+HEAD_NAMES = ("classifier", "score", "head", "pmoe_fusion")
 
 
 class Split(Protocol):
@@ -95,19 +95,24 @@ def prediction_order(data: Split) -> list[int]:
     return sorted(range(len(data)), key=data.length)
 
 
-@torch.no_grad()
 def predict(model: nn.Module, data: Split, budget: Budget) -> Tensor:
     """Predicted class of every sample, (N,)."""
+    return predict_logits(model, data, budget).argmax(-1)
+
+
+@torch.no_grad()
+def predict_logits(model: nn.Module, data: Split, budget: Budget) -> Tensor:
+    """Logits of every sample, (N, C)."""
     model.eval()
-    predicted = torch.empty(len(data), dtype=torch.long)
+    found: dict[int, Tensor] = {}
     order = prediction_order(data)
     for start in range(0, len(order), 64):
         chosen = order[start : start + 64]
         batch = data.batch(chosen)
         batch.pop("labels")
         with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
-            predicted[chosen] = model(**batch).logits.argmax(-1)
-    return predicted
+            found |= zip(chosen, model(**batch).logits.float(), strict=True)
+    return torch.stack([found[i] for i in range(len(order))])
 
 
 class Results:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 import torch
-from PIL.Image import Resampling
+from PIL.Image import Image, Resampling
 from torch import Tensor
 from transformers import AutoImageProcessor
 
@@ -65,11 +65,15 @@ def load(task: str, model: str, size: int, test: int) -> dict[str, Images]:
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     splits = TASKS[task](test=test)
     splits["both"] = datasets.concatenate_datasets([splits["train"], splits["dev"]])
-    return {name: Images(_pixels(data, size), torch.tensor(data["label"]), mean, std) for name, data in splits.items()}
+    return {
+        name: Images(pixels_of(data["image"], size), torch.tensor(data["label"]), mean, std)
+        for name, data in splits.items()
+    }
 
 
-def _pixels(data: datasets.Dataset, size: int) -> Tensor:
-    pictures = [image.convert("RGB").resize((size, size), Resampling.BICUBIC) for image in data["image"]]
+def pixels_of(images: list[Image], size: int) -> Tensor:
+    """Bytes (N, 3, size, size)."""
+    pictures = [image.convert("RGB").resize((size, size), Resampling.BICUBIC) for image in images]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 

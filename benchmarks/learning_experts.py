@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several frozen backbones bring, and what the dispatcher brings, on real images that ask for several.
+
+    python benchmarks/learning_experts.py
+    python benchmarks/learning_experts.py --methods pmoe-token "head concat"
+
+The images are those of `examples/digits_on_photos.py`, the backbones DINOv2-S and the two small vision transformers
+that `examples/experts.py` trains. Compared are each backbone alone with a head, with VPT-Deep and with VAPT; ensembles
+of the three (mean of their probabilities); a linear head on the frozen features of all; and pMoE with each dispatcher.
+Every method gets the same images, epochs, batches and number of learning rates. The rate is chosen on the development
+split with seed 0 and tested with seeds 1 to 3; heads beside prompts train at one fixed rate. Finished cells are kept in
+the JSON file and not run again.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import timm
+import torch
+import transformers
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from peft_promptmoe import PMoEConfig, VAPTConfig, parameter_report, routing_report
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+import digits_on_photos  # noqa: E402
+import experts  # noqa: E402
+
+import assets  # noqa: E402
+from _search import HEADINGS, line, ranking, run_method  # noqa: E402
+from _training import Budget, Results, Stopwatch, predict_logits, train  # noqa: E402
+from _vision_tasks import Features, Images, pixels_of  # noqa: E402
+
+PROMPTS = 10
+BACKBONES = ("dinov2", "digits", "photos")
+DISPATCHERS = ("token", "expert", "attention", "mean", "none")
+HEAD_RATES, PROMPT_RATES = (3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2)
+METHODS = (
+    *(f"{tuner} {backbone}" for tuner in ("head", "vpt-deep", "vapt") for backbone in BACKBONES),
+    "head ensemble",
+    "vpt-deep ensemble",
+    "vapt ensemble",
+    "head concat",
+    *(f"pmoe-{dispatcher}" for dispatcher in DISPATCHERS),
+)
+MEAN, STD = (torch.tensor(each)[:, None, None] for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+HALF = torch.full((3, 1, 1), 0.5)
+
+
+class Classifier(nn.Module):
+    """A model that gives logits or transformers' output, with the loss that `train` asks for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> ImageClassifierOutput:
+        (inputs_only,) = inputs.values()
+        output = self.model(inputs_only)
+        logits = (output if isinstance(output, Tensor) else output.logits).float()
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that a cell needs.
+
+    Attributes:
+        images: by backbone and split, the images as that backbone wants them.
+        results: whose chosen rates ensembles are made with.
+        features: by backbone and split, once they are computed.
+        logits: by method, seed and split, of cells that were run by this process.
+    """
+
+    images: dict[str, dict[str, Images]]
+    budget: Budget
+    results: Results
+    features: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    logits: dict[tuple[str, int, str], Tensor] = field(default_factory=dict)
+
+    def lrs(self, name: str) -> tuple[float, ...]:
+        if name.endswith("ensemble"):
+            return (0.0,)  # its members' rates are chosen already
+        return HEAD_RATES if name.startswith("head") else PROMPT_RATES
+
+    def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
+        """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
+        split = "test" if final else "dev"
+        if name.endswith("ensemble"):
+            tuner = name.split(maxsplit=1)[0]
+            members = [f"{tuner} {backbone}" for backbone in BACKBONES]
+            made = [self._made(member, self.results.summaries[member]["lr"], seed, final) for member in members]
+            cell: dict[str, Any] = {
+                "trainable": sum(each["trainable"] for each in made),
+                "train_seconds": round(sum(each["train_seconds"] for each in made), 1),
+            }
+            chances = torch.stack([self.logits[member, seed, split].softmax(-1) for member in members]).mean(dim=0)
+        else:
+            cell = self._train(name, lr, seed, final)
+            chances = self.logits[name, seed, split]
+        labels = self.images["dinov2"][split].labels
+        right = (chances.argmax(-1) == labels).double().mean().item()
+        return {"method": name, "lr": lr, "seed": seed, "split": split, "accuracy": round(right, 5), **cell}
+
+    def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        return {key: cells[0][key] for key in ("held", "decided", "shares") if key in cells[0]}
+
+    def _made(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
+        """A member's cell, with its logits in `logits`: of a cell that an earlier run finished, they are gone."""
+        split = "test" if final else "dev"
+        key = f"{name} lr={lr:g} seed={seed} {split}"
+        if (name, seed, split) in self.logits and key in self.results.cells:
+            return self.results.cells[key]
+        return self._train(name, lr, seed, final)
+
+    def _train(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
+        trained, scored = ("both", "test") if final else ("train", "dev")
+        torch.manual_seed(seed)
+        tuner, _, of = name.partition(" ")
+        if tuner == "head":
+            model: nn.Module = Classifier(nn.Sequential())
+            data, held_out = (self._features(of, split) for split in (trained, scored))
+            model.model.add_module("classifier", nn.Linear(data.features.shape[1], len(digits_on_photos.CLASSES)))
+        else:
+            model = Classifier(self._pmoe(tuner) if tuner.startswith("pmoe") else self._prompted(tuner, of))
+            data, held_out = (self.images[of or "dinov2"][split] for split in (trained, scored))
+        with Stopwatch() as watch:
+            loss = train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+        self.logits[name, seed, scored] = predict_logits(model, held_out, self.budget)
+        cell = {
+            "train_loss": round(loss, 4),
+            "train_seconds": round(watch.seconds, 1),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
+        return cell | (self._routes(model.model) if tuner.startswith("pmoe") else {})
+
+    def _prompted(self, tuner: str, of: str) -> nn.Module:
+        static = {"num_static_layers": "all"} if tuner == "vpt-deep" else {}
+        size = self.images[of]["test"].pixels.shape[-1]
+        return get_peft_model(
+            backbone(of, len(digits_on_photos.CLASSES)),
+            VAPTConfig(num_virtual_tokens=PROMPTS, image_size=[size, size], **static),
+        )
+
+    def _pmoe(self, tuner: str) -> nn.Module:
+        config = PMoEConfig(
+            experts=[experts.digits_expert(), experts.photos_expert()],
+            num_virtual_tokens=PROMPTS,
+            dispatcher=tuner.removeprefix("pmoe-"),
+            image_mean=MEAN.flatten().tolist(),
+            image_std=STD.flatten().tolist(),
+        )
+        return get_peft_model(backbone("dinov2", len(digits_on_photos.CLASSES)), config)
+
+    def _routes(self, model: nn.Module) -> dict[str, Any]:
+        """Parameters held, which expert decided the last predictions, and what the prompts were made of."""
+        report = routing_report(model)
+        return {
+            "held": parameter_report(model).total[0],
+            "decided": dict(zip(BACKBONES, rounded(report.decided), strict=True)),
+            "shares": dict(zip((*BACKBONES, "carried", "patches"), rounded(report.shares.mean(dim=0)), strict=True)),
+        }
+
+    def _features(self, of: str, split: str) -> Features:
+        """What the head of a frozen backbone reads, or of all of them, one behind the other."""
+        names = BACKBONES if of == "concat" else (of,)
+        for name in names:
+            if (name, split) not in self.features:
+                encoder = Classifier(backbone(name, 0))
+                self.features[name, split] = predict_logits(encoder, self.images[name][split], self.budget)
+        read = [self.features[name, split] for name in names]
+        return Features(torch.cat(read, dim=-1), self.images["dinov2"][split].labels)
+
+
+def backbone(name: str, classes: int) -> nn.Module:
+    """With a head for `classes`; without classes, what gives the features that a head reads."""
+    if name != "dinov2":
+        folder = experts.digits_expert() if name == "digits" else experts.photos_expert()
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes)
+    # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
+    model = AutoModelForImageClassification.from_pretrained(
+        assets.dinov2_small(), num_labels=classes or 1, attn_implementation="eager"
+    )
+    if not classes:
+        model.classifier = nn.Identity()
+    return model
+
+
+def rounded(values: Tensor | None) -> list[float]:
+    assert values is not None
+    return [round(value, 3) for value in values.tolist()]
+
+
+def prepared(splits: datasets.DatasetDict) -> dict[str, dict[str, Images]]:
+    """The splits, and `both` of those to train on, as every backbone wants them."""
+    splits["both"] = datasets.concatenate_datasets([splits["train"], splits["dev"]])
+    sizes = {"dinov2": digits_on_photos.CANVAS}
+    for name, folder in {"digits": experts.digits_expert(), "photos": experts.photos_expert()}.items():
+        sizes[name] = timm.create_model(f"local-dir:{folder}", pretrained=False).patch_embed.img_size[0]
+    return {
+        name: {
+            split: Images(
+                pixels_of(data["pixel_values"], size),
+                torch.tensor(data["label"]),
+                *((MEAN, STD) if name == "dinov2" else (HALF, HALF)),
+            )
+            for split, data in splits.items()
+        }
+        for name, size in sizes.items()
+    }
+
+
+def print_table(results: Results) -> None:
+    print(f"\n{HEADINGS}  decided by")
+    for name, row in ranking(results):
+        print(f"{line(name, row)}  {row.get('decided', '')}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "learning_experts.json")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    transformers.logging.set_verbosity_error()  # every cell makes a new head, and would be warned of it
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    budget = Budget(epochs=args.epochs, batch_size=32)
+    images = prepared(digits_on_photos.splits())
+    config = {
+        "task": "digits on photos",
+        "images": {name: len(split) for name, split in images["dinov2"].items()},
+        "prompts": PROMPTS,
+        "budget": asdict(budget),
+    }
+    results = Results(args.results, config)
+    bench = Bench(images, budget, results)
+    for name in args.methods:
+        run_method(bench, results, name, args.seeds)
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main(parse_args())
