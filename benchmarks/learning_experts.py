@@ -8,8 +8,8 @@ The images are those of `examples/digits_on_photos.py`, the backbones DINOv2-S a
 that `examples/experts.py` trains. Compared are each backbone alone with a head, with VPT-Deep and with VAPT; ensembles
 of the three (mean of their probabilities); a linear head on the frozen features of all; and pMoE with each dispatcher.
 Every method gets the same images, epochs, batches and number of learning rates. The rate is chosen on the development
-split with seed 0 and tested with seeds 1 to 3; heads beside prompts train at one fixed rate. Finished cells are kept in
-the JSON file and not run again.
+split with seed 0 and tested with seeds 1 to 3; heads beside prompts train at one fixed rate. Finished cells are kept
+in the JSON file and not run again.
 """
 
 import argparse
