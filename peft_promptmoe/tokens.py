@@ -54,7 +54,8 @@ class TokenLayer(PromptLayer):
         block = self.site.block
         return [
             block.register_forward_pre_hook(self._before_block, with_kwargs=True),
-            block.register_forward_hook(self._after_block),
+            # Before all others: those that transformers captures hidden states by see tokens without prompts.
+            block.register_forward_hook(self._after_block, prepend=True),
         ]
 
     def working_adapter(self) -> str | None:

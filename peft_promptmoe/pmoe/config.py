@@ -36,7 +36,8 @@ class PMoEConfig(PromptConfig):
     Args:
         experts: the further experts, plain vision transformers: Hub ids ("facebook/dino-vitb16", or with "@revision"),
             "timm/..." ids, local folders, or modules that are loaded already. A module that is handed over is frozen
-            and hooked in place. An adapter stores names and never weights; see `download_experts`.
+            and hooked in place, stays in evaluation mode, and serves one model at a time. An adapter stores names and
+            never weights; see `download_experts`.
         dispatcher: what writes the prompts of a block. "token": convex combinations of all tokens it reads (default).
             "expert": the carried prompts and a mixture of all experts' prompts, weighed once per image. "attention":
             own and carried prompts, and what they attend to. "mean": the carried prompts and the mean over experts.
@@ -132,17 +133,27 @@ class PMoEConfig(PromptConfig):
         if not self.experts:
             return ""
         lines = [f"config = peft_promptmoe.{type(self).__name__}.from_pretrained(adapter)"]
-        names = [expert if isinstance(expert, str) else type(expert).__name__ for expert in self.experts]
+        names = self._names()
         if any(isinstance(expert, nn.Module) for expert in self.experts):
             lines.append(f"config.experts = [...]  # modules to hand over, in this order: {', '.join(names)}")
         else:
             lines.append(f"config.download_experts = True  # its experts: {', '.join(names)}")
         return "\n".join(lines) + "\n"
 
+    def _names(self) -> list[str]:
+        """Names of the experts; of modules as recorded, for the adapter may come from one that had names."""
+        records = self.expert_records if len(self.expert_records or ()) == len(self.experts) else None
+        names = [expert if isinstance(expert, str) else type(expert).__name__ for expert in self.experts]
+        recorded = [record["name"] for record in records] if records is not None else names
+        return [
+            name if isinstance(expert, str) else known
+            for expert, name, known in zip(self.experts, names, recorded, strict=True)
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The config as a dict, experts by name; leave to download is given by call and never stored."""
         held = self.experts
-        self.experts = [expert if isinstance(expert, str) else type(expert).__name__ for expert in held]
+        self.experts = self._names()
         try:
             return super().to_dict() | {"download_experts": False}
         finally:

@@ -45,6 +45,23 @@ NOT_ARGUMENTS = (
     "pruned",
     "scriptable",
 )
+# Plain vision transformers. The configs of others may name further models, which would be fetched as they are built.
+PLAIN = (
+    "beit",
+    "clip",
+    "clip_vision_model",
+    "data2vec-vision",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "ijepa",
+    "siglip",
+    "siglip_vision_model",
+    "vit",
+    "vit_mae",
+    "vit_msn",
+)
 # Of image and text; the text tower is left out.
 TWO_TOWERS = ("clip", "siglip")
 # Names of numbers that decide how much is built: what a record calls them, and their limit.
@@ -65,6 +82,7 @@ def build_skeleton(source: Source, record: ExpertRecord | None) -> nn.Module:
     Raises:
         ValueError: it is no image model, or already its config.json is not that of the recorded expert.
     """
+    _check_kind(source, record)
     _check_numbers(source, record)
     if source.is_timm:
         with explained(source), torch.device("meta"):
@@ -104,6 +122,21 @@ def load_encoder(source: Source) -> nn.Module:
             "they are not those of the model that its config.json describes."
         )
     return encoder.eval()
+
+
+def _check_kind(source: Source, record: ExpertRecord | None) -> None:
+    """Refuse what is no plain vision transformer, or another than the recorded one, before anything is built."""
+    kind = source.settings["architecture" if source.is_timm else "model_type"]
+    if not source.is_timm and kind not in PLAIN:
+        raise ValueError(
+            f"Expert {source.name!r} is a {kind}. Experts that are loaded by name are plain vision transformers: "
+            f"{', '.join(PLAIN)}, or timm's. If it is one, load it yourself and hand over the module."
+        )
+    if record is not None and record.type not in (kind, f"{kind}_vision_model"):
+        raise ValueError(
+            f"Expert {source.name!r} is a {kind!r:.80}, and the adapter was trained with {record.name!r} of type "
+            f"{record.type}. Give it the expert that it was trained with."
+        )
 
 
 def _check_numbers(source: Source, record: ExpertRecord | None) -> None:

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..sites import Site
 from .encoders import build_skeleton, load_encoder
-from .records import ExpertRecord, describe, hash_weights, pixels_of, read_tensors
+from .records import ExpertRecord, describe, hash_bytes, hash_weights, pixels_of, read_tensors
 from .sources import HAND_OVER, Source, check_stored_name, locate, pixels_from, read_folder, stored_size
-from .towers import check_tower, find_encoder, find_tower
+from .towers import check_free, check_tower, find_encoder, find_tower
 
 __all__ = ["Expert", "ExpertRecord", "check_tower", "gather_experts", "pixels_of"]
 
@@ -79,7 +80,8 @@ def gather_experts(
         base: the base model.
 
     Returns:
-        The experts as asked for. Modules that were handed over are frozen, and only if nothing was wrong with any.
+        The experts as asked for; one that is in the model already has the module that is there and a record of its
+        own, for adapters may want other pixels of it. None is touched yet: see `freeze`.
 
     Raises:
         ValueError, TypeError: an expert may not be loaded, is no plain vision transformer, is listed twice, or is not
@@ -96,13 +98,10 @@ def gather_experts(
     if new:
         _announce(new, base)
     for candidate in new:
-        _complete(candidate)
+        _complete(candidate, base)
     experts = [item.expert if isinstance(item, _Candidate) else item for item in found]
-    experts = [known.get(expert.key, expert) for expert in experts]
+    experts = [_as_known(expert, known) for expert in experts]
     _check_different(experts)
-    for expert in experts:
-        if expert.key not in known:
-            _freeze(expert.module)
     return experts
 
 
@@ -138,7 +137,8 @@ def _check_different(experts: Sequence[Expert]) -> None:
     for expert in experts:
         if expert.key in seen:
             raise ValueError(
-                f"Experts {seen[expert.key]!r} and {expert.record.name!r} are the same model. List each expert once."
+                f"Experts {seen[expert.key]!r} and {expert.record.name!r} are the same model, or cannot be told "
+                "apart. List each expert once."
             )
         seen[expert.key] = expert.record.name
 
@@ -150,27 +150,66 @@ def _find(
     name = _name_of(item)
     if isinstance(item, str) and stored:
         check_stored_name(item)
-    if record is not None and record.key in known:
-        return known[record.key]
+    if record is not None and record.key in known and _is_told_apart(record):
+        _compare(known[record.key].record, record)
+        return replace(known[record.key], record=record)
     if isinstance(item, nn.Module):
         encoder = find_encoder(item, name)
         for expert in known.values():
             if expert.module is encoder:
-                return expert
+                about = describe(name, None, encoder, expert.sites, pixels_of(item))
+                return _again(expert, about, record)
+        check_free(item, f"Expert {name!r}")
         revision, pixels, source = None, pixels_of(item), None
     else:
         folder, revision = locate(item, record, stored=stored, download=download)
-        for expert in known.values():
-            if revision is not None and (expert.record.name, expert.record.revision) == (name, revision):
-                return expert
         source = read_folder(item, folder, revision)
         pixels = pixels_from(source)
+        for expert in known.values():
+            if revision is not None and (expert.record.name, expert.record.revision) == (name, revision):
+                return _again(expert, describe(name, revision, expert.module, expert.sites, pixels), record)
         encoder = build_skeleton(source, record)
     sites = find_tower(encoder, name)
     about = describe(name, revision, encoder, sites, pixels)
     if record is not None:
         _compare(about, record)
     return _Candidate(Expert(about, encoder, sites), source, record)
+
+
+def _again(expert: Expert, about: ExpertRecord, record: ExpertRecord | None) -> Expert:
+    """An expert of the model for one more adapter, whose record is what a file says of it or what it says itself."""
+    about = replace(about, weights=expert.record.weights, quantised=expert.record.quantised)
+    if record is None:
+        return replace(expert, record=about)
+    _compare(about, record)
+    _check_weights(about, record)
+    if record.key != expert.key:
+        raise ValueError(
+            f"Expert {record.name!r} is quantised, in another way than the model's own. Load the adapter into a model "
+            "of its own."
+        )
+    return replace(expert, record=record)
+
+
+def _as_known(expert: Expert, known: Mapping[str, Expert]) -> Expert:
+    """With the module that is in the model already, if it is the same.
+
+    Raises:
+        ValueError: nobody can tell.
+    """
+    there = known.get(expert.key)
+    if there is None or there.module is expert.module:
+        return expert
+    if not _is_told_apart(expert.record):
+        raise ValueError(
+            f"Expert {expert.record.name!r} and one of the model's own have weights that keep their bytes to "
+            "themselves, and cannot be told apart. Hand over the same module again, or use a model of its own."
+        )
+    return replace(there, record=expert.record)
+
+
+def _is_told_apart(record: ExpertRecord) -> bool:
+    return record.weights is not None or record.quantised is not None
 
 
 def _name_of(item: str | nn.Module) -> str:
@@ -234,33 +273,45 @@ def _weight(count: int, size: int, noun: str = " parameters") -> str:
     return f"{count / 1e6:.1f} M{noun}, {size / 1e6:.0f} MB"
 
 
-def _complete(item: _Candidate) -> None:
+def _complete(item: _Candidate, base: nn.Module) -> None:
     """Load what is to be loaded and compare the weights with those that the adapter was trained with."""
     expert = item.expert
     if item.source is not None:
-        expert.module = load_encoder(item.source)
+        expert.module = load_encoder(item.source).to(_device(base))
         expert.sites = find_tower(expert.module, expert.record.name)
     weights = hash_weights(expert.module)
-    if item.stored is None:
-        expert.record = replace(expert.record, weights=weights)
-        return
-    if weights is None or item.stored.weights is None:
-        warnings.warn(
-            f"The weights of expert {expert.record.name!r} are quantised or spread over processes, so nobody can tell "
-            f"whether they are those of {item.stored.name!r} that the adapter was trained with.",
-            stacklevel=2,
-        )
-    elif weights != item.stored.weights:
+    quantised = hash_bytes(expert.module) if weights is None else None
+    expert.record = replace(expert.record, weights=weights, quantised=quantised)
+    if item.stored is not None:
+        _check_weights(expert.record, item.stored)
+        # Names in the adapter's file, and pixels as in training, follow the record.
+        expert.record = item.stored
+
+
+def _device(base: nn.Module) -> torch.device:
+    """Where an expert that was loaded joins the base model."""
+    devices = {parameter.device for parameter in base.parameters() if not parameter.is_meta}
+    return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+
+def _check_weights(found: ExpertRecord, stored: ExpertRecord) -> None:
+    if found.weights is None or stored.weights is None:
+        if found.quantised is None or found.quantised != stored.quantised:
+            warnings.warn(
+                f"The weights of expert {found.name!r} are quantised or spread over processes, so nobody can tell "
+                f"whether they are those of {stored.name!r} that the adapter was trained with.",
+                stacklevel=2,
+            )
+    elif found.weights != stored.weights:
         raise ValueError(
-            f"Expert {expert.record.name!r} is not the one that the adapter was trained with, {item.stored.name!r}: "
-            f"its weights are others (hash {weights[:12]}, recorded {item.stored.weights[:12]}). Give it the weights "
-            f"that it was trained with; {HAND_OVER}."
+            f"Expert {found.name!r} is not the one that the adapter was trained with, {stored.name!r}: its weights "
+            f"are others (hash {found.weights[:12]}, recorded {stored.weights[:12]}; a cast to float16 changes them, "
+            f"too). Give it the weights that it was trained with; {HAND_OVER}."
         )
-    # Names in the adapter's file, and pixels as in training, follow the record.
-    expert.record = item.stored
 
 
-def _freeze(encoder: Any) -> None:
+def freeze(encoder: Any) -> None:
+    """Make a module that was handed over an expert: frozen, in evaluation mode, all its patches seen."""
     encoder.requires_grad_(False)
     encoder.eval()
     if isinstance(encoder, PreTrainedModel) and hasattr(encoder.config, "mask_ratio"):

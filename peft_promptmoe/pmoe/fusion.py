@@ -24,15 +24,10 @@ class Fusion:
 
     Args:
         shared: what the experts share.
-
-    Attributes:
-        last_decision: by adapter, (B, K) each expert's term in the logit of the predicted class in the last forward of
-            evaluation mode.
     """
 
     def __init__(self, shared: PMoEShared) -> None:
         self.shared = shared
-        self.last_decision: dict[str, Tensor] = {}
         self._pixels: dict[int, Tensor] = {}
         self._handles: list[Any] = []
 
@@ -45,9 +40,9 @@ class Fusion:
         config: PMoEConfig = self.shared.prompt_config[adapter]
         incoming = _normalisation(config.image_mean, config.image_std)
         found = []
-        for key in self.shared.members[adapter]:
+        for key, record in zip(self.shared.members[adapter], self.shared.records[adapter], strict=True):
             expert, patches = self.shared.experts[key], self.shared.patches(key)
-            record, weight = expert.record, patches.embedding.weight
+            weight = patches.embedding.weight
             size = None if record.size is None else (record.size[0], record.size[1])
             fitted = fit_pixels(pixels, incoming, _normalisation(record.mean, record.std), size).to(weight.device)
             fitted = fitted.to(weight.dtype) if weight.is_floating_point() else fitted
@@ -61,10 +56,11 @@ class Fusion:
     def open(self) -> None:
         """Hook the base model, which tells of its images, and its classifier, whose reading the experts join."""
         model, head = self.shared.base()
+        self._handles = [model.register_forward_hook(self._without_prompts)]
         if head is None:
             return
         module = model.get_submodule(head)
-        self._handles = [
+        self._handles += [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             model.register_forward_hook(self._after_model, always_call=True),
             module.register_forward_pre_hook(self._before_head),
@@ -88,6 +84,30 @@ class Fusion:
 
     def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._pixels.pop(caller(), None)
+
+    def _without_prompts(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Take the prompts out of the first of transformers' hidden states, which is what the first block got."""
+        adapter = next(iter(self.shared.working_adapters()), None)
+        first = self.shared.find(None, 0)
+        if adapter is None or first is None or adapter not in first.prompt_config:
+            return None
+        prompts = self.shared.prompt_config[adapter].num_virtual_tokens
+        start = self.shared.patches(None).prefix
+
+        def narrow(states: Any) -> Any:
+            """Of other tuples than hidden states, which get narrower behind the first, nothing is changed."""
+            if not isinstance(states, (tuple, list)) or len(states) < 2 or not all(map(_is_tokens, states[:2])):
+                return states
+            if states[0].shape[1] != states[1].shape[1] + prompts:
+                return states
+            kept = torch.cat([states[0][:, :start], states[0][:, start + prompts :]], dim=1)
+            return type(states)([kept, *states[1:]])
+
+        if isinstance(output, tuple):
+            return tuple(narrow(part) for part in output)
+        if getattr(output, "hidden_states", None) is not None:
+            output["hidden_states"] = narrow(output.hidden_states)
+        return output
 
     def _seen(self) -> Tensor:
         pixels = self._pixels.get(caller())
@@ -115,12 +135,18 @@ class Fusion:
         read = [F.linear(feature.to(part.dtype), part) for feature, part in zip(features, maps, strict=True)]
         parts = torch.stack([output.to(weight.dtype), *read])
         logits = parts.sum(dim=0)
-        if not self.shared.training:
+        if self.shared.training:
+            self.shared.last_decision.pop(adapter, None)
+        else:
             chosen = logits.detach().argmax(dim=-1)
-            self.last_decision[adapter] = parts.detach().take_along_dim(chosen[None, :, None], dim=2)[..., 0].T
+            self.shared.last_decision[adapter] = parts.detach().take_along_dim(chosen[None, :, None], dim=2)[..., 0].T
         if self.shared.prompt_config[adapter].fusion == "logits":
             logits = logits / len(parts)
         return logits.to(output.dtype)
+
+
+def _is_tokens(state: Any) -> bool:
+    return isinstance(state, Tensor) and state.ndim == 3
 
 
 def caller() -> int:

@@ -9,16 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from ..layer import CHILD
+from ..layer import CHILD, PromptLayer
 from ..sites import Site, find_site
 from ..state import AdapterState
 from ..targets import image_targets
 from ..tuner import PromptTuner, refuse_task_type
 from ..vision import vision_heads
 from .config import PMoEConfig
-from .experts import Expert, check_tower, gather_experts, pixels_of
+from .experts import Expert, freeze, gather_experts, pixels_of
 from .layer import PMoELayer
 from .shared import PMoEShared, classifier
+from .towers import check_free, check_no_backbone, check_tower, encoder_within
 
 
 class PMoEModel(PromptTuner):
@@ -70,8 +71,10 @@ class PMoEModel(PromptTuner):
     def resolve(self, config: PMoEConfig, sites: list[Site]) -> None:
         refuse_task_type(config)
         config.check_experts()
-        tower = self._tower()
-        check_tower(tower, type(self.model).__name__)
+        tower, name = self._tower(), type(self.model).__name__
+        check_no_backbone(self.model, name)
+        check_free(self.model, name, own=[m for m in self.model.modules() if isinstance(m, PromptLayer)])
+        check_tower(tower, name)
         self._check_blocks(config, sites, tower)
         shared = self._shared()
         experts = gather_experts(
@@ -84,7 +87,8 @@ class PMoEModel(PromptTuner):
         )
         if config.layers_to_transform is not None:
             _check_depths(experts, len(tower))
-        head = self._classifier(tower[0])
+        _check_channels(experts, tower[0])
+        head = self._classifier(tower, bool(experts))
         if config.fusion == "mean" and experts:
             self._check_mean(experts, head)
         if config.image_mean is None:
@@ -95,6 +99,8 @@ class PMoEModel(PromptTuner):
 
     def prepare_shared(self, shared: Any, adapter_name: str) -> None:
         head, depth, experts = self._arrival
+        for expert in experts:
+            freeze(expert.module)
         shared.welcome(self.model, head, depth, experts)
 
     def _tower(self) -> list[Site]:
@@ -117,13 +123,22 @@ class PMoEModel(PromptTuner):
                 "target_modules or exclude_modules. Leave these unset."
             )
 
-    def _classifier(self, site: Site) -> str | None:
-        """Path of the base model's linear classifier; None for bare encoders and other heads."""
-        assert site.patches is not None
-        found = []
-        for name in vision_heads(self.model, site.patches):
-            if isinstance(classifier(self.model, name), nn.Linear):
-                found.append(name)
+    def _classifier(self, tower: list[Site], experts: bool) -> str | None:
+        """Path of the base model's linear classifier; None for bare encoders.
+
+        Raises:
+            ValueError: there are several, or the features of further experts would join none.
+        """
+        assert tower[0].patches is not None
+        heads = vision_heads(self.model, tower[0].patches)
+        found = [name for name in heads if isinstance(classifier(self.model, name), nn.Linear)]
+        bare = encoder_within(self.model, tower) in (self.model, getattr(self.model, "timm_model", None))
+        if experts and not found and (heads or not bare):
+            raise ValueError(
+                f"The experts' features join a linear classifier, and {type(self.model).__name__} has none that is "
+                "found (nn.Linear, as transformers and timm make it). Use such a model, or a bare encoder whose "
+                "patch_maps your own head reads."
+            )
         if len(found) > 1:
             raise ValueError(
                 f"{type(self.model).__name__} has several classifiers ({', '.join(found)}), and the experts' features "
@@ -140,6 +155,18 @@ class PMoEModel(PromptTuner):
             raise ValueError(
                 f"fusion='mean' averages features of one width: the base model's classifier reads {width} values and "
                 f"{other[0].record.name!r} gives {other[0].record.width}. Use fusion='concat'."
+            )
+
+
+def _check_channels(experts: list[Expert], site: Site) -> None:
+    assert site.patches is not None
+    channels = site.patches.embedding.in_channels
+    for expert in experts:
+        patches = expert.sites[0].patches
+        if patches is not None and patches.embedding.in_channels != channels:
+            raise ValueError(
+                f"Expert {expert.record.name!r} reads images of {patches.embedding.in_channels} channels, and the "
+                f"base model's have {channels}. Use an expert that reads the same images."
             )
 
 

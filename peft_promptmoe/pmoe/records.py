@@ -40,6 +40,7 @@ class ExpertRecord:
         depth: `L_k`, blocks.
         patch: rows and columns of pixels in a patch.
         weights: hash of the weights (`hash_weights`); None where they cannot be compared.
+        quantised: hash of the bytes of quantised weights (`hash_bytes`), by which experts are told apart.
         mean, std: normalisation of the pixels it wants, by channel; None if unknown.
         size: rows and columns of pixels it must get; None where it takes images as they come.
     """
@@ -52,6 +53,7 @@ class ExpertRecord:
     depth: int
     patch: list[int]
     weights: str | None
+    quantised: str | None
     mean: list[float] | None
     std: list[float] | None
     size: list[int] | None
@@ -80,7 +82,8 @@ class ExpertRecord:
         _check_text("type", stored["type"], r"[\w.\-]{1,256}")
         check_int("width of an expert", stored["width"], 1, MAX_WIDTH)
         check_int("depth of an expert", stored["depth"], 1, MAX_DEPTH)
-        _check_text("weights", stored["weights"], r"[0-9a-f]{64}", optional=True)
+        for name in ("weights", "quantised"):
+            _check_text(name, stored[name], r"[0-9a-f]{64}", optional=True)
         values = dict(stored)
         values["patch"] = _checked_sides("patch", stored["patch"])
         values["size"] = None if stored["size"] is None else _checked_sides("size", stored["size"])
@@ -90,8 +93,8 @@ class ExpertRecord:
     @property
     def key(self) -> str:
         """Name of the expert in adapter files."""
-        if self.weights is not None:
-            return f"e{self.weights[:12]}"
+        if (digest := self.weights or self.quantised) is not None:
+            return f"e{digest[:12]}"
         about = json.dumps([self.library, self.type, self.width, self.depth, self.name])
         return f"e{hashlib.sha256(about.encode()).hexdigest()[:12]}"
 
@@ -152,6 +155,7 @@ def describe(name: str, revision: str | None, encoder: nn.Module, sites: list[Si
         depth=len(sites),
         patch=list(patches.size),
         weights=None,
+        quantised=None,
         mean=pixels[0],
         std=pixels[1],
         size=None if size is None else list(size),
@@ -203,6 +207,25 @@ def hash_weights(encoder: nn.Module) -> str | None:
             return None
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_bytes(encoder: nn.Module) -> str | None:
+    """sha256 over names, shapes and bytes of weights that `hash_weights` has no values of.
+
+    Returns:
+        64 hexadecimal digits; None for weights that are spread over processes or keep their bytes to themselves.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_tensors(encoder).items()):
+        if hasattr(tensor, "device_mesh"):
+            return None
+        try:
+            content = tensor.detach().as_subclass(Tensor).cpu().contiguous().flatten().view(torch.uint8).numpy()
+        except (RuntimeError, TypeError, NotImplementedError):
+            return None
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(content.tobytes())
     return digest.hexdigest()
 
 

@@ -96,7 +96,7 @@ def dispatch_report(shared: PMoEShared, adapter: str) -> DispatchReport:
                 shares.append(layer.last_shares[adapter].float().mean(dim=0).cpu())
     if not shares:
         raise ValueError("No forward pass has been dispatched yet; run the model once before asking for a report.")
-    terms = shared.fusion.last_decision.get(adapter)
+    terms = shared.last_decision.get(adapter)
     decision = decided = None
     if terms is not None:
         decision = terms.float().mean(dim=0).cpu()
@@ -105,7 +105,7 @@ def dispatch_report(shared: PMoEShared, adapter: str) -> DispatchReport:
 
 
 def expert_names(shared: PMoEShared, adapter: str) -> list[str]:
-    return ["base model", *(shared.experts[key].record.name for key in shared.members[adapter])]
+    return ["base model", *(record.name for record in shared.records[adapter])]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from .layer import PMoELayer
 
 if TYPE_CHECKING:
     from .experts import Expert
+    from .records import ExpertRecord
 
 
 class Bridges(nn.Module):
@@ -34,7 +35,10 @@ class Bridges(nn.Module):
 
     def forward(self, prompts: Tensor, j: int, k: int) -> Tensor:
         weight = getattr(self, f"weight_{j}_to_{k}", None)
-        return prompts if weight is None else F.linear(prompts, weight)
+        if weight is None:
+            return prompts
+        dtype = torch.promote_types(prompts.dtype, weight.dtype)
+        return F.linear(prompts.to(dtype), weight.to(device=prompts.device, dtype=dtype))
 
 
 class PMoEShared(SharedLayer):
@@ -47,11 +51,14 @@ class PMoEShared(SharedLayer):
     Attributes:
         experts: by key.
         members: by adapter, the keys of its further experts in order.
+        records: by adapter, what it knows of them; adapters may want other pixels of one expert.
+        last_decision: by adapter, (B, K) each expert's term in the logit of the predicted class, if the last forward
+            was one of evaluation mode.
         layers: by key and block, the further experts' prompt layers.
     """
 
     adapter_layer_names: tuple[str, ...] = ("pmoe_fusion", "pmoe_bridges")
-    other_param_names: tuple[str, ...] = ("prompt_config", "members")
+    other_param_names: tuple[str, ...] = ("prompt_config", "members", "records", "last_decision")
 
     pmoe_fusion: nn.ModuleDict
     pmoe_bridges: nn.ModuleDict
@@ -60,6 +67,8 @@ class PMoEShared(SharedLayer):
         super().__init__(anchor, width)
         self.experts: dict[str, Expert] = {}
         self.members: dict[str, list[str]] = {}
+        self.records: dict[str, list[ExpertRecord]] = {}
+        self.last_decision: dict[str, Tensor] = {}
         self.layers = nn.ModuleDict()
         self.depth = 0
         self._base_layers: dict[int, PMoELayer] = {}
@@ -82,6 +91,7 @@ class PMoEShared(SharedLayer):
         assert self._base is not None
         self.prompt_config[adapter] = config
         self.members[adapter] = [expert.key for expert in self._coming]
+        self.records[adapter] = [expert.record for expert in self._coming]
         for expert in self._coming:
             self.experts.setdefault(expert.key, expert)
             if expert.key not in self.layers:

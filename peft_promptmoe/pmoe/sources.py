@@ -112,7 +112,7 @@ def read_folder(name: str, folder: str, revision: str | None) -> Source:
     if (path / "adapter_config.json").exists():
         # transformers would follow it to another base model.
         raise ValueError(f"Expert {name!r} is an adapter. Load and merge it yourself, and hand over the module.")
-    if "quantization_config" in settings:
+    if _has_key(settings, "quantization_config"):
         raise ValueError(f"Expert {name!r} is quantised. Load it yourself, and hand over the module.")
     kind = settings.get("model_type")
     if "architecture" not in settings and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
@@ -122,6 +122,11 @@ def read_folder(name: str, folder: str, revision: str | None) -> Source:
             "Experts are loaded by these libraries' own classes; load it yourself, and hand over the module."
         )
     return Source(name, revision, path, settings, _weight_files(name, path))
+
+
+def _has_key(settings: Any, key: str) -> bool:
+    """Whether the key is anywhere in a config, whose parts have settings of their own."""
+    return isinstance(settings, dict) and (key in settings or any(_has_key(part, key) for part in settings.values()))
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:

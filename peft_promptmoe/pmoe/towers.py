@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 
+from ..layer import PromptLayer
 from ..sites import Site, find_site
 from ..targets import image_targets
 
@@ -28,12 +30,44 @@ def find_encoder(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"Expert {name!r} has weights on the meta device. Load them before handing it over.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(f"Expert {name!r} has an adapter in it. Hand over the model without, or merged.")
+    check_no_backbone(model, f"Expert {name!r}")
     found = encoder_within(model, _sites(model, name))
     if found is None:
         raise ValueError(
             f"Expert {name!r} is neither a model of transformers nor one of timm. Hand over one of these."
         )
     return found
+
+
+def check_free(model: nn.Module, name: str, own: Iterable[nn.Module] = ()) -> None:
+    """Check that no prompts of another model enter this one.
+
+    Args:
+        model: what is to be hooked.
+        name: what to call it.
+        own: prompt layers that may be hooked to it.
+
+    Raises:
+        ValueError: it is an expert of another model.
+    """
+    allowed = {id(layer) for layer in own}
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, PromptLayer) and id(owner) not in allowed:
+                raise ValueError(
+                    f"{name} is an expert of another model, whose prompts would enter here, too. unload() that model "
+                    "first, or use one that is loaded anew (a deep copy would be hooked as well)."
+                )
+
+
+def check_no_backbone(model: nn.Module, name: str) -> None:
+    """Raise ValueError for models that hand out their blocks' inputs, among which prompts would be."""
+    if any(isinstance(module, BackboneMixin) for module in model.modules()):
+        raise ValueError(
+            f"{name} is, or holds, a backbone of transformers, which hands out what goes into its blocks, and prompts "
+            "are part of that. Use the plain model (Dinov2Model for Dinov2Backbone), with patch_maps for dense heads."
+        )
 
 
 def encoder_within(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:

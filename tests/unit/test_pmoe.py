@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Backbone,
     Dinov2Config,
     Dinov2Model,
     ViTConfig,
@@ -465,6 +466,7 @@ def test_a_refusal_leaves_model_and_experts_as_they_were() -> None:
         pmoe(expert, dinov2(), model=model, layers_to_transform=[0])
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in [*model.modules(), *expert.modules()])
+    assert expert.training and all(parameter.requires_grad for parameter in expert.parameters())
 
 
 def test_several_active_adapters_are_refused(pixels: Tensor) -> None:
@@ -479,3 +481,188 @@ def test_other_methods_keep_off_its_layers() -> None:
     model = pmoe(vit()).base_model.model
     with pytest.raises(ValueError, match="another method"):
         get_peft_model(model, MEPTConfig())
+
+
+# -- experts that meet again ------------------------------------------------------------------------------------------
+
+
+def test_an_expert_serves_one_model_at_a_time(pixels: Tensor) -> None:
+    expert = vit()
+    first = pmoe(expert, init_weights=False).eval()
+    before = first(pixel_values=pixels).logits
+    with pytest.raises(ValueError, match=r"'ViTModel' is an expert of another model.*unload\(\) that model first"):
+        pmoe(expert)
+    assert torch.equal(first(pixel_values=pixels).logits, before)
+    first.unload()
+    assert pmoe(expert)(pixel_values=pixels).logits.isfinite().all()
+
+
+def test_an_expert_is_no_base_model_of_another() -> None:
+    expert = base()
+    pmoe(expert)
+    with pytest.raises(ValueError, match="ViTForImageClassification is an expert of another model"):
+        pmoe(model=expert)
+
+
+def with_pixels(mean: float, std: float) -> nn.Module:
+    """The one expert, whose pixels are wanted in another way."""
+    model: Any = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=0
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    model.pretrained_cfg = {"architecture": "vit_tiny_patch16_224", "mean": [mean] * 3, "std": [std] * 3}
+    return model
+
+
+def test_adapters_that_share_an_expert_have_its_pixels_their_own_way(pixels: Tensor) -> None:
+    normal: dict[str, Any] = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "init_weights": False}
+    alone = pmoe(with_pixels(0.5, 0.1), **normal).eval()
+    expected = alone(pixel_values=pixels).logits
+    both = pmoe(with_pixels(0.0, 1.0), **normal).eval()
+    torch.manual_seed(4)
+    both.add_adapter("b", PMoEConfig(experts=[with_pixels(0.5, 0.1)], num_virtual_tokens=PROMPTS, **normal))
+    assert len(shared_of(both).experts) == 1
+    assert both.peft_config["b"].expert_records[0]["mean"] == [0.5] * 3
+    assert both.peft_config["default"].expert_records[0]["mean"] == [0.0] * 3
+    both.set_adapter("b")
+    own = dict(both.named_parameters())
+    with torch.no_grad():
+        for name, value in alone.named_parameters():
+            if ".default" in name:
+                own[name.replace(".default", ".b")].copy_(value)
+    torch.testing.assert_close(both.eval()(pixel_values=pixels).logits, expected, rtol=0, atol=0)
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    """As if: integers where a quantiser would put them, in a layer that is cast back when it is used."""
+    for layer in model.layers:
+        weight = layer.mlp.fc1.weight
+        layer.mlp.fc1.weight = nn.Parameter((weight * 1000).to(torch.int8), requires_grad=False)
+        layer.mlp.fc1.forward = lambda x, own=layer.mlp.fc1: nn.functional.linear(
+            x, own.weight.float() / 1000, own.bias
+        )
+    return model
+
+
+def test_quantised_experts_are_told_apart(pixels: Tensor) -> None:
+    one, two = quantised(vit(1)), quantised(vit(2))
+    model = pmoe(one, two)
+    assert len(shared_of(model).experts) == 2
+    third = quantised(vit(5))
+    model.add_adapter("b", PMoEConfig(experts=[third], num_virtual_tokens=2))
+    shared = shared_of(model)
+    assert shared.experts[shared.members["b"][0]].module is third
+    model.set_adapter("b")
+    assert model(pixel_values=pixels).logits.isfinite().all()
+
+
+def test_reports_of_a_deleted_adapter_are_gone(pixels: Tensor) -> None:
+    model = pmoe(vit()).eval()
+    model(pixel_values=pixels)
+    model.add_adapter("b", PMoEConfig(num_virtual_tokens=2))
+    model.set_adapter("b")
+    model.delete_adapter("default")
+    model.add_adapter("default", PMoEConfig(experts=[dinov2(), small_timm()], num_virtual_tokens=3))
+    model.set_adapter("default")
+    with pytest.raises(ValueError, match="run the model once"):
+        routing_report(model)
+    model(pixel_values=pixels)
+    assert len(routing_report(model).decided) == 3
+    model.train()(pixel_values=pixels)
+    assert routing_report(model).decided is None
+
+
+def test_a_handed_over_expert_keeps_the_name_of_its_record(tmp_path: Any) -> None:
+    folder = tmp_path / "expert"
+    vit().save_pretrained(folder)
+    pmoe(str(folder)).save_pretrained(tmp_path / "one")
+    config = PMoEConfig.from_pretrained(tmp_path / "one")
+    config.experts = [vit()]
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "one", config=config)
+    loaded.save_pretrained(tmp_path / "two")
+    assert PMoEConfig.from_pretrained(tmp_path / "two").experts == [str(folder)]
+    again = PeftModel.from_pretrained(base(), tmp_path / "two")
+    assert len(shared_of(again).experts) == 1
+
+
+# -- where experts go, and what they join -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("return_dict", [False, True])
+def test_hidden_states_have_no_prompts(pixels: Tensor, asked_before: bool, return_dict: bool) -> None:
+    """transformers captures them by hooks on the blocks, which it installs when they are first asked for."""
+    plain = base()
+    if asked_before:
+        plain(pixels, output_hidden_states=True)
+    model = pmoe(vit(), model=plain, init_weights=False).eval()
+    output = model(pixels, output_hidden_states=True, return_dict=return_dict)
+    states = output.hidden_states if return_dict else output[-1]
+    assert [state.shape[1] for state in states] == [17, 17, 17]
+    with model.disable_adapter():
+        assert torch.equal(states[0], plain(pixels, output_hidden_states=True).hidden_states[0])
+    bare = pmoe(vit(2), model=vit(), init_weights=False).eval()
+    assert [state.shape[1] for state in bare(pixels, output_hidden_states=True).hidden_states] == [17, 17, 17]
+
+
+def backbone() -> nn.Module:
+    return Dinov2Backbone(Dinov2Config(**SHAPE, out_features=["stage1", "stage2"]))
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = base()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.inner(pixel_values).logits
+
+
+def deep_head() -> nn.Module:
+    model: Any = base()
+    model.classifier = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, CLASSES))
+    return model
+
+
+def test_backbones_are_refused() -> None:
+    for make in (lambda: pmoe(model=backbone()), lambda: pmoe(backbone())):
+        with pytest.raises(ValueError, match=r"Dinov2Backbone.* is, or holds, a backbone of transformers"):
+            make()
+
+
+@pytest.mark.parametrize("make", [Wrapped, deep_head])
+def test_experts_need_a_classifier_to_join(make: Any) -> None:
+    with pytest.raises(ValueError, match="join a linear classifier"):
+        pmoe(vit(), model=make())
+
+
+def test_experts_of_other_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="reads images of 1 channels, and the base model's have 3"):
+        pmoe(vit(num_channels=1))
+
+
+def test_experts_by_name_join_the_base_model_where_it_is(tmp_path: Any) -> None:
+    """A device that is here everywhere, and holds nothing: the base model's alone must not stay there."""
+    vit().save_pretrained(tmp_path)
+    moved: list[torch.device] = []
+    original = nn.Module.to
+
+    def spy(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        moved.extend(arg for arg in args if isinstance(arg, torch.device))
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "to", spy)
+        pmoe(str(tmp_path))
+    assert torch.device("cpu") in moved
+
+
+@pytest.mark.parametrize("dispatcher", ["token", "expert", "attention", "mean", "none"])
+def test_experts_in_bfloat16_beside_prompts_that_follow_their_block(pixels: Tensor, dispatcher: str) -> None:
+    """PEFT casts adapters to float32; without it each block's prompts are of its own type."""
+    torch.manual_seed(0)
+    config = PMoEConfig(experts=[dinov2().bfloat16()], num_virtual_tokens=PROMPTS, dispatcher=dispatcher)
+    model = inject_adapter_in_model(config, base())
+    assert model(pixels).logits.isfinite().all()

@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_promptmoe.pmoe import experts as module_under_test
-from peft_promptmoe.pmoe.experts import Expert, ExpertRecord, check_tower, gather_experts, pixels_of
+from peft_promptmoe.pmoe.experts import Expert, ExpertRecord, check_tower, freeze, gather_experts, pixels_of
 from peft_promptmoe.pmoe.records import hash_weights, read_tensors
 from peft_promptmoe.pmoe.towers import find_tower
 
@@ -81,6 +82,10 @@ def write(folder: Path, model: Any) -> Path:
 def gather(*asked: Any, base: nn.Module | None = None, known: dict[str, Expert] | None = None, **how: Any) -> Any:
     how = {"records": None, "stored": how.get("records") is not None, "download": False} | how
     return gather_experts(list(asked), known=known or {}, base=base or nn.Linear(2, 2), **how)
+
+
+def trained_by(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def records(*experts: Expert) -> list[dict[str, Any]]:
@@ -154,6 +159,7 @@ def test_folders_and_modules_are_one_expert(
 ) -> None:
     make, encoder_of, expected = FOLDERS[name]
     model = make()
+    trained = trained_by(model)
     folder = write(tmp_path / name, model)
     capsys.readouterr()
     (expert,) = gather(str(folder))
@@ -166,7 +172,9 @@ def test_folders_and_modules_are_one_expert(
     assert handed.record.name == type(model).__name__
     assert [site.index for site in expert.sites] == [0, 1]
     assert all(site.attention in set(expert.module.modules()) for site in expert.sites)
+    assert trained_by(model) == trained  # nothing is touched before all is known to be right
     for found in (expert.module, handed.module):
+        freeze(found)
         assert not any(p.requires_grad or p.is_meta for p in found.parameters())
         assert not any(m.training for m in found.modules())
     tensors = read_tensors(expert.module)
@@ -223,7 +231,9 @@ def test_sharded_weights(tmp_path: Path) -> None:
 
 def test_mae_hides_no_patches() -> None:
     model = made("ViTMAEModel", mask_ratio=0.75)
-    gather(model)
+    (expert,) = gather(model)
+    assert model.config.mask_ratio == 0.75
+    freeze(expert.module)
     assert model.config.mask_ratio == 0.0
     assert model(torch.randn(1, 3, 32, 32)).last_hidden_state.shape == (1, 17, 32)
 
@@ -281,9 +291,12 @@ def test_local_cache_of_the_hub(vit_folder: str, tmp_path: Path, monkeypatch: py
 
 
 def test_an_expert_of_the_same_commit_is_not_loaded_again(hub: Hub, no_loading: None) -> None:
-    about = ExpertRecord("someone/vit", COMMIT, "transformers", "vit", 32, 2, [8, 8], None, None, None, [32, 32])
-    there = Expert(about, vit(), [])
-    assert gather("someone/vit", known={there.key: there}) == [there]
+    module = vit()
+    (there,) = gather(module)
+    there.record = replace(there.record, name="someone/vit", revision=COMMIT)
+    (again,) = gather("someone/vit", known={there.key: there})
+    assert again.module is module and again.key == there.key
+    assert there.record.mean is None and again.record.mean == [0.5, 0.4, 0.3]
 
 
 # -- what an adapter was trained with ---------------------------------------------------------------------------------
@@ -444,7 +457,7 @@ def test_not_a_plain_vision_transformer(name: str) -> None:
 def test_not_a_plain_vision_transformer_by_name(name: str, tmp_path: Path, no_loading: None) -> None:
     model = made("CLIPTextModel", vocab_size=20) if name == "clip_text_model" else NO_EXPERTS[name][0]()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"reads no images|patch grid|relative position"):
+    with pytest.raises(ValueError, match=r"loaded by name are plain vision transformers|relative position"):
         gather(str(tmp_path))
 
 
