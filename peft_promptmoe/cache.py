@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .columns import Columns
 from .sites import Site
 
 CACHE_ROWS = "_promptmoe_rows"
@@ -20,7 +21,7 @@ def given_cache(bound: dict[str, Any]) -> Any | None:
     return next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
 
 
-def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, tuple[Tensor, Tensor]], bool]:
+def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, Columns], bool]:
     """A layer's key and value rows kept with the call's cache, and whether the cache already holds tokens.
 
     Args:

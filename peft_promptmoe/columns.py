@@ -89,27 +89,37 @@ def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -
     longer than to attend to all.
 
     Args:
-        columns: key and value of (B or 1, H, R, d), the gated experts' rows first.
+        columns: key and value of (B or 1, H, R, d), the gated experts' rows first, and their owners where known.
         log_gates: (B, T, G).
         active: experts that are open for one token.
         slots: rows of one expert.
     """
-    gates = log_gates.shape[-1]
+    gates, owner = log_gates.shape[-1], columns.owner
     if log_gates.shape[1] == 1 and (gates - active) * slots > GATHER_FROM:
         best, index = log_gates[:, 0].topk(active, dim=-1)
         columns = Columns(_gather(columns.key, index, gates, slots), _gather(columns.value, index, gates, slots))
-        log_gates, gates = best[:, None], active
-    owner = torch.arange(columns.key.shape[2], device=log_gates.device) // slots
-    return Columns(columns.key, columns.value, log_gates, torch.where(owner < gates, owner, -1))
+        log_gates, gates, owner = best[:, None], active, None
+    if owner is None:
+        owner = row_owners(columns.key.shape[2], gates, slots, log_gates.device)
+    return Columns(columns.key, columns.value, log_gates, owner)
+
+
+def row_owners(rows: int, gates: int, slots: int, device: torch.device) -> Tensor:
+    """(R,) the gate that each row answers to, -1 for those behind the gated experts' rows."""
+    owner = torch.arange(rows, device=device) // slots
+    return torch.where(owner < gates, owner, -1)
 
 
 def _gather(rows: Tensor, index: Tensor, gates: int, slots: int) -> Tensor:
     """(B, H, K * slots + rest, d) of (B or 1, H, G * slots + rest, d) and chosen experts (B, K)."""
-    batch = index.shape[0]
-    rows = rows.expand(batch, -1, -1, -1)
-    gated = rows[:, :, : gates * slots].unflatten(2, (gates, slots))
-    index = index[:, None, :, None, None].expand(-1, rows.shape[1], -1, slots, rows.shape[-1])
-    return torch.cat([gated.gather(2, index).flatten(2, 3), rows[:, :, gates * slots :]], dim=2)
+    batch, active = index.shape
+    gated, rest = rows.split([gates * slots, rows.shape[2] - gates * slots], dim=2)
+    gated = gated.unflatten(2, (gates, slots))
+    if rows.shape[0] == 1:
+        chosen = gated[0].index_select(1, index.flatten()).unflatten(1, (batch, active)).movedim(1, 0)
+    else:
+        chosen = gated.transpose(1, 2)[torch.arange(batch, device=index.device)[:, None], index].transpose(1, 2)
+    return torch.cat([chosen.flatten(2, 3), rest.expand(batch, -1, -1, -1)], dim=2)
 
 
 def join_rows(

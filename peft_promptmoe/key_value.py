@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import COLUMNS, ConfigView
 from .cache import cached_rows
-from .columns import Columns, MaskWithRows, merge_columns, open_columns
+from .columns import Columns, MaskWithRows, merge_columns, open_columns, row_owners
 from .config import PromptConfig
 from .inspection import parameter_names
 from .layer import CALL, PromptLayer
@@ -181,7 +181,7 @@ class KeyValueLayer(PromptLayer):
         real: Tensor | None,
         bound: dict[str, Any],
         call: PromptCall | None,
-        cached: dict[str, tuple[Tensor, Tensor]],
+        cached: dict[str, Columns],
         past: bool,
     ) -> Columns:
         config = self.prompt_config[adapter]
@@ -194,13 +194,15 @@ class KeyValueLayer(PromptLayer):
                     f"The cache holds tokens but no prompt rows of adapter {adapter!r}: it was filled while the "
                     "adapter was off, by another model, or by code that copies caches. Start from a new cache."
                 )
-            columns = Columns(*cached[adapter])
+            columns = Columns(cached[adapter].key, cached[adapter].value, owner=cached[adapter].owner)
         else:
             rows = self.rows(adapter, x, real, call).to(x.dtype)
             offsets = _offsets(rows.shape[1], slots, x.device) if prefix else None
             tables = rotary_tables(self.site, bound.get("position_embeddings"), first, offsets)
             columns = project_rows(self.site, rows, tables, bound)
-            cached[adapter] = (columns.key, columns.value)
+            if log_gates is not None:
+                columns.owner = row_owners(rows.shape[1], log_gates.shape[-1], slots, x.device)
+            cached[adapter] = Columns(columns.key, columns.value, owner=columns.owner)
         if log_gates is not None:
             columns = open_columns(columns, log_gates, self.num_active(adapter), slots)
         if self.site.bias_owner is not None:

@@ -80,9 +80,12 @@ def token_logits(x: Tensor, weight: Tensor, center: Tensor | None, normalize: bo
         (B, T, E) in at least float32.
     """
     dtype = routing_dtype(x)
-    logits = F.linear(x, weight.to(x.dtype)).to(dtype)
-    if normalize:
-        logits = logits * unit_rms(x)[..., None]
+    if normalize and not torch.is_grad_enabled():
+        # One pass over the input; with a gradient it would save the normed input as well.
+        logits = F.linear(F.rms_norm(x.to(dtype), x.shape[-1:], eps=RMS_EPS), weight.to(dtype))
+    else:
+        logits = F.linear(x, weight.to(x.dtype)).to(dtype)
+        logits = logits * unit_rms(x)[..., None] if normalize else logits
     return logits if center is None else logits - F.linear(center.to(dtype), weight.to(dtype))
 
 
