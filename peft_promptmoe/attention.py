@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -105,10 +106,16 @@ def _attend(
     length, width, rows = query.shape[2], value.shape[3], columns.key.shape[2]
     is_causal = kwargs.get("is_causal")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    blank = 0
     if mask is None and is_causal and length > 1 and kernel_name == "sdpa":
-        # The stock kernel would now cut the keys to the first `length`, prompts included.
+        # The stock kernel would now cut the keys to as many as there are queries, prompts included.
         key, value = key[:, :, :length], value[:, :, :length]
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
+        if rows <= length and kwargs.get("position_bias") is None:
+            # A blank query for every prompt row makes them as many again, so the kernel stays causal without a mask:
+            # with one it would leave its fast path, and transformers repeat grouped keys and values.
+            blank = rows
+        else:
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
     bias = kwargs.get("position_bias")
     if bias is not None:
         if columns.bias is None:
@@ -128,9 +135,10 @@ def _attend(
             "routing='sample' with this model."
         )
     scaling = kwargs.get("scaling")
-    query, key, value, mask, scaling = join_rows(columns, query, key, value, mask, scaling)
+    query, key, value, mask, scaling = join_rows(columns, query, key, value, mask, scaling, maskless=blank > 0)
+    query = F.pad(query, (0, 0, blank, 0)) if blank else query
     if scaling is not None:
         kwargs = {**kwargs, "scaling": scaling}
     output, weights = kernel(module, query, key, value, mask, **kwargs)
     # What was padded to the width comes back as zeros; the prompt columns of the weights have no token to belong to.
-    return output[..., :width], None if weights is None else weights[..., rows:]
+    return output[:, blank:, :, :width], None if weights is None else weights[..., rows:]

@@ -123,7 +123,14 @@ def _gather(rows: Tensor, index: Tensor, gates: int, slots: int) -> Tensor:
 
 
 def join_rows(
-    columns: Columns, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    columns: Columns,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    *,
+    maskless: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]:
     """What an attention kernel takes, with prompt rows in front of the keys and values.
 
@@ -133,6 +140,7 @@ def join_rows(
         key, value: (B, H, S, d).
         mask: (B or 1, 1 or Hq, T or 1, S) boolean or additive, or None.
         scaling: factor of the scores; None for 1 / sqrt(d).
+        maskless: whether to leave the mask None if it is.
 
     Returns:
         query, key, value, mask and scaling. The width of the first three may have grown, then the scaling is given and
@@ -150,7 +158,7 @@ def join_rows(
     value = torch.cat([columns.value.to(value.dtype).expand(batch, *columns.value.shape[1:]), value], dim=2)
     if columns.log_gates is None or columns.owner is None:
         return query, key, value, mask, scaling
-    if not columns.log_gates.requires_grad:
+    if not columns.log_gates.requires_grad and not maskless:
         return query, key, value, add_gates(mask, columns.log_gates, columns.owner, query, key), scaling
     scaling = scaling if scaling is not None else 1.0 / math.sqrt(width)
     query, key, value = fold_gates(query, key, value, columns.log_gates, columns.owner, scaling)

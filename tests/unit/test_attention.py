@@ -323,3 +323,35 @@ def test_kernel_that_is_not_supported_is_refused_in_the_forward_too() -> None:
     base.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"set_attn_implementation\('sdpa'\)"):
         model(input_ids=torch.tensor([[3, 4, 5, 6]]))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("routing", ["sample", "token"])
+@pytest.mark.parametrize("slots", [1, 9], ids=["few_rows", "many_rows"])
+def test_causal_kernels_stay_without_a_mask(
+    slots: int, routing: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask would cost the causal kernel, and copies of grouped keys; for more rows than tokens it costs less."""
+    config = LlamaConfig(**SMALL | {"num_attention_heads": 4}, num_key_value_heads=2, attn_implementation="sdpa")
+    base = LlamaForCausalLM(config).double()
+    torch.manual_seed(0)
+    settings = {"num_virtual_tokens": slots, "routing": routing, "num_experts": 3, "init_weights": False}
+    model = get_peft_model(base, MEPTConfig(**settings)).double().train(training)
+    calls: list[tuple[bool, bool, bool]] = []
+    plain = F.scaled_dot_product_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append((kwargs["attn_mask"] is None, kwargs["is_causal"], kwargs.get("enable_gqa", False)))
+        return plain(*args, **kwargs)
+
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 3, 2, 11, 4, 5]])
+    with monkeypatch.context() as patch, torch.set_grad_enabled(training):
+        patch.setattr(F, "scaled_dot_product_attention", spy)
+        by_sdpa = model(input_ids=ids, labels=ids.masked_fill(ids < 4, -100)).logits
+    fast = slots == 1
+    assert calls == [(fast, fast, fast)] * 2
+    base.set_attn_implementation("eager")
+    with torch.set_grad_enabled(training):
+        by_eager = model(input_ids=ids, labels=ids.masked_fill(ids < 4, -100)).logits
+    # transformers' eager kernel takes its softmax in float32
+    torch.testing.assert_close(by_sdpa, by_eager, rtol=0, atol=1e-6)
