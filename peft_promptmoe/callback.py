@@ -53,6 +53,9 @@ class RoutingCallback(TrainerCallback):
             old = self._sums.get(layer.site.index)
             self._sums[layer.site.index] = (chosen, count) if old is None else (old[0] + chosen, old[1] + count)
 
+    # With gradient accumulation a step is several forwards, and only the last ends in on_step_end.
+    on_substep_end = on_step_end
+
     def on_log(
         self,
         args: Any,
