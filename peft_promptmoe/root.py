@@ -148,7 +148,7 @@ class PromptRoot(nn.Module):
 
     def _query(self, model: nn.Module, bound: dict[str, Any]) -> Tensor | None:
         """(B, T) tokens before the first label, which routers of a causal language model may read; None for all."""
-        if bound.get("cu_seq_lens_q") is not None:
+        if bound.get("cu_seq_lens_q") is not None or starts_again(bound):
             raise ValueError(
                 "routing='sample' chooses experts once per row and packed rows hold several samples. Use "
                 "routing='token', or do not pack."
@@ -195,6 +195,21 @@ class PromptRoot(nn.Module):
                 if injection.for_inference:
                     injection.take_back(adapter)
             raise
+
+
+def starts_again(bound: dict[str, Any]) -> bool:
+    """Whether position ids go back behind a real token, which is how rows are packed with several samples."""
+    positions, mask = bound.get("position_ids"), bound.get("attention_mask")
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] == 1:
+        return False
+    if positions.is_meta or torch.compiler.is_compiling():
+        return False
+    back = positions[:, 1:] < positions[:, :-1]
+    if isinstance(mask, Tensor):
+        length = positions.shape[1]
+        real = real_tokens(mask, length) if mask.ndim == 4 else mask[:, -length:].bool()
+        back = back if real is None else back & real[:, :-1] & real[:, 1:]
+    return bool(back.any())
 
 
 def batch_share(kwargs: dict[str, Any]) -> Tensor | float:

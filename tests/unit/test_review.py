@@ -144,6 +144,28 @@ def test_the_callback_is_silent_where_nothing_is_routed() -> None:
     RoutingCallback().on_step_end(None, TrainerState(), TrainerControl(), model=model)
 
 
+@pytest.mark.parametrize("named", ["position_ids", "cu_seq_lens_q"])
+def test_packed_rows_are_refused_by_sample_routing(named: str) -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    packed = {"position_ids": [[0, 1, 2, 0, 1, 2]], "cu_seq_lens_q": [0, 3, 6]}
+    extra = {named: torch.tensor(packed[named])}
+    model = get_peft_model(llama(), MEPTConfig(task_type="CAUSAL_LM", routing="sample")).eval()
+    with pytest.raises(ValueError, match=r"packed rows hold several samples.*routing='token'"):
+        model(input_ids=ids, labels=ids, **extra)
+    token = get_peft_model(llama(), MEPTConfig(task_type="CAUSAL_LM", routing="token")).eval()
+    assert torch.isfinite(token(input_ids=ids, labels=ids, **extra).logits).all()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_positions_of_padding_are_no_packing(static: bool) -> None:
+    model = get_peft_model(llama(), MEPTConfig(task_type="CAUSAL_LM", routing="sample")).eval()
+    ids, mask = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    more = {"cache_implementation": "static"} if static else {}
+    both = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=3, do_sample=False, **more)
+    alone = model.generate(input_ids=ids[:1, 2:], max_new_tokens=3, do_sample=False, **more)
+    assert torch.equal(both[0, 4:], alone[0, 2:])
+
+
 def test_gpt2s_own_upcast_attention_is_refused() -> None:
     base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, reorder_and_upcast_attn=True))
     with pytest.raises(ValueError, match="reorder_and_upcast_attn=False"):
