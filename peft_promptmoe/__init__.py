@@ -5,6 +5,7 @@ from .callback import RoutingCallback
 from .mept import MEPTConfig, MEPTModel
 from .pmoe import DispatchReport, ParameterReport, PMoEConfig, PMoEModel, parameter_report, patch_maps
 from .report import RoutingReport, record_routing, routing_report
+from .serving import cached_prompts
 from .vapt import VAPTConfig, VAPTModel
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "RoutingReport",
     "VAPTConfig",
     "VAPTModel",
+    "cached_prompts",
     "parameter_report",
     "patch_maps",
     "record_routing",

@@ -33,6 +33,7 @@ class KeyValueLayer(PromptLayer):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.token_form: TokenForm | None = None
+        self.kept: dict[Any, Columns] | None = None  # rows that `cached_prompts` makes once
         self._names = parameter_names(site.attention)
 
     # -- what a method defines ----------------------------------------------------------------------------------------
@@ -57,6 +58,10 @@ class KeyValueLayer(PromptLayer):
     def num_active(self, adapter: str) -> int:
         """How many of the gates are open for one token."""
         return 1
+
+    def reads_input(self, adapter: str) -> bool:
+        """Whether the rows depend on the layer's input."""
+        return True
 
     # -- in and out of the model --------------------------------------------------------------------------------------
 
@@ -196,18 +201,34 @@ class KeyValueLayer(PromptLayer):
                 )
             columns = Columns(cached[adapter].key, cached[adapter].value, owner=cached[adapter].owner)
         else:
-            rows = self.rows(adapter, x, real, call).to(x.dtype)
-            offsets = _offsets(rows.shape[1], slots, x.device) if prefix else None
-            tables = rotary_tables(self.site, bound.get("position_embeddings"), first, offsets)
-            columns = project_rows(self.site, rows, tables, bound)
-            if log_gates is not None:
-                columns.owner = row_owners(rows.shape[1], log_gates.shape[-1], slots, x.device)
+            columns = self._project(adapter, x, real, bound, call)
+            if log_gates is not None and columns.owner is None:
+                columns.owner = row_owners(columns.key.shape[2], log_gates.shape[-1], slots, x.device)
             cached[adapter] = Columns(columns.key, columns.value, owner=columns.owner)
         if log_gates is not None:
             columns = open_columns(columns, log_gates, self.num_active(adapter), slots)
         if self.site.bias_owner is not None:
             offsets = _offsets(columns.key.shape[2], slots, x.device)
             columns.bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
+        return columns
+
+    def _project(
+        self, adapter: str, x: Tensor, real: Tensor | None, bound: dict[str, Any], call: PromptCall | None
+    ) -> Columns:
+        """The adapter's key and value rows, or those kept from the last time where they would be the same."""
+        config, positions = self.prompt_config[adapter], bound.get("position_embeddings")
+        turned = positions is not None and self.site.patches is None  # by angles that each call brings along
+        anew = turned or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        kept = None if anew or self.reads_input(adapter) else self.kept
+        key = (adapter, x.device, x.dtype, torch.is_autocast_enabled(x.device.type))
+        if kept is not None and key in kept:
+            return Columns(kept[key].key, kept[key].value)
+        rows = self.rows(adapter, x, real, call).to(x.dtype)
+        prefix = config.prompt_positions == "prefix"
+        offsets = _offsets(rows.shape[1], config.num_virtual_tokens, x.device) if prefix else None
+        columns = project_rows(self.site, rows, rotary_tables(self.site, positions, first_real(real), offsets), bound)
+        if kept is not None:
+            kept[key] = Columns(columns.key, columns.value)
         return columns
 
 

@@ -188,6 +188,10 @@ class MEPTLayer(KeyValueLayer):
     def has_router(self, adapter: str) -> bool:
         return adapter in self.mept_router
 
+    def reads_input(self, adapter: str) -> bool:
+        config = self.prompt_config[adapter]
+        return config.routing == "sample" and config.num_experts > 1
+
     def num_active(self, adapter: str) -> int:
         return self.prompt_config[adapter].top_k
 

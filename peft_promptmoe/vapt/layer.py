@@ -125,6 +125,9 @@ class VAPTLayer(VAPTState, KeyValueLayer):
         down, up = owner.vapt_down[adapter](), owner.vapt_up[adapter]()
         return project_features(z, down, up, config.activation, dropout, scale)
 
+    def reads_input(self, adapter: str) -> bool:
+        return adapter not in self.vapt_prompts
+
     def uses_grid(self, adapter: str) -> bool:
         return adapter not in self.vapt_prompts
 
