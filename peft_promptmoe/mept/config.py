@@ -44,12 +44,13 @@ class MEPTConfig(PromptConfig):
             block (official code: yes). Needs routing="sample".
         prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. Rows
             want about 2.5e-2, which the default makes of an ordinary 1e-3.
-        prompt_init: "sample_vocab" starts every expert as the layer's own inputs on a row of random vocabulary tokens,
-            for which the base model runs once over (E + S) * P tokens. Text models cope with such rows from the first
+        prompt_init: "sample_vocab" starts experts as the layer's own inputs on a row of random vocabulary tokens, for
+            which the base model runs once over (E + S) * P tokens. Text models cope with such rows from the first
             step, where random ones can throw a causal language model off entirely: they take attention away from its
             first token. "random" draws from a normal distribution (official code, intended: Xavier). "auto" is
             "sample_vocab" where a text of P tokens reaches all prompted layers and the weights are in memory, else
-            "random".
+            "random". Where routed experts are added to shared ones (sample routing) they start, in either way, as
+            small random deviations from them.
         init_std: spread of randomly initialised rows; "match" takes the spread of the layer's input where a norm makes
             it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
     """

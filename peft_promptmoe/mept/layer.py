@@ -26,6 +26,7 @@ from ..state import PromptTable
 from .config import MEPTConfig
 
 CENTER_MOMENTUM = 0.01
+DEVIATION = 0.1  # spread of routed rows at the start, where they are added to shared ones that already stand for text
 
 
 class RouterCenter(nn.Module):
@@ -77,7 +78,8 @@ class MEPTLayer(KeyValueLayer):
         width, slots = self.site.width, config.num_virtual_tokens
         std = self._initial_std(config) / config.prompt_scale
         self.prompt_config[adapter] = config
-        self.mept_prompts[adapter] = PromptTable(torch.randn(config.num_experts, slots, width) * std)
+        routed = torch.randn(config.num_experts, slots, width) * std
+        self.mept_prompts[adapter] = PromptTable(routed * DEVIATION if starts_as_deviations(config) else routed)
         if config.num_shared_experts:
             shared = torch.randn(config.num_shared_experts, slots, width) * std
             self.mept_shared_prompts[adapter] = PromptTable(shared)
@@ -88,11 +90,12 @@ class MEPTLayer(KeyValueLayer):
 
     @torch.no_grad()
     def start_from(self, adapter: str, inputs: Tensor) -> None:
-        """Make the rows of an adapter's experts what `inputs` (E + S, P, D) holds, routed experts first."""
+        """Make the rows of an adapter's experts what `inputs` (N, P, D) holds, for as many as `experts_to_start`."""
         config = self.prompt_config[adapter]
-        routed, shared = inputs.split([config.num_experts, config.num_shared_experts])
-        self.mept_prompts[adapter]().copy_(routed / config.prompt_scale)
-        if config.num_shared_experts:
+        shared = inputs[-config.num_shared_experts :] if config.num_shared_experts else None
+        if not starts_as_deviations(config):
+            self.mept_prompts[adapter]().copy_(inputs[: config.num_experts] / config.prompt_scale)
+        if shared is not None:
             self.mept_shared_prompts[adapter]().copy_(shared / config.prompt_scale)
 
     def _initial_std(self, config: MEPTConfig) -> float:
@@ -209,6 +212,22 @@ class MEPTLayer(KeyValueLayer):
 
     def _balances(self, config: MEPTConfig) -> bool:
         return self.training and config.num_experts > 1 and config.balance_loss_weight > 0.0
+
+
+def starts_as_deviations(config: MEPTConfig) -> bool:
+    """Whether routed experts start as small deviations from the shared ones that they are added to.
+
+    Then training starts as that of static prompts does, and no sample's rows are a sum of two that were each made to
+    stand alone (official code, in effect: shared experts at zero, routed ones at random).
+    """
+    return (
+        config.init_weights and config.routing == "sample" and config.num_experts > 1 and config.num_shared_experts > 0
+    )
+
+
+def experts_to_start(config: MEPTConfig) -> int:
+    """How many experts start as layer inputs on vocabulary tokens."""
+    return config.num_shared_experts + (0 if starts_as_deviations(config) else config.num_experts)
 
 
 def orthogonal_rows(rows: int, width: int) -> Tensor:

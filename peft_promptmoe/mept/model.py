@@ -10,7 +10,7 @@ from ..tokens import takes_bias
 from ..tuner import PromptTuner
 from ..warmstart import can_read_vocabulary, vocabulary_inputs
 from .config import MEPTConfig
-from .layer import MEPTLayer
+from .layer import MEPTLayer, experts_to_start
 
 
 class MEPTModel(PromptTuner):
@@ -50,7 +50,7 @@ class MEPTModel(PromptTuner):
         length = config.num_virtual_tokens
         if config.prompt_init == "auto" and not can_read_vocabulary(self.model, length):
             return
-        inputs = vocabulary_inputs(self.model, config.num_experts + config.num_shared_experts, length)
+        inputs = vocabulary_inputs(self.model, experts_to_start(config), length)
         layers = [m for m in prompt_layers(self.model) if isinstance(m, MEPTLayer) and adapter_name in m.prompt_config]
         if unheard := [layer.site.name for layer in layers if layer.site.name not in inputs]:
             if config.prompt_init == "auto":
