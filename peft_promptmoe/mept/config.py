@@ -49,8 +49,8 @@ class MEPTConfig(PromptConfig):
             step, where random ones can throw a causal language model off entirely: they take attention away from its
             first token. "random" draws from a normal distribution (official code, intended: Xavier). "auto" is
             "sample_vocab" where a text of P tokens reaches all prompted layers and the weights are in memory, else
-            "random". Shared experts whose rows are added to those of routed ones (sample routing) start, in either way,
-            at a tenth of that (official code, in effect: at zero), so that experts differ from the first step.
+            "random". Shared experts whose rows are added to those of routed ones (sample routing) start at a tenth of
+            the random spread in either way (official code, in effect: at zero), so that experts differ at once.
         init_std: spread of randomly initialised rows; "match" takes the spread of the layer's input where a norm makes
             it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
     """

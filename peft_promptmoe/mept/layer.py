@@ -89,7 +89,7 @@ class MEPTLayer(KeyValueLayer):
 
     @torch.no_grad()
     def start_from(self, adapter: str, inputs: Tensor) -> None:
-        """Make the rows of an adapter's experts what `inputs` (N, P, D) holds, for the first N = `experts_to_start`."""
+        """Make the rows of an adapter's first N experts what `inputs` (N, P, D) holds; N is `experts_to_start`."""
         config = self.prompt_config[adapter]
         self.mept_prompts[adapter]().copy_(inputs[: config.num_experts] / config.prompt_scale)
         if config.num_shared_experts and not shared_are_added(config):
@@ -212,7 +212,7 @@ class MEPTLayer(KeyValueLayer):
 
 
 def shared_are_added(config: MEPTConfig) -> bool:
-    """Whether shared rows are added to those of chosen experts; they start small then (official code, in effect: zero).
+    """Whether shared rows are added to those of chosen experts, and so start small (official code, in effect: zero).
 
     Rows of a sum of two starts are alike for all samples, and routers had nothing to choose between: on four tasks at
     once that cost 3 points of accuracy.
