@@ -220,7 +220,8 @@ class KeyValueLayer(PromptLayer):
         turned = positions is not None and self.site.patches is None  # by angles that each call brings along
         anew = turned or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         kept = None if anew or self.reads_input(adapter) else self.kept
-        key = (adapter, x.device, x.dtype, torch.is_autocast_enabled(x.device.type))
+        # Asked only where rows are kept: of the meta device there is no autocast to ask for.
+        key = None if kept is None else (adapter, x.device, x.dtype, torch.is_autocast_enabled(x.device.type))
         if kept is not None and key in kept:
             return Columns(kept[key].key, kept[key].value)
         rows = self.rows(adapter, x, real, call).to(x.dtype)
