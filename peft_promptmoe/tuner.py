@@ -21,7 +21,7 @@ from .loading import Unread
 from .root import PromptRoot, prompt_layers
 from .sites import Site, find_site
 from .state import AdapterState, SharedLayer
-from .targets import default_targets, is_encoder_decoder, model_type
+from .targets import check_at_hand, default_targets, is_encoder_decoder, model_type
 from .timm_attention import check_fused
 from .tokens import TokenForm
 from .vision import Patches, vision_heads
@@ -78,20 +78,19 @@ class PromptTuner(BaseTuner):
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
             inner = f".{CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
-        first = getattr(model, CHILD, None) is None
-        before = [(p, p.requires_grad) for p in model.parameters()] if first else None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        root: Any = getattr(model, CHILD)
-        config = self.peft_config[adapter_name]
-        # An adapter that is loaded for inference gets its values from a file.
-        tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
-        if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
-            try:
+        unread = Unread(self, adapter_name)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config = self.peft_config[adapter_name]
+            # An adapter that is loaded for inference gets its values from a file.
+            tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
+            if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
                 self.initialize(config, adapter_name)
-            except Exception:
-                Unread(self, before, config.inference_mode).take_back(adapter_name)
-                raise
-        root.watch(model, adapter_name, Unread(self, before, config.inference_mode))
+        except Exception:
+            unread.take_back()
+            raise
+        root: Any = getattr(model, CHILD)
+        root.watch(model, unread)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         if peft_config.target_modules is None:
@@ -101,6 +100,8 @@ class PromptTuner(BaseTuner):
         paths = [path for path in paths if self._check_target_module_exists(peft_config, path)]
         if not paths:
             raise ValueError(self._no_match(peft_config))
+        for path in paths:
+            check_at_hand(self.model.get_submodule(path), path)
         sites = [find_site(self.model, path) for path in paths]
         self._check_layers(peft_config, sites)
         for site in sites:

@@ -73,7 +73,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             for name, module in model.named_modules()
         },
         "views": [name for name, m in model.named_modules() if isinstance(getattr(m, "config", None), ConfigView)],
-        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        # PEFT says again that adapters are not disabled where one is loaded to be trained.
+        "attributes": {name: sorted(vars(m).keys() - {"_disable_adapters"}) for name, m in model.named_modules()},
+        "disabled": {name: getattr(module, "_disable_adapters", None) for name, module in model.named_modules()},
     }
 
 
@@ -153,27 +155,71 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("entry", ["from_pretrained", "load_adapter"])
+ENTRIES: dict[str, Callable[[Any, Path], Any]] = {
+    "from_pretrained": lambda base, folder: PeftModel.from_pretrained(base, str(folder)),
+    "trainable": lambda base, folder: PeftModel.from_pretrained(base, str(folder), is_trainable=True),
+    "low_cpu_mem": lambda base, folder: PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True),
+    "load_adapter": lambda model, folder: model.load_adapter(str(folder), adapter_name="second"),
+    "load_trainable": lambda model, folder: model.load_adapter(str(folder), adapter_name="second", is_trainable=True),
+    "transformers": lambda base, folder: base.load_adapter(str(folder)),
+    "transformers_second": lambda base, folder: base.load_adapter(str(folder), adapter_name="second"),
+}
+
+
+def start(entry: str, good: Path) -> tuple[Any, Any]:
+    """A base model, and what an adapter is loaded into by an entry: the model or one with an adapter."""
+    base = make_base()
+    if entry.startswith("load_"):
+        return base, PeftModel.from_pretrained(base, good, adapter_name="first")
+    if entry == "transformers_second":
+        base.load_adapter(good, adapter_name="first")
+    return base, base
+
+
+def check_refused(entry: str, good: Path, folder: Path, error: Any, message: str) -> None:
+    """An entry refuses a folder, leaves the model as it was, and takes a good one afterwards."""
+    base, model = start(entry, good)
+    before = snapshot(base)
+    with pytest.raises(error, match=message):
+        ENTRIES[entry](model, folder)
+    assert_untouched(base, before)
+    if entry.startswith("load_"):
+        assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
+    loaded = ENTRIES[entry](model, good)
+    if entry.startswith("load_"):
+        model.set_adapter("second")
+    elif entry.startswith("transformers"):
+        base.set_adapter("second" if entry == "transformers_second" else "default")
+    model = loaded if isinstance(loaded, PeftModel) else model
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make_base(), good)(input_ids=IDS).logits
+        assert torch.equal(model.eval()(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("entry", [name for name in ENTRIES if not name.startswith("transformers")])
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_tensors(case: str, entry: str, good: Path, tmp_path: Path) -> None:
     change, config, message = BROKEN[case]
     folder = spoil(good, tmp_path / "bad", change(load_file(good / FILE)), **config)
-    base = make_base()
-    model = PeftModel.from_pretrained(base, good, adapter_name="first") if entry == "load_adapter" else base
-    before = snapshot(base)
-    with pytest.raises(ValueError, match=message):
-        if entry == "load_adapter":
-            model.load_adapter(folder, adapter_name="second")
-        else:
-            PeftModel.from_pretrained(base, folder)
-    assert_untouched(base, before)
-    if entry == "load_adapter":
-        assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
-    # And what was refused does not stand in the way of a good one.
-    again = PeftModel.from_pretrained(make_base(), good)
-    later = model if entry == "load_adapter" else PeftModel.from_pretrained(base, good)
-    with torch.no_grad():
-        assert torch.equal(later(input_ids=IDS).logits, again(input_ids=IDS).logits)
+    check_refused(entry, good, folder, ValueError, message)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_head_of_another_shape(entry: str, good: Path, tmp_path: Path) -> None:
+    """torch refuses it when the prompts are loaded already."""
+    tensors = load_file(good / FILE)
+    name = next(name for name in tensors if "lm_head" in name)
+    folder = spoil(good, tmp_path / "bad", _with(tensors, torch.zeros(7, 16), name))
+    message = "size mismatch|ignore_mismatched_sizes"
+    check_refused(entry, good, folder, RuntimeError, message)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_no_weights(entry: str, good: Path, tmp_path: Path) -> None:
+    """PEFT then takes the folder for the name of a repository."""
+    folder = spoil(good, tmp_path / "bad")
+    (folder / FILE).unlink()
+    check_refused(entry, good, folder, (ValueError, OSError), "adapter_model|Repo id")
 
 
 @pytest.mark.parametrize(
@@ -316,6 +362,7 @@ def _file(header: bytes, size: int) -> bytes:
     return struct.pack("<Q", len(header)) + header + bytes(size)
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
     "damage",
     [
@@ -340,17 +387,11 @@ def _file(header: bytes, size: int) -> bytes:
         ),
     ],
 )
-def test_damaged_safetensors(damage: Callable[[bytes], bytes], good: Path, tmp_path: Path) -> None:
-    """PEFT reads the file behind the tuner's back, so the message is that of safetensors; nothing is loaded."""
+def test_damaged_safetensors(entry: str, damage: Callable[[bytes], bytes], good: Path, tmp_path: Path) -> None:
+    """The message is that of safetensors, which reads the file; by then the adapter stands in the model."""
     folder = spoil(good, tmp_path / "bad")
     _write(folder, damage((good / FILE).read_bytes()))
-    base = make_base()
-    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    with pytest.raises((SafetensorError, ValueError)):
-        PeftModel.from_pretrained(base, folder)
-    for name, tensor in weights.items():
-        now = base.state_dict()
-        assert torch.equal(now.get(name, now.get(name.replace("lm_head.", "lm_head.original_module."))), tensor)
+    check_refused(entry, good, folder, (SafetensorError, ValueError, OSError), ".")
 
 
 class Payload:
