@@ -32,7 +32,7 @@ def test_an_adapter_on_record_loads_with_its_outputs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", RECORDED, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
-def test_every_tensor_on_record_matters(folder: Path, tmp_path: Path) -> None:
+def test_every_tensor_on_record_matters(folder: Path) -> None:
     """A version that ignored one of them would be noticed."""
     golden = GOLDENS[folder.name]
     model = golden.load(folder)
