@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .attention import check_kernel
@@ -73,6 +74,7 @@ class PromptTuner(BaseTuner):
             ValueError: the adapter's name, its config and the model do not fit; the model is as it was.
         """
         check_adapter_name(adapter_name, self.prefix)
+        check_apart(adapter_name, model)
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
@@ -305,4 +307,27 @@ def check_adapter_name(name: str, prefix: str) -> None:
         raise ValueError(
             f"The adapter name {name!r} overlaps the parameter prefix {prefix!r} or the module name {CHILD!r}, by "
             "which prompts are found in files. Choose another name."
+        )
+
+
+def check_apart(name: str, model: nn.Module) -> None:
+    """Refuse adapter names that are part of a module's path.
+
+    When PEFT saves another adapter it leaves out every tensor in whose name this one's stands between dots, so that
+    layer 1 would be missing from all files for an adapter called "1".
+    """
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    within = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, wrappers))
+    paths = [path for path, _ in model.named_modules() if not path.startswith(within)]
+    if name in {
+        "base_model",
+        "model",
+        "shared",
+        "weight",
+        "bias",
+        *(part for path in paths for part in path.split(".")),
+    }:
+        raise ValueError(
+            f"The adapter name {name!r} is also the name of a part of the model, and PEFT would take that part's "
+            "tensors for this adapter's when it saves another one. Choose another name."
         )
