@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from .attention import check_kernel
@@ -19,6 +18,7 @@ from .families import FAMILIES, VISION_FAMILIES
 from .key_value import KeyValueLayer
 from .layer import CHILD, PromptLayer, no_merge
 from .loading import Unread
+from .names import check_adapter_name, check_apart
 from .root import PromptRoot, prompt_layers
 from .sites import Site, find_site
 from .state import AdapterState, SharedLayer
@@ -294,40 +294,4 @@ def refuse_task_type(config: PromptConfig) -> None:
         raise ValueError(
             f"task_type={config.task_type!r} wraps the model in a class of PEFT that passes text on. Leave "
             "task_type unset for vision models; their heads are found without it."
-        )
-
-
-def check_adapter_name(name: str, prefix: str) -> None:
-    """Refuse adapter names under which weights could not be told apart in a file."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"An adapter's name must be a non-empty string, got {name!r}.")
-    if "." in name or "/" in name or "\\" in name:
-        raise ValueError(f"The adapter name {name!r} must not contain '.', '/' or '\\'; use '_' or '-' instead.")
-    if prefix in name or name in prefix or name == CHILD:
-        raise ValueError(
-            f"The adapter name {name!r} overlaps the parameter prefix {prefix!r} or the module name {CHILD!r}, by "
-            "which prompts are found in files. Choose another name."
-        )
-
-
-def check_apart(name: str, model: nn.Module) -> None:
-    """Refuse adapter names that are part of a module's path.
-
-    When PEFT saves another adapter it leaves out every tensor in whose name this one's stands between dots, so that
-    layer 1 would be missing from all files for an adapter called "1".
-    """
-    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    within = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, wrappers))
-    paths = [path for path, _ in model.named_modules() if not path.startswith(within)]
-    if name in {
-        "base_model",
-        "model",
-        "shared",
-        "weight",
-        "bias",
-        *(part for path in paths for part in path.split(".")),
-    }:
-        raise ValueError(
-            f"The adapter name {name!r} is also the name of a part of the model, and PEFT would take that part's "
-            "tensors for this adapter's when it saves another one. Choose another name."
         )

@@ -27,6 +27,7 @@ from cases import (
     train,
 )
 from peft import (
+    LoraConfig,
     PeftMixedModel,
     PeftModel,
     get_peft_model,
@@ -115,6 +116,16 @@ def test_parts_of_the_model_give_no_adapter_their_name(case: Case) -> None:
             with pytest.raises(ValueError, match="name of a part of the model"):
                 case.model(base, adapter=name)
     assert CHILD not in dict(base.named_modules())
+
+
+def test_another_methods_adapter_may_have_the_same_name() -> None:
+    """LoRA's, injected first; both train."""
+    case = Case("mept", "bert", "sample", "sdpa")
+    base = inject_adapter_in_model(LoraConfig(target_modules=["query"], init_lora_weights=False), case.base())
+    lora = predict(base, case.batch())
+    model = case.model(base)
+    assert_different(predict(model, case.batch()), lora, "logits with LoRA and with prompts besides")
+    assert list(model.peft_config) == ["default"]
 
 
 # -- save and load in all variants ------------------------------------------------------------------------------------
