@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
 import shutil
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_promptmoe import MEPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig
 from peft_promptmoe.attention import ConfigView
 
 Tensors = dict[str, Tensor]
@@ -136,6 +138,10 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "flattened": (lambda t: _with(t, t[_first(t)].flatten().clone()), {}, r"shape \(128,\)"),
     "scalar": (lambda t: _with(t, torch.zeros(())), {}, r"shape \(\)"),
     "empty": (lambda t: _with(t, torch.zeros(0, 2, 16)), {}, r"shape \(0, 2, 16\)"),
+    "integers": (lambda t: _with(t, torch.ones(4, 2, 16, dtype=torch.int64)), {}, "holds torch.int64 in the adapter"),
+    "truth_values": (lambda t: _with(t, torch.ones(4, 2, 16, dtype=torch.bool)), {}, "holds torch.bool"),
+    "complex_numbers": (lambda t: _with(t, torch.ones(4, 2, 16, dtype=torch.complex64)), {}, "holds torch.complex64"),
+    "eight_bit_floats": (lambda t: _with(t, t[_first(t)].to(torch.float8_e4m3fn)), {}, "holds torch.float8_e4m3fn"),
     "config_names_fewer_experts": (
         lambda t: t,
         {"num_experts": 2},
@@ -240,6 +246,36 @@ def test_adapter_of_another_model(width: int, layers: int, message: str, good: P
     assert_untouched(base, before)
 
 
+ELSEWHERE = {
+    "mept": Case("mept", "bert", "sample", "sdpa"),
+    "vapt": Case("vapt", "vit", "adaptive", "sdpa"),
+    "pmoe": Case("pmoe", "vit", "dinov2", "sdpa"),
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5", "distilbert", "vit", "timm_vit"])
+@pytest.mark.parametrize("method", ELSEWHERE)
+def test_adapter_of_another_architecture(method: str, architecture: str, tmp_path: Path) -> None:
+    """Its own target modules, or none, are not there; or its tensors have other names."""
+    case = ELSEWHERE[method]
+    if architecture == case.architecture_name:
+        architecture = "dinov2"
+    case.model().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    base = Case("mept", architecture, "token", "sdpa").base() if architecture != "dinov2" else DINOV2.base()
+    for target in (settings["target_modules"], None):
+        (tmp_path / CONFIG).write_text(json.dumps(settings | {"target_modules": target}))
+        before = snapshot(base)
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"target_modules|no place for|lacks|patch grid|image|size"
+        ):
+            PeftModel.from_pretrained(base, str(tmp_path))
+        assert_untouched(base, before)
+
+
+DINOV2 = Case("vapt", "dinov2", "adaptive", "sdpa")
+
+
 def test_embeddings_that_grew_are_saved_and_loaded(tmp_path: Path) -> None:
     model = get_peft_model(make_base(), MEPTConfig(num_virtual_tokens=2))
     model.base_model.model.resize_token_embeddings(24)
@@ -341,6 +377,41 @@ def test_unknown_fields_of_a_newer_version_are_dropped_with_a_warning(good: Path
     with pytest.warns(UserWarning, match="field_of_the_future"):
         config = PeftConfig.from_pretrained(folder)
     assert not hasattr(config, "field_of_the_future")
+
+
+def test_a_version_number_from_the_future_is_no_reason_to_refuse(good: Path, tmp_path: Path) -> None:
+    folder = spoil(good, tmp_path / "newer", peft_version="99.9.9")
+    loaded = PeftModel.from_pretrained(make_base(), folder)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make_base(), good)(input_ids=IDS).logits
+        assert torch.equal(loaded(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", '{"peft_type": 3}', '{"peft_type": ["MEPT"]}', '{"a":' * 100_000],
+    ids=range(8),
+)
+def test_damaged_config(text: str, good: Path, tmp_path: Path) -> None:
+    """PEFT reads it; nothing of it reaches the model."""
+    folder = spoil(good, tmp_path / "bad")
+    (folder / CONFIG).write_text(text)
+    base = make_base()
+    before = snapshot(base)
+    with pytest.raises((ValueError, TypeError, KeyError, RecursionError)):
+        PeftModel.from_pretrained(base, str(folder))
+    assert_untouched(base, before)
+
+
+def test_names_from_a_file_put_no_code_into_the_card(tmp_path: Path) -> None:
+    """The card's snippet names the experts, and users run it."""
+    evil = "ViT\nimport os  # \nos.system('true')\n```\n"
+    config = PMoEConfig(experts=[nn.Identity()], expert_records=[{"name": evil}])
+    for experts in ([nn.Identity()], [evil]):
+        config.experts = experts
+        lines = config.card_preparation().splitlines()
+        assert len(lines) == 2 and all(line.startswith("config") for line in lines)
+        assert ast.unparse(ast.parse("\n".join(lines))).count("\n") == 1
 
 
 @pytest.mark.parametrize("library", ["os", "subprocess", "evil_package"])
