@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from .card import write_card
 
 # Far above any useful setting, and low enough that a config from a stranger cannot ask for the machine's memory.
 MAX_SLOTS_PER_LAYER = 16_384
+MAX_LAYERS = 10_000
 
 
 @dataclass
@@ -59,18 +61,25 @@ class PromptConfig(PeftConfig):
         super().__post_init__()
         # TaskType.SEQ_CLS and "SEQ_CLS" are the same to PEFT, but str() makes different words of them.
         self.task_type = getattr(self.task_type, "value", self.task_type)
+        check_bool("inference_mode", self.inference_mode)
         check_bool("init_weights", self.init_weights)
         check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
-        check_names("target_modules", self.target_modules, alone=True)
-        check_names("exclude_modules", self.exclude_modules, alone=True)
         check_names("modules_to_save", self.modules_to_save)
+        check_patterns("modules_to_save", self.modules_to_save)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            check_names(name, value, alone=True)
+            if isinstance(value, str) or name == "layers_pattern":
+                check_patterns(name, value)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         layers = self.layers_to_transform
         if layers is not None:
-            for layer in layers if isinstance(layers, (list, tuple, set, range)) else [layers]:
+            several = layers if isinstance(layers, (list, tuple, set, range)) else [layers]
+            check_int("the number of layers_to_transform", len(several), 0, MAX_LAYERS)
+            for layer in several:
                 check_int("layers_to_transform", layer, 0)
         if self.layers_pattern and layers is None:
             raise ValueError("layers_pattern names where layers_to_transform counts; set layers_to_transform as well.")
@@ -136,3 +145,12 @@ def check_names(name: str, value: Any, *, alone: bool = False) -> None:
         return
     if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
         raise TypeError(f"{name} must be a list of names, got {value!r}.")
+
+
+def check_patterns(name: str, value: Any) -> None:
+    """Raise ValueError unless PEFT can take `value`, None or one or several strings, for regular expressions."""
+    for pattern in [value] if isinstance(value, str) else value or ():
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{name} holds {pattern!r:.200}, which is no regular expression: {error}.") from error

@@ -15,6 +15,7 @@ from .cache import CACHE_ARGUMENTS
 from .columns import Columns, Harvest
 from .inspection import parameter_names, unwrapped_forward
 from .sites import Site
+from .state import put_away
 
 
 def real_tokens(mask: Tensor | None, length: int) -> Tensor | None:
@@ -141,7 +142,16 @@ def bias_at(owner: Any, distance: Tensor) -> Tensor:
             "num_buckets": owner.relative_attention_num_buckets,
             "max_distance": owner.relative_attention_max_distance,
         }
-    return owner.relative_attention_bias(owner._relative_position_bucket(distance, **settings)).permute(0, 3, 1, 2)
+    index, table = owner._relative_position_bucket(distance, **settings), owner.relative_attention_bias
+    if hasattr(table.weight, "full_tensor"):
+        # FSDP2 gathers the table for its own block and this is another's; it is frozen, so no gradient is lost.
+        return F.embedding(index, table.weight.full_tensor()).permute(0, 3, 1, 2)
+    if put_away(table.weight):
+        raise RuntimeError(
+            f"The prompts have relative positions of a table that {type(owner).__name__} holds, and FSDP1 holds it "
+            "only while its own block runs. Shard this model with FSDP2 (fully_shard), or train it with DDP."
+        )
+    return table(index).permute(0, 3, 1, 2)
 
 
 def project_rows(site: Site, rows: Tensor, tables: tuple[Tensor, Tensor] | None, bound: dict[str, Any]) -> Columns:
@@ -185,6 +195,8 @@ def project_directly(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] |
 def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of a projection that makes query, key and value in this order."""
     weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
+    if isinstance(weight, Tensor) and weight.device != normed.device:
+        weight = None  # offloaded: it comes when the module is called
     if type(projection) is nn.Linear and isinstance(weight, Tensor):
         third = weight.shape[0] // 3
         both = F.linear(normed, weight[third:], bias[third:] if isinstance(bias, Tensor) else None)
@@ -193,7 +205,7 @@ def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Te
         third = weight.shape[1] // 3
         both = F.linear(normed, weight[:, third:].T, bias[third:] if isinstance(bias, Tensor) else None)
         return both.tensor_split(2, dim=-1)  # type: ignore[return-value]
-    # Another adapter or a quantiser has wrapped it: the module itself knows best.
+    # Another adapter, a quantiser or an offloading engine has wrapped it: the module itself knows best.
     _, key, value = projection(normed).chunk(3, dim=-1)
     return key, value
 

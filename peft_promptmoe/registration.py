@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
+from transformers.integrations.peft import PeftAdapterMixin
 
 from .card import write_card
 from .config import PromptConfig
+from .loading import all_or_nothing
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -59,6 +62,7 @@ def register_tuner(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], nam
             late and a taken prefix never, and a shared prefix would mix the weights of two methods in one file.
     """
     keep_section_when_pushing()
+    undo_failed_loads()
     member = ensure_peft_type(name)
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if holder is not None:
@@ -107,3 +111,28 @@ def keep_section_when_pushing() -> None:
 
     upload_with_section.keeps_section = True  # type: ignore[attr-defined]
     PeftModel._upload_modified_files = upload_with_section  # type: ignore[assignment,method-assign]
+
+
+def undo_failed_loads() -> None:
+    """Let a model be what it was when an adapter could not be loaded into it, whatever the reason.
+
+    PEFT and transformers make an adapter first and read its file then; where the file cannot be read, or a head does
+    not fit, nothing of ours is asked. Hence the wrapper around their loaders; it does nothing for adapters of other
+    methods, and for those that were in the model before.
+    """
+    if getattr(PeftModel.load_adapter, "undoes", False):
+        return
+    from_pretrained = PeftModel.__dict__["from_pretrained"].__func__
+    PeftModel.from_pretrained = classmethod(_undoing(from_pretrained))  # type: ignore[assignment,method-assign]
+    PeftModel.load_adapter = _undoing(PeftModel.load_adapter)  # type: ignore[method-assign]
+    PeftAdapterMixin.load_adapter = _undoing(PeftAdapterMixin.load_adapter)  # type: ignore[method-assign]
+
+
+def _undoing(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_or_undo(*args: Any, **kwargs: Any) -> Any:
+        with all_or_nothing():
+            return load(*args, **kwargs)
+
+    load_or_undo.undoes = True  # type: ignore[attr-defined]
+    return load_or_undo

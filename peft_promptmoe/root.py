@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .cache import given_cache
 from .inspection import accepts_keyword_arguments, parameter_names
 from .layer import CALL, CHILD, PromptLayer
-from .loading import Unread, check_read, check_strangers, check_tensors
+from .loading import Unread, check_read, check_strangers, check_tensors, note_made
 from .projection import real_tokens
 from .routing import PromptCall, add_balance_loss
 from .sites import Site
@@ -100,10 +100,11 @@ class PromptRoot(nn.Module):
             module.training = self._model[0].training
         self._held = []
 
-    def watch(self, model: nn.Module, adapter: str, unread: Unread) -> None:
+    def watch(self, model: nn.Module, unread: Unread) -> None:
         """Note the prompt layers of the model and the adapter that came; called after each injection."""
         self._layers = prompt_layers(model)
-        self._unread[adapter] = unread
+        self._unread[unread.adapter] = unread
+        note_made(unread)
         self.hold()
 
     @property
@@ -184,17 +185,11 @@ class PromptRoot(nn.Module):
         for name in [name for name in state_dict if name.startswith(f"{prefix}{TIMM_INNER}.{CHILD}.")]:
             # transformers' wrapper of timm models takes every name without its own in it for the inner model's.
             state_dict[name.replace(f"{TIMM_INNER}.", "", 1)] = state_dict.pop(name)
-        try:
-            check_tensors(model, state_dict, prefix)
-            # Without a PeftModel around it (no prefix) a fresh trainable adapter is filled by its user's own hand, who
-            # may well bring a head along.
-            if unread and (prefix or any(injection.for_inference for injection in unread.values())):
-                check_strangers(model, state_dict, prefix)
-        except ValueError:
-            for adapter, injection in unread.items():
-                if injection.for_inference:
-                    injection.take_back(adapter)
-            raise
+        check_tensors(model, state_dict, prefix)
+        # Without a PeftModel around it (no prefix) a fresh trainable adapter is filled by its user's own hand, who may
+        # well bring a head along.
+        if unread and (prefix or any(injection.for_inference for injection in unread.values())):
+            check_strangers(model, state_dict, prefix)
 
 
 def starts_again(bound: dict[str, Any]) -> bool:

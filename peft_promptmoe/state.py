@@ -12,14 +12,46 @@ from torch import Tensor, nn
 
 
 class PromptTable(nn.Module):
-    """A trained tensor as a module of its own, which is what wrappers that shard or offload modules expect."""
+    """A trained tensor as a module of its own, which is what wrappers that shard or offload modules expect.
+
+    They have the tensor at hand while the module is called, so it is read by calling.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
 
-    def forward(self) -> Tensor:
-        return self.weight
+    def forward(self) -> Any:
+        return kept(self.weight)
+
+
+class AffineTable(PromptTable):
+    """A trained weight and its bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return kept(self.weight), kept(self.bias)
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """A module's tensor as it may be read after the module's forward.
+
+    In the place of a parameter FSDP1 puts a view of what it has gathered, and frees that when the forward is over.
+    """
+    return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+
+
+def put_away(matrix: Tensor) -> bool:
+    """Whether an engine that shards parameters has at most a part of a matrix at hand now.
+
+    FSDP2 leaves a DTensor in its place, FSDP1 a flat part, or the view of freed memory that `kept` tells of.
+    """
+    if isinstance(matrix, nn.Parameter):
+        return hasattr(matrix, "full_tensor") or matrix.ndim != 2
+    return matrix.untyped_storage().size() == 0
 
 
 class AdapterState(nn.Module, BaseTunerLayer):

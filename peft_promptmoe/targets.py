@@ -132,3 +132,12 @@ def decoder_modules(model: nn.Module) -> set[int]:
 def is_cross_attention_layer(path: str, attention: nn.Module) -> bool:
     name = path.rpartition(".")[2]
     return bool(CROSS_ATTENTION.search(name)) or bool(getattr(attention, "is_cross_attention", False))
+
+
+def check_at_hand(attention: nn.Module, path: str) -> None:
+    """Raise ValueError where accelerate has put a layer's weights away, so that prompts would have no device."""
+    if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in attention.modules()):
+        raise ValueError(
+            f"The weights of {path!r} are offloaded by accelerate. Add or load the adapter while the model is in "
+            "memory, and offload both together (cpu_offload, disk_offload or dispatch_model of accelerate)."
+        )

@@ -86,8 +86,8 @@ class TokenLayer(PromptLayer):
             if carried is None:
                 raise RuntimeError(
                     f"The input of {self.site.name!r} is not what the block before it put out, so its prompts cannot "
-                    "be carried on. If the model checkpoints activations, do so with use_reentrant=False; otherwise "
-                    "set carry_prompts=False."
+                    "be carried on. If the model checkpoints activations, do so with use_reentrant=False; if FSDP "
+                    "shards it, train with DDP; otherwise set carry_prompts=False."
                 )
         patches = self._patches()
         prompts = self.tokens(adapter, x[:, patches.prefix :], carried).to(x.dtype)

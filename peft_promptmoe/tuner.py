@@ -18,10 +18,11 @@ from .families import FAMILIES, VISION_FAMILIES
 from .key_value import KeyValueLayer
 from .layer import CHILD, PromptLayer, no_merge
 from .loading import Unread
+from .names import check_adapter_name, check_apart
 from .root import PromptRoot, prompt_layers
 from .sites import Site, find_site
 from .state import AdapterState, SharedLayer
-from .targets import default_targets, is_encoder_decoder, model_type
+from .targets import check_at_hand, default_targets, is_encoder_decoder, model_type
 from .timm_attention import check_fused
 from .tokens import TokenForm
 from .vision import Patches, vision_heads
@@ -73,25 +74,25 @@ class PromptTuner(BaseTuner):
             ValueError: the adapter's name, its config and the model do not fit; the model is as it was.
         """
         check_adapter_name(adapter_name, self.prefix)
+        check_apart(adapter_name, model)
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
             inner = f".{CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
-        first = getattr(model, CHILD, None) is None
-        before = [(p, p.requires_grad) for p in model.parameters()] if first else None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        root: Any = getattr(model, CHILD)
-        config = self.peft_config[adapter_name]
-        # An adapter that is loaded for inference gets its values from a file.
-        tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
-        if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
-            try:
+        unread = Unread(self, adapter_name)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config = self.peft_config[adapter_name]
+            # An adapter that is loaded for inference gets its values from a file.
+            tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
+            if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
                 self.initialize(config, adapter_name)
-            except Exception:
-                Unread(self, before, config.inference_mode).take_back(adapter_name)
-                raise
-        root.watch(model, adapter_name, Unread(self, before, config.inference_mode))
+        except Exception:
+            unread.take_back()
+            raise
+        root: Any = getattr(model, CHILD)
+        root.watch(model, unread)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         if peft_config.target_modules is None:
@@ -101,6 +102,8 @@ class PromptTuner(BaseTuner):
         paths = [path for path in paths if self._check_target_module_exists(peft_config, path)]
         if not paths:
             raise ValueError(self._no_match(peft_config))
+        for path in paths:
+            check_at_hand(self.model.get_submodule(path), path)
         sites = [find_site(self.model, path) for path in paths]
         self._check_layers(peft_config, sites)
         for site in sites:
@@ -291,17 +294,4 @@ def refuse_task_type(config: PromptConfig) -> None:
         raise ValueError(
             f"task_type={config.task_type!r} wraps the model in a class of PEFT that passes text on. Leave "
             "task_type unset for vision models; their heads are found without it."
-        )
-
-
-def check_adapter_name(name: str, prefix: str) -> None:
-    """Refuse adapter names under which weights could not be told apart in a file."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"An adapter's name must be a non-empty string, got {name!r}.")
-    if "." in name or "/" in name or "\\" in name:
-        raise ValueError(f"The adapter name {name!r} must not contain '.', '/' or '\\'; use '_' or '-' instead.")
-    if prefix in name or name in prefix or name == CHILD:
-        raise ValueError(
-            f"The adapter name {name!r} overlaps the parameter prefix {prefix!r} or the module name {CHILD!r}, by "
-            "which prompts are found in files. Choose another name."
         )

@@ -133,11 +133,12 @@ class PMoEConfig(PromptConfig):
         if not self.experts:
             return ""
         lines = [f"config = peft_promptmoe.{type(self).__name__}.from_pretrained(adapter)"]
-        names = self._names()
+        # A record's name may be a stranger's, and must not end the comment.
+        names = ", ".join(map(repr, self._names()))
         if any(isinstance(expert, nn.Module) for expert in self.experts):
-            lines.append(f"config.experts = [...]  # modules to hand over, in this order: {', '.join(names)}")
+            lines.append(f"config.experts = [...]  # modules to hand over, in this order: {names}")
         else:
-            lines.append(f"config.download_experts = True  # its experts: {', '.join(names)}")
+            lines.append(f"config.download_experts = True  # its experts: {names}")
         return "\n".join(lines) + "\n"
 
     def _names(self) -> list[str]:

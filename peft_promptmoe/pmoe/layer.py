@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..routing import without_autocast
 from ..sites import Site
-from ..state import PromptTable
+from ..state import PromptTable, kept
 from ..tokens import TokenLayer
 from .config import PMoEConfig
 from .dispatch import all_tokens, dispatch_attention, dispatch_experts, dispatch_sum, dispatch_tokens, group_shares
@@ -27,11 +27,12 @@ class Dispatcher(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
+        self._names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor))
 
     def forward(self) -> dict[str, Tensor]:
-        return dict(self.named_parameters())
+        return {name: kept(getattr(self, name)) for name in self._names}
 
 
 class PMoELayer(TokenLayer):
@@ -129,7 +130,7 @@ class PMoELayer(TokenLayer):
         if config.dispatcher == "none":
             own = self.pmoe_prompts[adapter]()
             return dispatch_sum([own], carried, len(patches)), self._fixed(config, patches, [number])
-        prompts = shared.prompts(adapter, self)
+        prompts = shared.prompts(adapter, self, patches.device)
         if config.dispatcher == "mean":
             everyone = list(range(len(prompts)))
             return dispatch_sum(prompts, carried, len(patches)), self._fixed(config, patches, everyone)

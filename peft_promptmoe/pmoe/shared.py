@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..state import PromptTable, SharedLayer
+from ..state import PromptTable, SharedLayer, put_away
 from ..vision import Patches
 from .config import PMoEConfig
 from .fusion import Fusion
@@ -148,7 +148,7 @@ class PMoEShared(SharedLayer):
         """Place of an expert among those of an adapter; the base model is number 0."""
         return 0 if expert is None else self.members[adapter].index(expert) + 1
 
-    def prompts(self, adapter: str, reader: PMoELayer) -> list[Tensor]:
+    def prompts(self, adapter: str, reader: PMoELayer, device: torch.device) -> list[Tensor]:
         """All experts' prompts at the relative depth of a block, K of (P, D), as the block's expert sees them."""
         found = []
         keys = [None, *self.members[adapter]]
@@ -157,7 +157,13 @@ class PMoEShared(SharedLayer):
             block = aligned_block(reader.site.index, self._depth(reader.expert), self._depth(key))
             layer = self.find(key, block)
             assert layer is not None
-            prompts = layer.pmoe_prompts[adapter]().to(reader.pmoe_prompts[adapter].weight.device)
+            prompts = layer.pmoe_prompts[adapter]()
+            if put_away(prompts):
+                raise RuntimeError(
+                    "pMoE reads the prompts of all experts in front of every block, and FSDP holds those of "
+                    f"{layer.site.name!r} only while that block runs. Train with DDP."
+                )
+            prompts = prompts.to(device)
             if adapter in self.pmoe_bridges:
                 prompts = self.pmoe_bridges[adapter](prompts, number, own)
             found.append(prompts)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..key_value import KeyValueLayer
 from ..routing import PromptCall, without_autocast
 from ..sites import Site
-from ..state import AdapterState, PromptTable, SharedLayer
+from ..state import AdapterState, AffineTable, PromptTable, SharedLayer
 from ..vision import Grid
 from .config import MAX_MAPS, MAX_VALUES, VAPTConfig
-from .generator import NORM_EPS, aggregate, grid_weights, project_features, resample, temper
+from .generator import aggregate, grid_weights, project_features, resample, temper
 
 PROJECTOR = ("vapt_down", "vapt_up", "vapt_scale")
 
@@ -82,14 +82,15 @@ class VAPTLayer(VAPTState, KeyValueLayer):
             self.vapt_prompts[adapter] = PromptTable(torch.empty(count, width).uniform_(-bound, bound))
             return
         rows, columns = config.reduced(patches.grid(config.image_shape))
-        self.vapt_norms[adapter] = nn.LayerNorm(width, eps=NORM_EPS)
-        self.vapt_token_prompts[adapter] = projector = nn.Linear(rows * columns, count)
+        self.vapt_norms[adapter] = AffineTable(torch.ones(width), torch.zeros(width))
+        projector = nn.Linear(rows * columns, count)
         if config.use_conv:
             channels, side = width if config.channelwise_kernel else 1, config.kernel_size
             self.vapt_kernel[adapter] = PromptTable(torch.randn(channels, 1, side, side))
         if config.init_weights:
             nn.init.zeros_(projector.weight)
             nn.init.zeros_(projector.bias)
+        self.vapt_token_prompts[adapter] = AffineTable(projector.weight.detach(), projector.bias.detach())
         if config.use_projector and not config.share_projector:
             self.add_projector(adapter, config, width)
 
@@ -109,14 +110,13 @@ class VAPTLayer(VAPTState, KeyValueLayer):
         """(B, P, D) prompts made of the patches in `x` (B, T, D), which lie in `grid`."""
         assert self.site.patches is not None
         kernel = self.vapt_kernel[adapter]() if config.use_conv else None
-        projector: Any = self.vapt_token_prompts[adapter]
-        norm: Any = self.vapt_norms[adapter]
-        tokens = self._tokens(adapter, config, grid)
+        tokens, bias = self.vapt_token_prompts[adapter]()
+        tokens = self._fitted(tokens, adapter, config, grid)
         weights = grid_weights(tokens, kernel, grid, config.reduced(grid), config.padding)
-        z = aggregate(x[:, self.site.patches.prefix :], weights, norm.weight, norm.bias)
+        z = aggregate(x[:, self.site.patches.prefix :], weights, *self.vapt_norms[adapter]())
         if self.training and config.use_conv and config.channel_dropout > 0.0:
             z = z * F.dropout(torch.ones_like(z[:, :1]), config.channel_dropout)
-        z = z + projector.bias.to(z.dtype)[:, None]
+        z = z + bias.to(z.dtype)[:, None]
         if not config.use_projector:
             return z
         owner: Any = self.shared[0] if config.share_projector else self
@@ -135,11 +135,10 @@ class VAPTLayer(VAPTState, KeyValueLayer):
         config = self.prompt_config[adapter]
         return self.uses_grid(adapter) and config.use_projector and config.share_projector
 
-    def _tokens(self, adapter: str, config: VAPTConfig, grid: Grid) -> Tensor:
+    def _fitted(self, tokens: Tensor, adapter: str, config: VAPTConfig, grid: Grid) -> Tensor:
         """(P, H' * W') token-wise projector for the grid that has come."""
         assert self.site.patches is not None
-        projector: Any = self.vapt_token_prompts[adapter]
-        tokens, own = projector.weight, self.site.patches.grid(config.image_shape)
+        own = self.site.patches.grid(config.image_shape)
         if grid == own:
             return tokens
         check_grid(config, grid, self.site.width)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
 import shutil
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_promptmoe import MEPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig
 from peft_promptmoe.attention import ConfigView
 
 Tensors = dict[str, Tensor]
@@ -73,7 +75,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             for name, module in model.named_modules()
         },
         "views": [name for name, m in model.named_modules() if isinstance(getattr(m, "config", None), ConfigView)],
-        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        # PEFT says again that adapters are not disabled where one is loaded to be trained.
+        "attributes": {name: sorted(vars(m).keys() - {"_disable_adapters"}) for name, m in model.named_modules()},
+        "disabled": {name: getattr(module, "_disable_adapters", None) for name, module in model.named_modules()},
     }
 
 
@@ -134,6 +138,10 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "flattened": (lambda t: _with(t, t[_first(t)].flatten().clone()), {}, r"shape \(128,\)"),
     "scalar": (lambda t: _with(t, torch.zeros(())), {}, r"shape \(\)"),
     "empty": (lambda t: _with(t, torch.zeros(0, 2, 16)), {}, r"shape \(0, 2, 16\)"),
+    "integers": (lambda t: _with(t, torch.ones(4, 2, 16, dtype=torch.int64)), {}, "holds torch.int64 in the adapter"),
+    "truth_values": (lambda t: _with(t, torch.ones(4, 2, 16, dtype=torch.bool)), {}, "holds torch.bool"),
+    "complex_numbers": (lambda t: _with(t, torch.ones(4, 2, 16, dtype=torch.complex64)), {}, "holds torch.complex64"),
+    "eight_bit_floats": (lambda t: _with(t, t[_first(t)].to(torch.float8_e4m3fn)), {}, "holds torch.float8_e4m3fn"),
     "config_names_fewer_experts": (
         lambda t: t,
         {"num_experts": 2},
@@ -153,27 +161,71 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("entry", ["from_pretrained", "load_adapter"])
+ENTRIES: dict[str, Callable[[Any, Path], Any]] = {
+    "from_pretrained": lambda base, folder: PeftModel.from_pretrained(base, str(folder)),
+    "trainable": lambda base, folder: PeftModel.from_pretrained(base, str(folder), is_trainable=True),
+    "low_cpu_mem": lambda base, folder: PeftModel.from_pretrained(base, str(folder), low_cpu_mem_usage=True),
+    "load_adapter": lambda model, folder: model.load_adapter(str(folder), adapter_name="second"),
+    "load_trainable": lambda model, folder: model.load_adapter(str(folder), adapter_name="second", is_trainable=True),
+    "transformers": lambda base, folder: base.load_adapter(str(folder)),
+    "transformers_second": lambda base, folder: base.load_adapter(str(folder), adapter_name="second"),
+}
+
+
+def start(entry: str, good: Path) -> tuple[Any, Any]:
+    """A base model, and what an adapter is loaded into by an entry: the model or one with an adapter."""
+    base = make_base()
+    if entry.startswith("load_"):
+        return base, PeftModel.from_pretrained(base, good, adapter_name="first")
+    if entry == "transformers_second":
+        base.load_adapter(good, adapter_name="first")
+    return base, base
+
+
+def check_refused(entry: str, good: Path, folder: Path, error: Any, message: str) -> None:
+    """An entry refuses a folder, leaves the model as it was, and takes a good one afterwards."""
+    base, model = start(entry, good)
+    before = snapshot(base)
+    with pytest.raises(error, match=message):
+        ENTRIES[entry](model, folder)
+    assert_untouched(base, before)
+    if entry.startswith("load_"):
+        assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
+    loaded = ENTRIES[entry](model, good)
+    if entry.startswith("load_"):
+        model.set_adapter("second")
+    elif entry.startswith("transformers"):
+        base.set_adapter("second" if entry == "transformers_second" else "default")
+    model = loaded if isinstance(loaded, PeftModel) else model
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make_base(), good)(input_ids=IDS).logits
+        assert torch.equal(model.eval()(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("entry", [name for name in ENTRIES if not name.startswith("transformers")])
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_tensors(case: str, entry: str, good: Path, tmp_path: Path) -> None:
     change, config, message = BROKEN[case]
     folder = spoil(good, tmp_path / "bad", change(load_file(good / FILE)), **config)
-    base = make_base()
-    model = PeftModel.from_pretrained(base, good, adapter_name="first") if entry == "load_adapter" else base
-    before = snapshot(base)
-    with pytest.raises(ValueError, match=message):
-        if entry == "load_adapter":
-            model.load_adapter(folder, adapter_name="second")
-        else:
-            PeftModel.from_pretrained(base, folder)
-    assert_untouched(base, before)
-    if entry == "load_adapter":
-        assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
-    # And what was refused does not stand in the way of a good one.
-    again = PeftModel.from_pretrained(make_base(), good)
-    later = model if entry == "load_adapter" else PeftModel.from_pretrained(base, good)
-    with torch.no_grad():
-        assert torch.equal(later(input_ids=IDS).logits, again(input_ids=IDS).logits)
+    check_refused(entry, good, folder, ValueError, message)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_head_of_another_shape(entry: str, good: Path, tmp_path: Path) -> None:
+    """torch refuses it when the prompts are loaded already."""
+    tensors = load_file(good / FILE)
+    name = next(name for name in tensors if "lm_head" in name)
+    folder = spoil(good, tmp_path / "bad", _with(tensors, torch.zeros(7, 16), name))
+    message = "size mismatch|ignore_mismatched_sizes"
+    check_refused(entry, good, folder, RuntimeError, message)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_no_weights(entry: str, good: Path, tmp_path: Path) -> None:
+    """PEFT then takes the folder for the name of a repository."""
+    folder = spoil(good, tmp_path / "bad")
+    (folder / FILE).unlink()
+    check_refused(entry, good, folder, (ValueError, OSError), "adapter_model|Repo id")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +244,36 @@ def test_adapter_of_another_model(width: int, layers: int, message: str, good: P
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, folder)
     assert_untouched(base, before)
+
+
+ELSEWHERE = {
+    "mept": Case("mept", "bert", "sample", "sdpa"),
+    "vapt": Case("vapt", "vit", "adaptive", "sdpa"),
+    "pmoe": Case("pmoe", "vit", "dinov2", "sdpa"),
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5", "distilbert", "vit", "timm_vit"])
+@pytest.mark.parametrize("method", ELSEWHERE)
+def test_adapter_of_another_architecture(method: str, architecture: str, tmp_path: Path) -> None:
+    """Its own target modules, or none, are not there; or its tensors have other names."""
+    case = ELSEWHERE[method]
+    if architecture == case.architecture_name:
+        architecture = "dinov2"
+    case.model().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    base = Case("mept", architecture, "token", "sdpa").base() if architecture != "dinov2" else DINOV2.base()
+    for target in (settings["target_modules"], None):
+        (tmp_path / CONFIG).write_text(json.dumps(settings | {"target_modules": target}))
+        before = snapshot(base)
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"target_modules|no place for|lacks|patch grid|image|size"
+        ):
+            PeftModel.from_pretrained(base, str(tmp_path))
+        assert_untouched(base, before)
+
+
+DINOV2 = Case("vapt", "dinov2", "adaptive", "sdpa")
 
 
 def test_embeddings_that_grew_are_saved_and_loaded(tmp_path: Path) -> None:
@@ -297,6 +379,41 @@ def test_unknown_fields_of_a_newer_version_are_dropped_with_a_warning(good: Path
     assert not hasattr(config, "field_of_the_future")
 
 
+def test_a_version_number_from_the_future_is_no_reason_to_refuse(good: Path, tmp_path: Path) -> None:
+    folder = spoil(good, tmp_path / "newer", peft_version="99.9.9")
+    loaded = PeftModel.from_pretrained(make_base(), folder)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(make_base(), good)(input_ids=IDS).logits
+        assert torch.equal(loaded(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "null", '{"peft_type": 3}', '{"peft_type": ["MEPT"]}', '{"a":' * 100_000],
+    ids=range(8),
+)
+def test_damaged_config(text: str, good: Path, tmp_path: Path) -> None:
+    """PEFT reads it; nothing of it reaches the model."""
+    folder = spoil(good, tmp_path / "bad")
+    (folder / CONFIG).write_text(text)
+    base = make_base()
+    before = snapshot(base)
+    with pytest.raises((ValueError, TypeError, KeyError, RecursionError)):
+        PeftModel.from_pretrained(base, str(folder))
+    assert_untouched(base, before)
+
+
+def test_names_from_a_file_put_no_code_into_the_card(tmp_path: Path) -> None:
+    """The card's snippet names the experts, and users run it."""
+    evil = "ViT\nimport os  # \nos.system('true')\n```\n"
+    config = PMoEConfig(experts=[nn.Identity()], expert_records=[{"name": evil}])
+    for experts in ([nn.Identity()], [evil]):
+        config.experts = experts
+        lines = config.card_preparation().splitlines()
+        assert len(lines) == 2 and all(line.startswith("config") for line in lines)
+        assert ast.unparse(ast.parse("\n".join(lines))).count("\n") == 1
+
+
 @pytest.mark.parametrize("library", ["os", "subprocess", "evil_package"])
 def test_config_that_names_a_module_to_import(library: str, good: Path, tmp_path: Path) -> None:
     mapping = {"base_model_class": "system", "parent_library": library}
@@ -316,6 +433,7 @@ def _file(header: bytes, size: int) -> bytes:
     return struct.pack("<Q", len(header)) + header + bytes(size)
 
 
+@pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize(
     "damage",
     [
@@ -340,17 +458,11 @@ def _file(header: bytes, size: int) -> bytes:
         ),
     ],
 )
-def test_damaged_safetensors(damage: Callable[[bytes], bytes], good: Path, tmp_path: Path) -> None:
-    """PEFT reads the file behind the tuner's back, so the message is that of safetensors; nothing is loaded."""
+def test_damaged_safetensors(entry: str, damage: Callable[[bytes], bytes], good: Path, tmp_path: Path) -> None:
+    """The message is that of safetensors, which reads the file; by then the adapter stands in the model."""
     folder = spoil(good, tmp_path / "bad")
     _write(folder, damage((good / FILE).read_bytes()))
-    base = make_base()
-    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    with pytest.raises((SafetensorError, ValueError)):
-        PeftModel.from_pretrained(base, folder)
-    for name, tensor in weights.items():
-        now = base.state_dict()
-        assert torch.equal(now.get(name, now.get(name.replace("lm_head.", "lm_head.original_module."))), tensor)
+    check_refused(entry, good, folder, (SafetensorError, ValueError, OSError), ".")
 
 
 class Payload:

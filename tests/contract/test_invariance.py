@@ -19,6 +19,7 @@ from cases import (
     one_per_architecture,
     predict,
     real_logits,
+    train,
 )
 from torch import Tensor
 
@@ -188,6 +189,35 @@ def test_four_threads_on_one_model_give_the_results_of_one(case: Case) -> None:
         found = list(pool.map(lambda i: predict(model, batches[i]), jobs))
     for i, logits in zip(jobs, found, strict=True):
         assert_equal(logits, expected[i], f"logits of batch {i} among threads")
+
+
+@each_case()
+def test_two_models_in_two_threads_do_not_meet(case: Case) -> None:
+    """One trains and one answers, each as it would alone; what a thread has lying about is its own."""
+    batch, other = case.batch(), case.batch((5, 8), seed=3)
+    expected = predict(case.model(), batch)
+    losses = train(case.model(case.base(seed=1)), other, 6)
+    answering, training = case.model(), case.model(case.base(seed=1))
+    with ThreadPoolExecutor(2) as pool:
+        trained = pool.submit(train, training, other, 6)
+        found = pool.submit(lambda: [predict(answering, batch) for _ in range(20)])
+    assert trained.result() == losses
+    for logits in found.result():
+        assert_equal(logits, expected, "logits while another model trains")
+
+
+@each_case(lambda case: case.architecture.generates)
+def test_threads_that_generate_with_one_model_get_the_tokens_of_one(case: Case) -> None:
+    model = case.model()
+    batches = [case.prompt_only(case.batch((length, length), seed=length)) for length in (3, 5, 8)]
+
+    def generate(number: int) -> list[list[int]]:
+        return model.generate(**batches[number], max_new_tokens=4, min_new_tokens=4, do_sample=False).tolist()
+
+    expected = [generate(number) for number in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(generate, [number % 3 for number in range(12)]))
+    assert found == [expected[number % 3] for number in range(12)]
 
 
 @each_case()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stock Trainer on two processes (DDP): losses and weights of one process on the same batches, and resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import METHODS, Case, assert_equal, each_case, predict
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_trainer import trainer_for, weights
+from two_processes import on_two_processes
+
+CHOSEN = {("bert", "sample"), ("t5", "sample"), ("llama", "token"), ("vit", "adaptive"), ("vit", "dinov2")}
+STEPS, SAVED, BATCH = 4, 2, 4
+
+
+def chosen(case: Case) -> bool:
+    return (case.architecture_name, case.variant_name) in CHOSEN
+
+
+def train(case: Case, folder: Path, processes: int, resume: bool = False) -> dict[str, Any]:
+    """What one process knows after training: losses as logged, trained tensors, and what wrapped the model."""
+    model = case.model()
+    trainer = trainer_for(
+        case,
+        model,
+        folder,
+        per_device_train_batch_size=BATCH // processes,
+        ddp_find_unused_parameters=False,
+        eval_strategy="no",
+        max_steps=STEPS,
+        save_steps=SAVED,
+        # Adam divides by what it has seen of a gradient, so rounding of a tiny one would show in full.
+        optim="sgd",
+        # The Trainer multiplies the loss by the number of processes for every model that takes keyword arguments, also
+        # where its loss does not divide by `num_items_in_batch` (BERT, T5), with or without an adapter.
+        average_tokens_across_devices=case.is_causal_lm,
+    )
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{SAVED}") if resume else None)
+    return {
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "weights": weights(model),
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+
+
+def train_twice(case: Case, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An unbroken run on two processes, and one that goes on from its checkpoint."""
+    return train(case, folder, 2), train(case, folder, 2, resume=True)
+
+
+def assert_near(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["wrapper"] == "DistributedDataParallel"
+    torch.testing.assert_close(found["losses"], expected["losses"], rtol=1e-6, atol=1e-6)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        difference = float((found["weights"][name] - weight).abs().max())
+        assert difference <= 1e-6, f"{name} differs by {difference:.3g}"
+
+
+@each_case(chosen)
+def test_two_processes_train_as_one(case: Case, tmp_path: Path) -> None:
+    alone = train(case, tmp_path / "alone", 1)
+    start = weights(case.model())
+    assert all(not torch.equal(weight, start[name]) for name, weight in alone["weights"].items())
+    for whole, resumed in (ranks := on_two_processes(train_twice, case, tmp_path / "both")):
+        assert_near(whole, alone)
+        for name, weight in ranks[0][0]["weights"].items():
+            assert_equal(whole["weights"][name], weight, f"{name} of the two processes")
+            assert_equal(resumed["weights"][name], weight, f"{name} after resuming")
+    check_checkpoints(case, tmp_path / "both", ranks[0][0])
+
+
+def check_checkpoints(case: Case, folder: Path, trained: dict[str, Any]) -> None:
+    """Rank 0 has saved a checkpoint that loads as any adapter does, and there is one trace of a second process."""
+    kept = folder / f"checkpoint-{STEPS}"
+    assert json.loads((kept / "trainer_state.json").read_text())["global_step"] == STEPS
+    tensors = load_file(kept / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert sorted(path.name for path in kept.glob("rng_state*")) == ["rng_state_0.pth", "rng_state_1.pth"]
+    loaded = PeftModel.from_pretrained(case.base(), kept, is_trainable=True)
+    for name, weight in weights(loaded).items():
+        assert_equal(weight, trained["weights"][name], f"{name} after loading")
+    assert torch.isfinite(predict(loaded.eval(), case.batch())).all()
+
+
+def train_with_centres(case: Case, folder: Path) -> tuple[dict[str, torch.Tensor], ...]:
+    """Router centres after training, and after one more forward."""
+    model = case.model(router_centering=True)
+    settings = {"per_device_train_batch_size": BATCH // 2, "eval_strategy": "no", "save_strategy": "no"}
+    trainer = trainer_for(case, model, folder, ddp_find_unused_parameters=False, **settings)
+    trainer.train()
+    centres = {name: buffer for name, buffer in model.named_buffers() if "center" in name}
+    trained = {name: centre.clone() for name, centre in centres.items()}
+    trainer.model_wrapped.eval()(**case.batch())
+    return trained, {name: centre.clone() for name, centre in centres.items()}
+
+
+def test_router_centres_are_those_of_the_first_process(tmp_path: Path) -> None:
+    """Each process takes its own samples in, and DDP hands on what rank 0 has, which is also what is saved."""
+    case = Case("mept", "bert", "sample", "sdpa")
+    (first, first_later), (second, second_later) = on_two_processes(train_with_centres, case, tmp_path)
+    for name, centre in first.items():
+        assert_equal(first_later[name], centre, name)
+        assert_equal(second_later[name], centre, name)
+        if name.endswith("weight"):
+            assert not torch.equal(second[name], centre), f"{name} should differ by the last step's samples"
+
+
+def test_every_method_takes_part() -> None:
+    methods = {mark.values[0].method_name for mark in each_case(chosen).args[1]}
+    assert methods == METHODS.keys()
