@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := peft_promptmoe tests examples benchmarks
+SOURCES := peft_promptmoe tests examples benchmarks noxfile.py
 
 .PHONY: demo test test-full check format bench bench-learning clean
 
