@@ -54,13 +54,13 @@ class Device:
         return time.perf_counter()
 
 
-def interleaved(runs: dict[str, Run], repeats: int, desc: str) -> Times:
-    """Minimum and median seconds of each run and kind, the runs taking turns; the first turn is a warm-up."""
+def interleaved(runs: dict[str, Run], repeats: int, warm_up: int, desc: str) -> Times:
+    """Minimum and median seconds of each run and kind, the runs taking turns; the first `warm_up` turns do not count."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
-    for turn in tqdm(range(repeats + 1), desc=desc):
+    for turn in tqdm(range(-warm_up, repeats), desc=desc):
         for name, run in runs.items():
             for kind, seconds in run().items():
-                if turn:
+                if turn >= 0:
                     times[name].setdefault(kind, []).append(seconds)
     return {
         name: {

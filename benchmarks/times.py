@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import torch
 import torch._dynamo
 from torch import nn
 
+from peft_promptmoe import cached_prompts
+
 from _counting import graphs
 from _methods import DISPATCHERS, MAY_BE_REFUSED, Row, build, config, frozen_backbones
 from _shapes import SHAPES, Shape, quiet
@@ -30,6 +33,7 @@ from _timing import (
     Batch,
     Device,
     Run,
+    Times,
     check_same,
     forward,
     generation,
@@ -43,6 +47,7 @@ from _timing import (
 from _training import Results
 
 RESULTS = Path(__file__).resolve().parent / "results"
+FROZEN = (Row("base"), Row("lora_r8"))
 BASELINES = (Row("head"), Row("full"), Row("lora_r8"))
 TEXT = (
     *(Row(method, 20) for method in ("prompt_tuning", "prefix_tuning", "p_tuning")),
@@ -57,13 +62,15 @@ IMAGES = (
     Row("mept_sample", 50, 4),
 )
 EXPERTS = tuple(Row(f"pmoe_{dispatcher}", 10, 2) for dispatcher in DISPATCHERS)
-LANGUAGE = (Row("base"), Row("lora_r8"), *(row for row in TEXT if row != Row("static", 50, 1)))
+LANGUAGE = (*FROZEN, *(row for row in TEXT if row != Row("static", 50, 1)))
 ADAPTERS = {
     "bert-base": (Row("lora_r8"), Row("prompt_tuning", 20), *TEXT[3:4], *TEXT[5:]),
     "vit-b16-hf": (Row("lora_r8"), *IMAGES[:3]),
 }
-# The textbook form of the same prompts, as tokens of every block.
+# Other forms of the same prompts: the textbook's, as tokens of every block; rows made once, for serving.
 AS_TOKENS = {"vpt_tokens": "vpt_deep", "vapt_tokens": "vapt"}
+CACHED = {"static_cached": "static", "vpt_cached": "vpt_deep"}
+FORMS = AS_TOKENS | CACHED
 BATCH = {"bert-base": 8, "smollm2": 4, "vit-b16-hf": 4, "vit-b16-timm": 4}
 
 
@@ -82,9 +89,13 @@ class Setting:
 
     def build(self, shape: Shape, row: Row) -> nn.Module:
         torch.manual_seed(0)  # rows of the same prompts in two forms have the same values
-        row = row._replace(method=AS_TOKENS.get(row.method, row.method))
+        row = row._replace(method=FORMS.get(row.method, row.method))
         with torch.device(self.device.name):
             return build(shape, row, self.depth(shape), self.small, self.device.dtype)
+
+    def timed(self, runs: dict[str, Run], desc: str) -> Times:
+        # What a first forward sets up makes torch compile the second one anew.
+        return interleaved(runs, self.repeats, 3 if self.device.compiled else 1, desc)
 
     def inputs(self, name: str) -> Batch:
         torch.manual_seed(0)
@@ -103,18 +114,21 @@ def models(name: str, kind: Callable[..., Run], rows: tuple[Row, ...]) -> Group:
         runs: dict[str, Run] = {}
         refused: dict[str, str] = {}
         inputs = setting.inputs(name)
-        for row in rows:
-            model = setting.build(SHAPES[name], row)
-            if row.method in AS_TOKENS:
-                prepended(model)
-                if not setting.device.bf16:
-                    check_same(made[str(row._replace(method=AS_TOKENS[row.method]))], model, inputs)
-            run = kind(model, inputs, setting.device)
-            if reason := refusal(row, run):
-                refused[str(row)] = reason
-            else:
-                made[str(row)], runs[str(row)] = model, run
-        found: dict[str, Any] = dict(interleaved(runs, setting.repeats, name))
+        with ExitStack() as stack:
+            for row in rows:
+                model = setting.build(SHAPES[name], row)
+                if row.method in AS_TOKENS:
+                    prepended(model)
+                if row.method in CACHED:
+                    stack.enter_context(cached_prompts(model))
+                if row.method in FORMS and not setting.device.bf16:
+                    check_same(made[str(row._replace(method=FORMS[row.method]))], model, inputs)
+                run = kind(model, inputs, setting.device)
+                if reason := refusal(row, run):
+                    refused[str(row)] = reason
+                else:
+                    made[str(row)], runs[str(row)] = model, run
+            found: dict[str, Any] = dict(setting.timed(runs, name))
         if setting.device.name == "cuda" and kind is step:
             for method, run in runs.items():
                 found[method]["peak_bytes"] = peak_bytes(made[method], run)
@@ -141,7 +155,7 @@ def language(setting: Setting) -> dict[str, Any]:
         str(row): generation(setting.build(SHAPES["smollm2"], row), ids, setting.tokens, setting.device)
         for row in LANGUAGE
     }
-    return interleaved(runs, setting.repeats, "smollm2 generation")
+    return setting.timed(runs, "smollm2 generation")
 
 
 def several_backbones(setting: Setting) -> dict[str, Any]:
@@ -164,7 +178,7 @@ def several_backbones(setting: Setting) -> dict[str, Any]:
         str(row): forward(setting.build(SHAPES[name], row), {"pixel_values": pixels}, setting.device)
         for row in EXPERTS
     }
-    return interleaved(runs, setting.repeats, "several backbones")
+    return setting.timed(runs, "several backbones")
 
 
 def lives(name: str) -> Group:
@@ -174,13 +188,13 @@ def lives(name: str) -> Group:
         shape = SHAPES[name]
         base = setting.build(shape, Row("base"))
         runs = {str(row): life(base, config(shape, row), setting.device) for row in ADAPTERS[name]}
-        return interleaved(runs, setting.repeats, f"{name} adapters")
+        return setting.timed(runs, f"{name} adapters")
 
     return group
 
 
 def imports(setting: Setting) -> dict[str, Any]:
-    return interleaved({"peft_promptmoe": importing}, setting.repeats, "imports")
+    return setting.timed({"peft_promptmoe": importing}, "imports")
 
 
 def compilations(name: str) -> Group:
@@ -200,11 +214,11 @@ def compilations(name: str) -> Group:
 
 GROUPS: dict[str, Group] = {
     "bert-base step": models("bert-base", step, (*BASELINES, *TEXT)),
-    "bert-base forward": models("bert-base", forward, (Row("base"), Row("lora_r8"), *TEXT)),
+    "bert-base forward": models("bert-base", forward, (*FROZEN, *TEXT, Row("static_cached", 50, 1))),
     "vit-b16-hf step": models("vit-b16-hf", step, (*BASELINES, *IMAGES, EXPERTS[0])),
-    "vit-b16-hf forward": models("vit-b16-hf", forward, (Row("base"), Row("lora_r8"), *IMAGES)),
+    "vit-b16-hf forward": models("vit-b16-hf", forward, (*FROZEN, *IMAGES, Row("vpt_cached", 50))),
     "vit-b16-timm step": models("vit-b16-timm", step, (*BASELINES, *IMAGES)),
-    "vit-b16-timm forward": models("vit-b16-timm", forward, (Row("base"), Row("lora_r8"), *IMAGES)),
+    "vit-b16-timm forward": models("vit-b16-timm", forward, (*FROZEN, *IMAGES, Row("vpt_cached", 50))),
     "several backbones forward": several_backbones,
     "smollm2 generation": language,
     "bert-base adapters": lives("bert-base"),
