@@ -55,7 +55,7 @@ class Device:
 
 
 def interleaved(runs: dict[str, Run], repeats: int, warm_up: int, desc: str) -> Times:
-    """Minimum and median seconds of each run and kind, the runs taking turns; the first `warm_up` turns do not count."""
+    """Minimum and median seconds of each run and kind, the runs taking turns; the first `warm_up` do not count."""
     times: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
     for turn in tqdm(range(-warm_up, repeats), desc=desc):
         for name, run in runs.items():

@@ -27,7 +27,7 @@ from torch import nn
 from peft_promptmoe import cached_prompts
 
 from _counting import graphs
-from _methods import DISPATCHERS, MAY_BE_REFUSED, Row, build, config, frozen_backbones
+from _methods import DISPATCHERS, Row, build, config, frozen_backbones, refusal
 from _shapes import SHAPES, Shape, quiet
 from _timing import (
     Batch,
@@ -137,25 +137,19 @@ def models(name: str, kind: Callable[..., Run], rows: tuple[Row, ...]) -> Group:
     return group
 
 
-def refusal(row: Row, run: Run) -> str | None:
-    """Why a method cannot run on a model, if its library says so."""
-    try:
-        run()
-    except ValueError as error:
-        if row.method in MAY_BE_REFUSED:
-            return str(error)
-        raise
-    return None
-
-
 def language(setting: Setting) -> dict[str, Any]:
     """Generation, of one token and of more, each method in its turn."""
     ids = setting.inputs("smollm2")["input_ids"][:, :64]
-    runs = {
-        str(row): generation(setting.build(SHAPES["smollm2"], row), ids, setting.tokens, setting.device)
-        for row in LANGUAGE
-    }
-    return setting.timed(runs, "smollm2 generation")
+    runs: dict[str, Run] = {}
+    refused: dict[str, str] = {}
+    for row in LANGUAGE:
+        run = generation(setting.build(SHAPES["smollm2"], row), ids, setting.tokens, setting.device)
+        if reason := refusal(row, run):
+            refused[str(row)] = reason
+        else:
+            runs[str(row)] = run
+    found: dict[str, Any] = dict(setting.timed(runs, "smollm2 generation"))
+    return found | ({"refused": refused} if refused else {})
 
 
 def several_backbones(setting: Setting) -> dict[str, Any]:
