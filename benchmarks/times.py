@@ -223,7 +223,7 @@ GROUPS: dict[str, Group] = {
 }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -235,25 +235,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="tokens that are decoded after the first")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
     parser.add_argument("--results", type=Path, help="JSON file (default: benchmarks/results/times_DEVICE[...].json)")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def main(args: argparse.Namespace) -> None:
     quiet()
     torch.set_num_threads(args.threads)
-    # Models of one class share compiled code, and beyond the default limit of variants torch falls back to eager.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     device = Device(args.device, args.bf16, args.compile)
-    setting = Setting(
-        device, args.repeats, {name: args.scale * size for name, size in BATCH.items()}, args.tokens, args.small
-    )
+    batch = {name: args.scale * size for name, size in BATCH.items()}
+    setting = Setting(device, args.repeats, batch, args.tokens, args.small)
     suffix = "".join(f"_{part}" for part in ("bf16", "compile") if getattr(args, part))
-    results = Results(
-        args.results or RESULTS / f"times_{args.device}{suffix}.json", asdict(setting) | {"threads": args.threads}
-    )
-    for name in args.groups:
-        if name not in results.cells:
-            results.add(name, GROUPS[name](setting))
+    path = args.results or RESULTS / f"times_{args.device}{suffix}.json"
+    results = Results(path, asdict(setting) | {"threads": args.threads})
+    # Models of one class share compiled code, and beyond the default limit of variants torch falls back to eager.
+    with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+        for name in args.groups:
+            if name not in results.cells:
+                results.add(name, GROUPS[name](setting))
     show(results)
 
 
