@@ -77,11 +77,16 @@ def config(shape: Shape, row: Row, further: list[nn.Module] | None = None) -> Pe
 
 
 def build(
-    shape: Shape, row: Row, depth: int | None = None, small: bool = False, dtype: torch.dtype | None = None
+    shape: Shape,
+    row: Row,
+    depth: int | None = None,
+    small: bool = False,
+    dtype: torch.dtype | None = None,
+    further: list[nn.Module] | None = None,
 ) -> nn.Module:
     """A new model of this shape, ready to be trained by a method; "base" trains nothing, "full" everything.
 
-    `dtype` is that of the base model.
+    `dtype` is that of the base model. `further` are pMoE's backbones beside it, if they are not to be random ones.
     """
     depth = depth or shape.depth
     model = shape.make(depth, small).to(dtype)
@@ -94,8 +99,9 @@ def build(
         return model
     if not row.method.startswith("pmoe_"):
         return get_peft_model(model, config(shape, row))
-    assert row.experts is not None
-    further = [backbone.to(dtype) for backbone in backbones(row.experts - 1, depth, small)]
+    if further is None:
+        assert row.experts is not None
+        further = [backbone.to(dtype) for backbone in backbones(row.experts - 1, depth, small)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The normalisation")  # random weights know no pixels
         return get_peft_model(model, config(shape, row, further))

@@ -35,7 +35,7 @@ from _counting import (
     stored,
     train_flops,
 )
-from _methods import MAY_BE_REFUSED, Row, build, frozen_backbones, grid, is_head
+from _methods import MAY_BE_REFUSED, Row, backbones, build, frozen_backbones, grid, is_head
 from _records import provenance, write
 from _shapes import SHAPES, quiet
 
@@ -63,11 +63,16 @@ def record(name: str, row: Row) -> Record:
 
 def blank(name: str, row: Row, depth: int | None = None) -> Any:
     """The model without values; for pMoE in memory, for it tells its backbones apart by their weights."""
-    if row.method.startswith("pmoe_"):
-        with no_init_weights():
-            return build(SHAPES[name], row, depth)
-    with torch.device("meta"):
-        return build(SHAPES[name], row, depth)
+    shape = SHAPES[name]
+    if row.experts is None or not row.method.startswith("pmoe_"):
+        with torch.device("meta"):
+            return build(shape, row, depth)
+    with no_init_weights():
+        further = backbones(row.experts - 1, depth or shape.depth)
+        for number, backbone in enumerate(further):
+            for parameter in backbone.parameters():
+                parameter.data.fill_(number + 1.0)  # names in the file depend on the weights
+        return build(shape, row, depth, further=further)
 
 
 def changed(model: torch.nn.Module) -> Record:

@@ -53,7 +53,7 @@ class Target:
 
     def _show(self, value: float) -> str:
         if self.unit == "x":
-            return f"x {value:.3f}"
+            return f"x {value:.4f}"
         return f"{value:.0f} {self.unit}".strip()
 
 

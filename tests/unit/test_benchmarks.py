@@ -60,7 +60,7 @@ def test_every_group_runs(run_times: Path, group: str) -> None:
 
 def test_targets_are_judged_by_their_worst_figure() -> None:
     limit = Target("P0", "cost", 1.05, [(1.01, "one"), (1.051, "other")])
-    assert (limit.limit, limit.measured, limit.verdict) == ("x 1.050", "x 1.051 (other)", "**not met** by 1 of 2")
+    assert (limit.limit, limit.measured, limit.verdict) == ("x 1.0500", "x 1.0510 (other)", "**not met** by 1 of 2")
     assert Target("P0", "cost", 1.05, [(1.05, "one")]).verdict == "met"
     assert Target("P0", "cost", 1.05, []).verdict == "not measured yet"
 
