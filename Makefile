@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := peft_promptmoe tests examples benchmarks noxfile.py
 
-.PHONY: demo test test-full check format bench bench-learning clean
+.PHONY: demo test test-full check format bench bench-full clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/text_classification.py
@@ -28,19 +28,23 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# The cost of every method, in a quarter of an hour; bench-learning takes hours and goes on where it was stopped.
+# The quick tier: exact costs, tables and pictures, in some three minutes on one core. It trains and times nothing.
 bench: $(VENV)/.installed-benchmarks
-	$(BIN)/python benchmarks/cost_text.py --output benchmarks/results/cost_text.json
-	$(BIN)/python benchmarks/cost_vision.py --output benchmarks/results/cost_vision.json
-	$(BIN)/python benchmarks/cost_experts.py --output benchmarks/results/cost_experts.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost_exact.py
 	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python benchmarks/plots.py
 
-bench-learning: $(VENV)/.installed-benchmarks
+# Everything: times, which want a quiet machine for an hour, and learning, which on two cores takes a night and a day.
+# All of it goes on where it was stopped, and finished cells are kept: to run one again, delete it from its JSON file.
+bench-full: $(VENV)/.installed-benchmarks
+	$(BIN)/python benchmarks/times.py
 	$(BIN)/python benchmarks/learning_text.py
 	$(BIN)/python benchmarks/learning_text.py --task mixture
-	$(BIN)/python benchmarks/learning_vision.py
-	$(BIN)/python benchmarks/learning_vision.py --task mnist
-	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python benchmarks/learning_vision.py --low-data
+	$(BIN)/python benchmarks/learning_vision.py --task mnist --low-data
+	$(BIN)/python benchmarks/learning_causal.py
+	$(BIN)/python benchmarks/learning_experts.py
+	$(MAKE) bench
 
 clean:
 	rm -rf $(VENV)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
+from _records import provenance
+
 HEAD_NAMES = ("classifier", "score", "head", "pmoe_fusion")
 
 
@@ -136,6 +138,7 @@ class Results:
 
     def add(self, key: str, cell: dict[str, Any]) -> None:
         self.cells[key] = cell
+        self.data["made_with"] = provenance()
         self.save()
 
     def save(self) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's tables, made from the committed results.
+"""The tables of the README and of this folder's README, made from the committed results.
 
-    python benchmarks/readme_tables.py            # writes them into the README
-    python benchmarks/readme_tables.py --check    # fails if the README has others
+    python benchmarks/readme_tables.py            # writes them
+    python benchmarks/readme_tables.py --check    # fails if a README has others
 
 A table stands between two lines, `<!-- table: NAME -->` and `<!-- end -->`.
 """
@@ -10,37 +10,38 @@ A table stands between two lines, `<!-- table: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from _reading import NAMES, exact_records, exact_row, results, time_ratio, times
+from targets import targets
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+READMES = (HERE.parent / "README.md", HERE / "README.md")
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-NAMES = {
-    "head": "head only",
-    "lora": "LoRA r8",
-    "prompt": "PEFT prompt tuning, 20",
-    "prefix": "PEFT prefix tuning, 20",
-    "static": "deep prompts, `num_experts=1`",
-    "mept-sample": 'MEPT, `routing="sample"`',
-    "mept-centered": 'MEPT, `routing="sample"`, `router_centering=True`',
-    "mept-token": 'MEPT, `routing="token"`',
-    "lora_r8": "LoRA r8",
-    "prompt_tuning_20": "PEFT prompt tuning, 20",
-    "prefix_tuning_20": "PEFT prefix tuning, 20",
-    "static_20": "deep prompts, 20",
-    "mept_sample_20": "MEPT by sample, 20",
-    "mept_token_20": "MEPT by token, 20",
-}
-
-
-def results(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
-    return found
+Row = tuple[str, int | None, int | None]
+TEXT: tuple[Row, ...] = (
+    ("head", None, None),
+    ("full", None, None),
+    ("lora_r8", None, None),
+    ("prompt_tuning", 20, None),
+    ("prefix_tuning", 20, None),
+    ("p_tuning", 20, None),
+    ("static", 20, 1),
+    ("mept_sample", 20, 4),
+    ("mept_sample", 20, 64),
+    ("mept_token", 20, 4),
+    ("mept_token", 20, 64),
+)
+IMAGES: tuple[Row, ...] = (
+    ("head", None, None),
+    ("full", None, None),
+    ("lora_r8", None, None),
+    *((method, prompts, None) for prompts in (10, 50) for method in ("vpt_deep", "vapt")),
+    *(("mept_sample", prompts, 4) for prompts in (10, 50)),
+    ("mept_token", 10, 4),
+)
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -52,83 +53,152 @@ def spread(values: list[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
-def learning(name: str) -> str:
-    """Accuracy by method, the best first; what routers did, where there are any."""
+def deviation(value: float | None) -> str:
+    return "" if value is None else f"± {value:.3f}"
+
+
+def learning(name: str, score: str = "test accuracy") -> str:
+    """Score by method, the best first; what routers did, where there are any."""
     summary = results(name)["summary"]
+    routed = any("load_entropy" in row for row in summary.values())
     bits = any("task_expert_bits" in row for row in summary.values())
-    headings = ["method", "test accuracy", "over seeds", "trained", "rate", "load entropy"]
-    headings += ["bits of the task"] if bits else []
+    headings = ["method", score, "over seeds", "trained", "rate"]
+    headings += ["load entropy"] * routed + ["bits of the task"] * bits
     rows = []
     for method, row in sorted(summary.items(), key=lambda item: -item[1]["mean"]):
-        line = [NAMES[method], f"{row['mean']:.3f}", f"± {row['sd']:.3f}", f"{row['trainable']:,}", f"{row['lr']:g}"]
-        line.append(spread(row["load_entropy"]) if "load_entropy" in row else "")
-        if bits:
-            line.append(spread(row["task_expert_bits"]) if "task_expert_bits" in row else "")
+        line = [NAMES.get(method, method), f"{row['mean']:.3f}", deviation(row["sd"]), f"{row['trainable']:,}"]
+        line.append(f"{row['lr']:g}" if row["lr"] else "")
+        for measure, shown in (("load_entropy", routed), ("task_expert_bits", bits)):
+            line += [spread(row[measure]) if measure in row else ""] * shown
         rows.append(line)
     return table(headings, rows)
 
 
+def low_data(name: str) -> str:
+    """Accuracy by number of training images."""
+    curves = results(name)["low_data"]
+    numbers = sorted({int(number) for curve in curves.values() for number in curve})
+    rows = [
+        [NAMES.get(method, method)]
+        + [f"{curve[str(n)]['mean']:.3f} {deviation(curve[str(n)]['sd'])}" if str(n) in curve else "" for n in numbers]
+        for method, curve in curves.items()
+    ]
+    return table(["method", *(f"{number} images" for number in numbers)], rows)
+
+
+def name_of(method: str, prompts: int | None, experts: int | None) -> str:
+    """A row's name: method, prompts, and experts if there are several."""
+    name = NAMES.get({"static": "static_sized"}.get(method, method), method)
+    sizes = [] if prompts is None else [f"{prompts}"]
+    sizes += [f"{experts} experts"] if experts and experts > 1 else []
+    return ", ".join([name, *sizes])
+
+
+def key_of(method: str, prompts: int | None, experts: int | None) -> str:
+    """A row's name in the files of the time tier."""
+    sizes = ("" if prompts is None else f"_{prompts}") + (f"_E{experts}" if experts and experts > 1 else "")
+    return f"{method}{sizes}"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def figures(model: str, row: Row) -> list[str]:
+    """Forward FLOPs over the frozen model's, training FLOPs and saved bytes over LoRA's."""
+    found, base, lora = exact_row(model, *row), exact_row(model, "base"), exact_row(model, "lora_r8")
+    if "forward_flops" not in found:
+        return ["", "", ""]
+    return [
+        number(found["forward_flops"] / base["forward_flops"]),
+        number(found["train_flops"] / lora["train_flops"]),
+        number(found["saved_bytes"] / lora["saved_bytes"]),
+    ]
+
+
+def cost(rows: tuple[Row, ...], models: dict[str, str], timed: list[tuple[str, str, str, str]]) -> str:
+    """Rows by methods; the columns are exact figures of each model, and times where there are any.
+
+    `timed` are columns: heading, group, kind, and the row whose time is 1.
+    """
+    timed = [column for column in timed if column[1] in times()]
+    first = next(iter(models))
+    lines = []
+    for row in rows:
+        found = exact_row(first, *row)
+        if not found:  # a language model has no head of its own
+            continue
+        line = [name_of(*row), f"{found['trainable']:,}" if "trainable" in found else ""]
+        for model in models:
+            line += figures(model, row)
+        line += [number(time_ratio(group, kind, key_of(*row), to)) for _, group, kind, to in timed]
+        lines.append(line)
+    headings = ["", f"trained, {models[first]}"]
+    headings += [f"{name}: {what}" for name in models.values() for what in ("forward", "train", "saved")]
+    return table(headings + [heading for heading, *_ in timed], lines)
+
+
 def cost_text() -> str:
-    """FLOPs and saved bytes on BERT-base and the shape of Llama-1B; times on BERT-base and the shape of SmolLM2."""
-    found = results("cost_text")
-    exact = {(row["model"], row["method"]): row for row in found["exact"]}
-    rows = []
-    for method in ("lora_r8", "prompt_tuning_20", "prefix_tuning_20", "static_20", "mept_sample_20", "mept_token_20"):
-        line = [NAMES[method]]
-        for model in ("bert-base", "llama-1b"):
-            row = exact[model, method]
-            for key in ("forward_vs_base", "train_vs_lora", "saved_vs_lora"):
-                line.append(f"{row[key]:.3f}" if key in row else "")
-        line.append(f"{found['step'][method]['min_vs_lora_r8']:.2f}")
-        line.append(f"{found['decode'][method]['min_vs_base']:.2f}")
-        rows.append(line)
-    headings = [""]
-    headings += [f"{model}: {what}" for model in ("BERT", "Llama-1B") for what in ("forward", "train", "saved bytes")]
-    return table([*headings, "BERT: step time", "SmolLM2: decoding"], rows)
+    models = {"bert-base": "BERT-base", "llama-1b": "Llama-1B"}
+    timed = [
+        ("BERT: step time", "bert-base step", "step", "lora_r8"),
+        ("SmolLM2: decoding time", "smollm2 generation", "decode", "base"),
+    ]
+    return cost(TEXT, models, timed)
+
+
+def cost_t5() -> str:
+    return cost(TEXT, {"t5-base": "T5-base"}, [])
 
 
 def cost_vision() -> str:
-    found = results("cost_vision")
-    exact = {(row["model"], row["method"]): row for row in found["exact"]}
-    rows = []
-    for prompts in (10, 50):
-        for method, name in (("vapt", "VAPT"), ("vpt_deep", "VPT-Deep"), ("mept_sample", "MEPT by sample")):
-            line = [f"{name}, {prompts}"]
-            for model in ("vit-b16-hf", "vit-b16-timm"):
-                row = exact[model, f"{method}_{prompts}"]
-                line += [f"{row[key]:.3f}" for key in ("forward_vs_base", "train_vs_lora", "saved_vs_lora")]
-                time = found["step"][model].get(f"{method}_{prompts}")
-                tokens = found["step"][model].get(f"{method}_{prompts}_tokens")
-                line.append(f"{time['min_vs_lora_r8']:.2f} ({tokens['min_vs_lora_r8']:.2f})" if time else "")
-            rows.append(line)
-    what = ("forward", "train", "saved bytes", "step time (as tokens)")
-    return table(["", *[f"{model}: {each}" for model in ("ViT-B/16", "timm") for each in what]], rows)
+    models = {"vit-b16-hf": "ViT-B/16", "vit-b16-timm": "timm"}
+    timed = [(f"{name}: step time", f"{model} step", "step", "lora_r8") for model, name in models.items()]
+    return cost(IMAGES, models, timed)
 
 
 def cost_experts() -> str:
-    found = results("cost_experts")
     rows = []
-    for row in found["exact"]:
-        time = found["forward"].get(f"{row['backbones']} backbones", {}).get(row["dispatcher"])
-        rows.append(
-            [
-                f"{row['backbones']}, `{row['dispatcher']}`",
-                f"{row['parameters'] / 1e6:.1f} M",
-                f"{row['trained']:,}",
-                f"{row['forward_vs_frozen']:.4f}",
-                f"{row['saved_bytes'] / 1e6:,.0f} MB",
-                f"{time['min_vs_frozen']:.3f}" if time else "",
-            ]
-        )
-    return table(["backbones, dispatcher", "held", "trained", "forward FLOPs", "saved bytes", "forward time"], rows)
+    group = "several backbones forward"
+    for row in exact_records():
+        if row["method"].startswith("pmoe"):
+            dispatcher, key = (
+                row["method"].removeprefix("pmoe_"),
+                key_of(row["method"], row["prompts"], row["experts"]),
+            )
+            rows.append(
+                [
+                    f"{row['experts']}, `{dispatcher}`, {row['prompts']}",
+                    f"{row['trainable']:,}",
+                    f"{row['file_bytes'] / 1e6:.1f} MB",
+                    number(row["forward_flops"] / row["frozen_flops"]),
+                    f"{row['saved_bytes'] / 1e6:,.0f} MB",
+                    number(time_ratio(group, "forward", key, "frozen")),
+                ]
+            )
+    headings = ["backbones, dispatcher, prompts", "trained", "file", "forward FLOPs", "saved bytes", "forward time"]
+    return table(headings, rows)
+
+
+def target_table() -> str:
+    rows = [[target.name, target.what, target.limit, target.measured, target.verdict] for target in targets()]
+    return table(["", "target", "at most", "measured", "verdict"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "learning_text": lambda: learning("learning_text"),
     "learning_text_mixture": lambda: learning("learning_text_mixture"),
+    "learning_vision_cifar10": lambda: learning("learning_vision_cifar10"),
+    "learning_vision_mnist": lambda: learning("learning_vision_mnist"),
+    "low_data_cifar10": lambda: low_data("learning_vision_cifar10"),
+    "low_data_mnist": lambda: low_data("learning_vision_mnist"),
+    "learning_experts": lambda: learning("learning_experts"),
+    "learning_causal": lambda: learning("learning_causal", "exact match"),
     "cost_text": cost_text,
+    "cost_t5": cost_t5,
     "cost_vision": cost_vision,
     "cost_experts": cost_experts,
+    "targets": target_table,
 }
 
 
@@ -141,11 +211,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="do not write, fail if there is anything to write")
     args = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    made = filled(text)
-    if args.check and made != text:
-        raise SystemExit("The README's tables are not those of benchmarks/results: run this without --check.")
-    README.write_text(made, encoding="utf-8")
+    for readme in READMES:
+        text = readme.read_text(encoding="utf-8")
+        made = filled(text)
+        if not args.check:
+            readme.write_text(made, encoding="utf-8")
+        elif made != text:
+            raise SystemExit(f"Tables of {readme} are not those of benchmarks/results: run this without --check.")
 
 
 if __name__ == "__main__":

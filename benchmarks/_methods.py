@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods compared in cost and time, by name: what each makes of a model, and which prompts and experts it has.
+
+In "static" and with one expert MEPT has no router; on images that is VPT-Deep, and has a row under that name only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTModel
+
+from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
+
+from _shapes import SHAPES, SMALL, Shape
+
+PROMPTS, EXPERTS = (10, 20, 50, 100), (4, 16, 64)
+# Where transformers calls its cache by a new name, PEFT gives BERT no prefixes, and `generate` does not see them.
+MAY_BE_REFUSED = ("prefix_tuning",)
+UNSEEN = "Both `past_key_values` and `cache` are set"
+DISPATCHERS = ("token", "expert", "attention", "mean", "none")
+
+
+class Row(NamedTuple):
+    """A method with its sizes: active prompts, and routed experts (of pMoE: backbones)."""
+
+    method: str
+    prompts: int | None = None
+    experts: int | None = None
+
+    def __str__(self) -> str:
+        prompts = "" if self.prompts is None else f"_{self.prompts}"
+        return f"{self.method}{prompts}" + ("" if self.experts in (None, 1) else f"_E{self.experts}")
+
+
+def config(shape: Shape, row: Row, further: list[nn.Module] | None = None) -> PeftConfig:
+    """PEFT's config of a method that is an adapter; `further` are pMoE's backbones beside the base model."""
+    task, prompts = shape.task, row.prompts
+    match row.method:
+        case "lora_r8":
+            heads = [shape.head] if shape.head else None
+            return LoraConfig(
+                task_type=task, r=8, lora_alpha=16, target_modules=shape.attention, modules_to_save=heads
+            )
+        case "prompt_tuning":
+            return PromptTuningConfig(task_type=task, num_virtual_tokens=prompts, prompt_tuning_init="SAMPLE_VOCAB")
+        case "prefix_tuning":
+            return PrefixTuningConfig(task_type=task, num_virtual_tokens=prompts)
+        case "p_tuning":
+            return PromptEncoderConfig(task_type=task, num_virtual_tokens=prompts)
+        case "vpt_deep":
+            return VAPTConfig(num_virtual_tokens=prompts, num_static_layers="all")
+        case "vapt":
+            return VAPTConfig(num_virtual_tokens=prompts)
+        case "static":
+            return MEPTConfig(
+                task_type=task, num_virtual_tokens=prompts, num_experts=1, num_shared_experts=0, routing="sample"
+            )
+        case "mept_sample":
+            return MEPTConfig(task_type=task, num_virtual_tokens=prompts, num_experts=row.experts, routing="sample")
+        case "mept_token":
+            # A decoder can only see prompts that are the same for all tokens of a sample.
+            decoder = {"decoder_sees_prompts": False} if task == "SEQ_2_SEQ_LM" else {}
+            return MEPTConfig(
+                task_type=task, num_virtual_tokens=prompts, num_experts=row.experts, routing="token", **decoder
+            )
+        case method if method.startswith("pmoe_"):
+            return PMoEConfig(experts=further, num_virtual_tokens=prompts, dispatcher=method.removeprefix("pmoe_"))
+    raise ValueError(f"no method is called {row.method!r}")
+
+
+def build(
+    shape: Shape,
+    row: Row,
+    depth: int | None = None,
+    small: bool = False,
+    dtype: torch.dtype | None = None,
+    further: list[nn.Module] | None = None,
+) -> nn.Module:
+    """A new model of this shape, ready to be trained by a method; "base" trains nothing, "full" everything.
+
+    `dtype` is that of the base model. `further` are pMoE's backbones beside it, if they are not to be random ones.
+    """
+    depth = depth or shape.depth
+    model = shape.make(depth, small).to(dtype)
+    if row.method == "full":
+        return model
+    if row.method in ("base", "head"):
+        model.requires_grad_(False)
+        if row.method == "head":
+            next(module for name, module in model.named_modules() if is_head(name, shape)).requires_grad_(True)
+        return model
+    if not row.method.startswith("pmoe_"):
+        return get_peft_model(model, config(shape, row))
+    if further is None:
+        assert row.experts is not None
+        further = [backbone.to(dtype) for backbone in backbones(row.experts - 1, depth, small)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The normalisation")  # random weights know no pixels
+        return get_peft_model(model, config(shape, row, further))
+
+
+def refusal(row: Row, work: Callable[[], object]) -> str | None:
+    """Why a method that may be refused cannot do its work on a model; None if it can, and has done it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=UNSEEN)
+            work()
+    except (ValueError, FutureWarning) as error:
+        if row.method not in MAY_BE_REFUSED:
+            raise
+        # The message goes on with what the arguments are.
+        return str(error).split(". ", maxsplit=1)[0]
+    return None
+
+
+def is_head(name: str, shape: Shape) -> bool:
+    """Whether a module or parameter of this name is the model's head, or belongs to it."""
+    return shape.head in name.split(".")
+
+
+def backbones(number: int, depth: int, small: bool = False) -> list[nn.Module]:
+    """pMoE's further backbones: another ViT-B/16, and a ViT-S/16 of timm."""
+    settings = {**SMALL, "image_size": 32} if small else {}
+    name, args = ("vit_tiny_patch16_224", {"img_size": 32}) if small else ("vit_small_patch16_224", {})
+    makers: list[Callable[[], nn.Module]] = [
+        lambda: ViTModel(ViTConfig(num_hidden_layers=depth, **settings), add_pooling_layer=False),
+        lambda: timm.create_model(name, num_classes=0, depth=depth, **args),
+    ]
+    return [make() for make in makers[:number]]
+
+
+def frozen_backbones(prompts: int, number: int, depth: int, small: bool = False) -> list[nn.Module]:
+    """pMoE's yardstick: its backbones alone, each with `prompts` tokens more in every block, which do nothing."""
+    models = [SHAPES["vit-b16-hf"].make(depth, small), *backbones(number - 1, depth, small)]
+    for model in models:
+        blocks: Any = getattr(model, "blocks", None) or getattr(getattr(model, "vit", model), "layers", None)
+        blocks[0].register_forward_pre_hook(partial(_idle_tokens, prompts))
+        model.requires_grad_(False).eval()
+    return models
+
+
+def _idle_tokens(number: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x: Tensor = args[0]
+    return torch.cat([x, x.new_zeros(x.shape[0], number, x.shape[2])], dim=1), *args[1:]
+
+
+def grid(name: str) -> Iterator[Row]:
+    """The rows of the exact tier for a shape: every method that the shape can have, in every size."""
+    shape = SHAPES[name]
+    yield Row("base")
+    if shape.head:
+        yield Row("head")
+    yield Row("full")
+    yield Row("lora_r8")
+    text = ("prompt_tuning", "prefix_tuning", "p_tuning", "static")
+    for method in text if shape.task else ("vpt_deep", "vapt"):
+        yield from (Row(method, prompts, 1 if method == "static" else None) for prompts in PROMPTS)
+    for method in ("mept_sample", "mept_token"):
+        yield from (Row(method, prompts, EXPERTS[0]) for prompts in PROMPTS)
+        yield from (Row(method, 20, experts) for experts in EXPERTS[1:])
+    if name == "vit-b16-hf":
+        yield from (Row(f"pmoe_{dispatcher}", 10, 2) for dispatcher in DISPATCHERS)
+        yield from (Row("pmoe_token", prompts, 2) for prompts in PROMPTS[1:])
+        yield from (Row("pmoe_token", 10, backbones) for backbones in (1, 3))

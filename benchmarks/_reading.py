@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the committed results: records by what they are of, and the names that methods go by in tables."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "results"
+NAMES = {
+    "base": "frozen",
+    "head": "head only",
+    "full": "full fine-tuning",
+    "lora": "LoRA r8",
+    "prompt": "PEFT prompt tuning, 20",
+    "prefix": "PEFT prefix tuning, 20",
+    "static": "deep prompts, `num_experts=1`",
+    "vpt-deep": "VPT-Deep",
+    "vapt": "VAPT",
+    "mept-sample": 'MEPT, `routing="sample"`',
+    "mept-centered": 'MEPT, `routing="sample"`, `router_centering=True`',
+    "mept-token": 'MEPT, `routing="token"`',
+    "lora_r8": "LoRA r8",
+    "prompt_tuning": "PEFT prompt tuning",
+    "prefix_tuning": "PEFT prefix tuning",
+    "p_tuning": "PEFT p-tuning",
+    "static_sized": "deep prompts",
+    "vpt_deep": "VPT-Deep",
+    "mept_sample": "MEPT by sample",
+    "mept_token": "MEPT by token",
+}
+
+
+@lru_cache
+def results(name: str) -> dict[str, Any]:
+    """The content of a results file; empty if it is not there yet."""
+    path = FOLDER / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def exact_records() -> list[dict[str, Any]]:
+    """All records of the exact tier."""
+    records: list[dict[str, Any]] = results("cost_exact")["records"]
+    return records
+
+
+@lru_cache
+def _by_row() -> dict[tuple[Any, ...], dict[str, Any]]:
+    keys = ("model", "method", "prompts", "experts")
+    return {tuple(each[key] for key in keys): each for each in exact_records()}
+
+
+def exact_row(model: str, method: str, prompts: int | None = None, experts: int | None = None) -> dict[str, Any]:
+    """One record of the exact tier; empty if a model has no such row."""
+    return _by_row().get((model, method, prompts, experts), {})
+
+
+def times(file: str = "times_cpu") -> dict[str, dict[str, Any]]:
+    """Groups of a run of the time tier; none where it has not been run."""
+    found: dict[str, dict[str, Any]] = results(file).get("cells", {})
+    return found
+
+
+def time_ratio(group: str, kind: str, of: str, to: str, file: str = "times_cpu") -> float | None:
+    """Minimum seconds of a row over those of another; None where either was not timed."""
+    rows = times(file).get(group, {})
+    one, other = (rows.get(name, {}).get(kind) for name in (of, to))
+    return None if one is None or other is None else one["min_s"] / other["min_s"]

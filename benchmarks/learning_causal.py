@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each method teaches a pretrained causal language model on a real task, scored by what it generates.
+
+    python benchmarks/learning_causal.py
+    python benchmarks/learning_causal.py --methods lora mept-token    # some methods only
+
+The task, its prompt and its score are those of `examples/causal_lm.py`: SmolLM2-135M-Instruct is asked whether a
+sentence of a review is positive or negative, and a greedy answer counts if it is exactly that word. Texts are split by
+movie. Every method gets the same texts, epochs, batches and number of learning rates; the rate is chosen on the
+development split with seed 0, and the test split is scored at that rate only, with seeds 1 to 3. Finished cells are
+kept in the JSON file and not run again. A cell takes three to four minutes on one core.
+"""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from peft import PeftModel, get_peft_model, initialize_kv_prefix_from_text
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from peft_promptmoe import record_routing
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+import assets  # noqa: E402
+import causal_lm  # noqa: E402
+from _methods import Row, config, refusal  # noqa: E402
+from _search import HEADINGS, line, ranking, run_method  # noqa: E402
+from _shapes import SHAPES  # noqa: E402
+from _training import Budget, Results, Stopwatch, train  # noqa: E402
+
+SIZES = {"train": 640, "dev": 160, "test": 400}
+
+
+@dataclass(frozen=True)
+class Method:
+    row: Row
+    lrs: tuple[float, ...]
+
+
+# Rates a factor of about three apart. MEPT's tensors are stored scaled (by `prompt_scale`), which under Adam
+# multiplies their rate: its grid is LoRA's, and stands for rates like the prompts'. With token routing a token meets
+# ten prompts of its expert and ten shared ones, which is why methods without experts have twenty.
+MATRICES = (3e-4, 1e-3, 3e-3)
+METHODS = {
+    "lora": Method(Row("lora_r8"), MATRICES),
+    "prompt": Method(Row("prompt_tuning", 20), (3e-3, 1e-2, 3e-2)),
+    "prefix": Method(Row("prefix_tuning", 20), (1e-3, 3e-3, 1e-2)),
+    "static": Method(Row("static", 20, 1), MATRICES),
+    "mept-token": Method(Row("mept_token", 10, 4), MATRICES),
+    "mept-sample": Method(Row("mept_sample", 10, 4), MATRICES),
+}
+
+
+class Questions:
+    """Questions with their answers, for training."""
+
+    def __init__(self, data: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.texts = [causal_lm.encode(row, tokenizer) for row in data]
+        self.labels: Tensor = torch.tensor(data["label"])
+        self._collate = DataCollatorForSeq2Seq(tokenizer)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def length(self, index: int) -> int:
+        return len(self.texts[index]["input_ids"])
+
+    def batch(self, chosen: list[int]) -> dict[str, Tensor]:
+        return dict(self._collate([self.texts[i] for i in chosen]))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All that a cell needs: the base model's folder, its tokenizer, the texts and the budget."""
+
+    folder: str
+    tokenizer: PreTrainedTokenizerBase
+    splits: datasets.DatasetDict
+    budget: Budget
+
+    def lrs(self, name: str) -> tuple[float, ...]:
+        return METHODS[name].lrs
+
+    def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
+        """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
+        torch.manual_seed(seed)
+        model = self.model(name)
+        with Stopwatch() as watch:
+            data = Questions(self.splits["train"], self.tokenizer)
+            loss = train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+        split = "test" if final else "dev"
+        routed = name.startswith("mept")
+        with Stopwatch() as scoring, record_routing(model) if routed else nullcontext() as record:
+            accuracy = self.exact_match(model, split)
+        cell = {
+            "method": name,
+            "lr": lr,
+            "seed": seed,
+            "split": split,
+            "train_loss": round(loss, 4),
+            "train_seconds": round(watch.seconds, 1),
+            "score_seconds": round(scoring.seconds, 1),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "accuracy": round(accuracy, 5),
+        }
+        return cell | ({"load_entropy": rounded(record.report().entropy)} if record else {})
+
+    def exact_match(self, model: torch.nn.Module, split: str) -> float:
+        data = self.splits[split]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.budget.bf16):
+            answers = causal_lm.generate(model, self.tokenizer, list(data["text"]))
+        return causal_lm.exact_match(answers, data)
+
+    def base(self) -> torch.nn.Module:
+        # Eager attention: the fused bf16 backward pass on CPU takes longer than that of plain products.
+        return AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager")
+
+    def model(self, name: str) -> PeftModel:
+        model = get_peft_model(self.base(), config(SHAPES["smollm2"], METHODS[name].row))
+        if name == "prefix":  # as prompts of all other methods, from what the model makes of text
+            text = causal_lm.INSTRUCTION.format(text=self.splits["train"]["text"][0])
+            initialize_kv_prefix_from_text(model, self.tokenizer, text=text, use_chat_template=False)
+        return model
+
+    def refusal(self, name: str) -> str | None:
+        """Why a method cannot answer at all with the libraries there are, if it cannot."""
+        text = self.splits["dev"]["text"][:1]
+        return refusal(METHODS[name].row, lambda: causal_lm.generate(self.model(name), self.tokenizer, text))
+
+    def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
+        """Mean over the cells of how even the experts' load was, layer by layer."""
+        if "load_entropy" not in cells[0]:
+            return {}
+        return {"load_entropy": rounded(torch.tensor([cell["load_entropy"] for cell in cells]).mean(dim=0))}
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
+    parser.add_argument("--model", help="local folder or Hub id of a chat model (default: packaged SmolLM2-135M)")
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"texts of the {name} split")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "learning_causal.json")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    transformers.logging.set_verbosity_error()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, sizes = args.model or assets.smollm2(), {name: getattr(args, name) for name in SIZES}
+    budget = Budget(epochs=args.epochs, batch_size=8)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bench = Bench(folder, tokenizer, assets.rotten_tomatoes(**sizes), budget)
+    settings = {
+        "task": "sentiment, by generation",
+        "model": args.model or "SmolLM2-135M-Instruct",
+        "texts": sizes,
+        "budget": asdict(budget),
+    }
+    results = Results(args.results, settings)
+    if "untrained" not in results.data:
+        results.data["untrained"] = {split: bench.exact_match(bench.base(), split) for split in ("dev", "test")}
+        results.save()
+    for name in args.methods:
+        if reason := bench.refusal(name):
+            results.data.setdefault("refused", {})[name] = reason
+            results.save()
+        else:
+            run_method(bench, results, name, args.seeds)
+    print(f"\n{HEADINGS}")
+    for name, row in ranking(results):
+        print(line(name, row))
+    print(f"untrained: {results.data['untrained']['test']:.4f}")
+    for name, reason in results.data.get("refused", {}).items():
+        print(f"{name} was not run: {reason}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

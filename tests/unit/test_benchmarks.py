@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks that are too long for a test: that they run, go on where they stopped, and say what they found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import plots
+import times
+
+from targets import Target, targets
+
+
+@pytest.fixture
+def run_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the time tier writes its results; its log level is for scripts, which end with it."""
+    monkeypatch.setattr(times, "quiet", lambda: None)
+    return tmp_path / "times.json"
+
+
+def time_groups(path: Path, *groups: str, repeats: int = 1) -> None:
+    given = ["--small", "--threads", "1", "--repeats", str(repeats), "--results", str(path), "--groups", *groups]
+    times.main(times.parse_args(given))
+
+
+def test_a_finished_group_is_not_timed_again(run_times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time_groups(run_times, "bert-base adapters")
+    first = json.loads(run_times.read_text())
+    row = first["cells"]["bert-base adapters"]["mept_token_20_E4"]
+    assert all(0 < row[kind]["min_s"] <= row[kind]["median_s"] for kind in ("attach", "save", "load"))
+    assert first["made_with"]["versions"]["torch"]
+
+    def never(setting: times.Setting) -> None:
+        raise AssertionError("a finished group was timed again")
+
+    monkeypatch.setitem(times.GROUPS, "bert-base adapters", never)
+    time_groups(run_times, "bert-base adapters")
+    assert json.loads(run_times.read_text()) == first
+    with pytest.raises(SystemExit, match="another configuration"):
+        time_groups(run_times, "bert-base adapters", repeats=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [name for name in times.GROUPS if name not in ("import", "bert-base adapters")])
+def test_every_group_runs(run_times: Path, group: str) -> None:
+    time_groups(run_times, group)
+    rows = json.loads(run_times.read_text())["cells"][group]
+    assert any(name.startswith(("mept", "pmoe", "vapt")) for name in rows)
+
+
+def test_targets_are_judged_by_their_worst_figure() -> None:
+    limit = Target("P0", "cost", 1.05, [(1.01, "one"), (1.051, "other")])
+    assert (limit.limit, limit.measured, limit.verdict) == ("x 1.0500", "x 1.0510 (other)", "**not met** by 1 of 2")
+    assert Target("P0", "cost", 1.05, [(1.05, "one")]).verdict == "met"
+    assert Target("P0", "cost", 1.05, []).verdict == "not measured yet"
+
+
+def test_every_target_on_exact_figures_is_measured() -> None:
+    found = list(targets())
+    assert {target.name for target in found} == {f"P{number}" for number in range(1, 10)}
+    exact = [target for target in found if any(word in target.what for word in ("FLOPs", "saved bytes", "breaks"))]
+    assert len(exact) == 17 and all(target.figures for target in exact)
+
+
+def test_names_in_a_picture_touch_nothing() -> None:
+    figure = Figure(figsize=(5, 4))
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    crowd = [plots.Point(f"a method {n}", 100 + 5 * (n % 4), 0.7 + 0.004 * n, 0.002, "blue") for n in range(8)]
+    plots.draw(axes, crowd, "cost")
+    canvas.draw()
+    plots.name_points(axes, crowd, canvas)
+    assert sorted(text.get_text() for text in axes.texts) == [point.name for point in crowd]
+    names = [Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]
+    assert not [pair for pair in combinations(names, 2) if pair[0].overlaps(pair[1])]
+    marks = {point.name: plots.mark(axes, point) for point in crowd}
+    for text, name in zip(axes.texts, names, strict=True):
+        assert not [other for other, mark in marks.items() if name.overlaps(mark) and other != text.get_text()]
