@@ -4,11 +4,17 @@
 import statistics
 from typing import Any, Protocol
 
-from _training import Results
+import torch
+from torch import nn
+
+from _timing import Run, interleaved
+from _training import Budget, Results, Split, Stopwatch
 
 
 class Bench(Protocol):
     """What a benchmark has to offer to be searched."""
+
+    budget: Budget
 
     def lrs(self, name: str) -> tuple[float, ...]:
         """Learning rates to try."""
@@ -22,6 +28,9 @@ class Bench(Protocol):
 
     def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         """What the method's summary says besides, from its final cells."""
+
+    def ready(self, name: str) -> tuple[nn.Module, Split]:
+        """A model as `run` would train it, and what it is trained on."""
 
 
 def run_method(bench: Bench, results: Results, name: str, seeds: list[int]) -> None:
@@ -46,6 +55,37 @@ def run_cell(bench: Bench, results: Results, name: str, lr: float, seed: int, fi
     if key not in results.cells:
         results.add(key, bench.run(name, lr, seed, final))
     return results.cells[key]
+
+
+def time_steps(bench: Bench, results: Results, names: list[str], turns: int = 5) -> None:
+    """Least seconds of a training step of each method, the methods taking turns; kept with the results.
+
+    The seconds of whole cells say little: cells are run on different days and beside other work.
+    """
+    runs: dict[str, Run] = {}
+    for name in names:
+        torch.manual_seed(0)
+        runs[name] = _step(*bench.ready(name), bench.budget)
+    times = interleaved(runs, turns, 1, "training steps in turn")
+    results.data.setdefault("step_seconds", {}).update({name: row["step"]["min_s"] for name, row in times.items()})
+    results.save()
+
+
+def _step(model: nn.Module, data: Split, budget: Budget) -> Run:
+    middle = len(data) // 2 - budget.batch_size // 2
+    chosen = sorted(range(len(data)), key=data.length)[middle : middle + budget.batch_size]
+    batch = data.batch(chosen)
+
+    def run() -> dict[str, float]:
+        model.train()
+        with Stopwatch() as watch:
+            with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
+                loss = model(**batch).loss
+            loss.backward()
+        model.zero_grad()
+        return {"step": watch.seconds}
+
+    return run
 
 
 def spread(cells: list[dict[str, Any]]) -> dict[str, Any]:

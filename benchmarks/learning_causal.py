@@ -33,7 +33,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 import assets  # noqa: E402
 import causal_lm  # noqa: E402
 from _methods import Row, config, refusal  # noqa: E402
-from _search import HEADINGS, line, ranking, run_method  # noqa: E402
+from _search import HEADINGS, line, ranking, run_method, time_steps  # noqa: E402
 from _shapes import SHAPES  # noqa: E402
 from _training import Budget, Results, Stopwatch, train  # noqa: E402
 
@@ -93,9 +93,8 @@ class Bench:
     def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
         """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
         torch.manual_seed(seed)
-        model = self.model(name)
+        model, data = self.ready(name)
         with Stopwatch() as watch:
-            data = Questions(self.splits["train"], self.tokenizer)
             loss = train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
         split = "test" if final else "dev"
         routed = name.startswith("mept")
@@ -113,6 +112,9 @@ class Bench:
             "accuracy": round(accuracy, 5),
         }
         return cell | ({"load_entropy": rounded(record.report().entropy)} if record else {})
+
+    def ready(self, name: str) -> tuple[PeftModel, Questions]:
+        return self.model(name), Questions(self.splits["train"], self.tokenizer)
 
     def exact_match(self, model: torch.nn.Module, split: str) -> float:
         data = self.splits[split]
@@ -156,6 +158,7 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=size, help=f"texts of the {name} split")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "learning_causal.json")
+    parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
@@ -178,6 +181,9 @@ def main(args: argparse.Namespace) -> None:
     if "untrained" not in results.data:
         results.data["untrained"] = {split: bench.exact_match(bench.base(), split) for split in ("dev", "test")}
         results.save()
+    if args.times:
+        time_steps(bench, results, [name for name in args.methods if name not in results.data.get("refused", {})])
+        return
     for name in args.methods:
         if reason := bench.refusal(name):
             results.data.setdefault("refused", {})[name] = reason

@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 
 import _text_tasks as text_tasks  # noqa: E402
 import assets  # noqa: E402
-from _search import HEADINGS, line, ranking, run_method  # noqa: E402
+from _search import HEADINGS, line, ranking, run_method, time_steps  # noqa: E402
 from _training import Budget, Results, Stopwatch, predict, prediction_order, train  # noqa: E402
 from pooling import pool_by_mean  # noqa: E402
 
@@ -110,16 +110,10 @@ class Bench:
     def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
         """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
         torch.manual_seed(seed)
-        # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
-        base = AutoModelForSequenceClassification.from_pretrained(
-            self.model, num_labels=2, attn_implementation="eager"
-        )
-        pool_by_mean(base)
-        model = METHODS[name].build(base)
-        splits = self.data.splits
+        model, data = self.ready(name)
         with Stopwatch() as watch:
-            loss = train(model, splits["train"], lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
-        split = splits["test" if final else "dev"]
+            loss = train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+        split = self.data.splits["test" if final else "dev"]
         cell = {
             "method": name,
             "lr": lr,
@@ -130,6 +124,13 @@ class Bench:
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
         return cell | self._scores(model, split, METHODS[name].routed)
+
+    def ready(self, name: str) -> tuple[nn.Module, text_tasks.Texts]:
+        # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
+        base = AutoModelForSequenceClassification.from_pretrained(
+            self.model, num_labels=2, attn_implementation="eager"
+        )
+        return METHODS[name].build(pool_by_mean(base)), self.data.splits["train"]
 
     def _scores(self, model: nn.Module, split: text_tasks.Texts, routed: bool) -> dict[str, Any]:
         """Accuracy, by task where there are several; for a routed method also what its routers did, layer by layer.
@@ -189,6 +190,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="JSON file (default: benchmarks/results/learning_text[_TASK].json)"
     )
+    parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
@@ -211,6 +213,9 @@ def main(args: argparse.Namespace) -> None:
     }
     suffix = "" if args.task == "sentiment" else f"_{args.task}"
     results = Results(args.results or HERE / "results" / f"learning_text{suffix}.json", config)
+    if args.times:
+        time_steps(bench, results, args.methods)
+        return
     for name in args.methods:
         run_method(bench, results, name, args.seeds)
     print_table(results)

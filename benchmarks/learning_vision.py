@@ -32,7 +32,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 
 import _vision_tasks as vision_tasks  # noqa: E402
 import assets  # noqa: E402
-from _search import HEADINGS, line, ranking, run_method, spread  # noqa: E402
+from _search import HEADINGS, line, ranking, run_method, spread, time_steps  # noqa: E402
 from _training import Budget, Results, Split, Stopwatch, predict, train  # noqa: E402
 
 SIZE = 98  # pixels, a grid of 7 x 7 patches
@@ -128,16 +128,14 @@ class Bench:
         `share` is that of the training images that are used.
         """
         torch.manual_seed(seed)
-        base = self._base()
-        build = METHODS[name].build
         trained, scored = ("both", "test") if final else ("train", "dev")
-        data, held_out = (self.images[split] if build else self._features(split) for split in (trained, scored))
+        model, data = self.ready(name, trained)
+        held_out = self.images[scored] if METHODS[name].build else self._features(scored)
         budget = self.budget
         if share < 1.0:
             data = data.select(vision_tasks.subset(data.labels, round(share * len(data)), seed))
             epochs = math.ceil(FEWEST_STEPS / math.ceil(len(data) / budget.batch_size))
             budget = replace(budget, epochs=max(budget.epochs, epochs))
-        model = build(base) if build else Head(base.classifier)
         with Stopwatch() as watch:
             loss = train(model, data, lr, seed, budget, f"{name} lr={lr:g} seed={seed} share={share:g}")
         return {
@@ -152,6 +150,10 @@ class Bench:
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "accuracy": self._accuracy(model, held_out),
         }
+
+    def ready(self, name: str, split: str = "train") -> tuple[nn.Module, Any]:
+        base, build = self._base(), METHODS[name].build
+        return (build(base), self.images[split]) if build else (Head(base.classifier), self._features(split))
 
     def _base(self) -> PreTrainedModel:
         # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
@@ -213,6 +215,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="JSON file (default: benchmarks/results/learning_vision_TASK.json)"
     )
+    parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
@@ -232,6 +235,9 @@ def main(args: argparse.Namespace) -> None:
         "budget": asdict(budget),
     }
     results = Results(args.results or HERE / "results" / f"learning_vision_{args.task}.json", config)
+    if args.times:
+        time_steps(bench, results, args.methods)
+        return
     for name in args.methods:
         run_method(bench, results, name, args.seeds)
         if args.low_data and name in LOW_DATA:

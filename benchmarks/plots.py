@@ -3,9 +3,9 @@
 
     python benchmarks/plots.py
 
-One picture for each learning benchmark that has results: the score against the parameters that are trained, and
-against the seconds that training took. Bars are standard deviations over seeds. The line joins the methods that no
-other method beats in both respects. Seconds compare within a picture only.
+One picture for each learning benchmark that has results and step times (its `--times`): the score against the
+parameters that are trained, and against the seconds of a training step. Bars are standard deviations over seeds. The
+line joins the methods that no other method beats in both respects. Seconds compare within a picture only.
 """
 
 from __future__ import annotations
@@ -65,16 +65,17 @@ class Point:
     colour: str
 
 
-def points(summary: dict[str, dict[str, Any]], cost: str) -> list[Point]:
+def points(summary: dict[str, dict[str, Any]], costs: dict[str, float]) -> list[Point]:
     return [
         Point(
             NAMES.get(method, method),
-            row[cost],
+            costs[method],
             row["mean"],
             row["sd"] or 0.0,
             OTHERS if method.split()[0] in BASELINES else OURS,
         )
         for method, row in summary.items()
+        if method in costs
     ]
 
 
@@ -161,19 +162,21 @@ def mark(axes: Axes, point: Point) -> Bbox:
 
 def picture(name: str) -> None:
     title, score = PICTURES[name]
-    summary = results(name)["summary"]
+    found = results(name)
+    summary = found["summary"]
+    trained = {method: row["trainable"] for method, row in summary.items()}
+    costs = {"trained parameters": trained, "seconds of a training step": found.get("step_seconds", {})}
     figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    costs = {"trainable": "trained parameters", "train_seconds": "seconds of training"}
-    for axes, (cost, label) in zip(panels, costs.items(), strict=True):
+    for axes, (label, cost) in zip(panels, costs.items(), strict=True):
         draw(axes, points(summary, cost), label)
     panels[0].set_xscale("log")
     panels[0].set_ylabel(score)
     panels[1].set_xlim(left=0)
     figure.suptitle(title, fontsize=10)
     canvas.draw()  # names are placed by what is where
-    for axes, cost in zip(panels, costs, strict=True):
+    for axes, cost in zip(panels, costs.values(), strict=True):
         name_points(axes, points(summary, cost), canvas)
     canvas.draw()
     # A few colours are all there are, and a third of the bytes.
@@ -183,7 +186,7 @@ def picture(name: str) -> None:
 
 def main() -> None:
     for name in PICTURES:
-        if results(name).get("summary"):
+        if results(name).get("summary") and results(name).get("step_seconds"):
             picture(name)
             print(FOLDER / f"{name}.png")
 

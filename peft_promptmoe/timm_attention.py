@@ -55,6 +55,9 @@ def _attend(
     if is_causal:
         raise ValueError("Prompts join timm's bidirectional attention only, and this layer was called with is_causal.")
     width = value.shape[-1]
+    # Keys and values are copied together with the rows; a query that stayed a view would keep all three of the fused
+    # projection alive for the backward pass.
+    query = query.clone() if query.requires_grad else query
     query, key, value, attn_mask, scale = join_rows(columns, query, key, value, attn_mask, scale)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)[..., :width]
 

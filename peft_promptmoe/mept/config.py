@@ -30,8 +30,8 @@ class MEPTConfig(PromptConfig):
             choice is saved with the adapter.
         router_norm: whether the router reads its input through an RMS norm without gain (official code: yes).
         router_centering: whether a running mean is subtracted from the router's input. Layer inputs share one
-            direction, and without centering sample routing usually sends everything to one expert; with it, experts
-            follow the task in mixed data. On a single task it has cost accuracy, so it is off by default.
+            direction, by which sample routing can send everything to one expert; with centering the load is even and
+            experts follow the task in mixed data. On a single task it has cost accuracy, so it is off by default.
         renormalize_top_k: whether the gates of the chosen experts sum to one (official code: no). Impossible with
             top_k=1 and several experts, where it would leave the router without gradient.
         router_noise: standard deviation of multiplicative Gaussian noise on router logits in training (the official
