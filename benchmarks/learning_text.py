@@ -2,7 +2,7 @@
 """What each method learns on real text with a pretrained encoder, on one budget.
 
     python benchmarks/learning_text.py                          # Rotten Tomatoes by movie
-    python benchmarks/learning_text.py --task mixture           # four tasks in one training set
+    python benchmarks/learning_text.py --task mixture           # four tasks in one training set, 2 to 16 experts
     python benchmarks/learning_text.py --methods lora head      # some methods only
 
 Every method gets the same texts, epochs, batches and number of learning rates. The rate is chosen on the development
@@ -94,6 +94,16 @@ METHODS = {
     "mept-centered": Method(mept(routing="sample", router_centering=True), MATRICES, routed=True),
     "mept-token": Method(mept(routing="token"), MATRICES, routed=True),
 }
+# What more experts are worth. A static prompt of equal active length is "static" above; this one is as long as all the
+# experts of MEPT together, the shared one included.
+SIZES_OF_MEPT = {
+    "static-50": Method(mept(num_experts=1, num_shared_experts=0, num_virtual_tokens=50), MATRICES),
+    **{f"mept-sample-{e}": Method(mept(routing="sample", num_experts=e), MATRICES, routed=True) for e in (2, 8, 16)},
+    "mept-centered-16": Method(mept(routing="sample", router_centering=True, num_experts=16), MATRICES, routed=True),
+    "mept-token-16": Method(mept(routing="token", num_experts=16), MATRICES, routed=True),
+}
+DEFAULTS = {"sentiment": list(METHODS), "mixture": [*METHODS, *SIZES_OF_MEPT]}
+METHODS |= SIZES_OF_MEPT
 
 
 @dataclass(frozen=True)
@@ -184,7 +194,7 @@ def print_table(results: Results) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(SIZES), default="sentiment")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all that are for the task")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
     parser.add_argument("--model", help="local folder or Hub id of an encoder (default: packaged MiniLM)")
     parser.add_argument(
@@ -213,10 +223,11 @@ def main(args: argparse.Namespace) -> None:
     }
     suffix = "" if args.task == "sentiment" else f"_{args.task}"
     results = Results(args.results or HERE / "results" / f"learning_text{suffix}.json", config)
+    methods = args.methods or DEFAULTS[args.task]
     if args.times:
-        time_steps(bench, results, args.methods)
+        time_steps(bench, results, methods)
         return
-    for name in args.methods:
+    for name in methods:
         run_method(bench, results, name, args.seeds)
     print_table(results)
 
