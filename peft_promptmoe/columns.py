@@ -15,10 +15,6 @@ from torch import Tensor
 CLOSED = -3e4
 
 
-# Closed prompt rows from which on a decoding step gathers the open ones (measured on SmolLM2's shape, CPU).
-GATHER_FROM = 256
-
-
 @dataclass
 class Columns:
     """Key and value rows that join one attention call.
@@ -85,8 +81,7 @@ def merge_columns(parts: list[Columns]) -> Columns:
 def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -> Columns:
     """Put gates on columns; for a single query per sample keep only the columns of the experts it chose.
 
-    So a decoding step costs the active experts, not all of them. Where few rows are closed, to gather the others takes
-    longer than to attend to all.
+    So a decoding step costs the active experts, not all of them.
 
     Args:
         columns: key and value of (B or 1, H, R, d), the gated experts' rows first, and their owners where known.
@@ -95,7 +90,7 @@ def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -
         slots: rows of one expert.
     """
     gates, owner = log_gates.shape[-1], columns.owner
-    if log_gates.shape[1] == 1 and (gates - active) * slots > GATHER_FROM:
+    if log_gates.shape[1] == 1 and active < gates:
         best, index = log_gates[:, 0].topk(active, dim=-1)
         columns = Columns(_gather(columns.key, index, gates, slots), _gather(columns.value, index, gates, slots))
         log_gates, gates, owner = best[:, None], active, None

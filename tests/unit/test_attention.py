@@ -206,7 +206,7 @@ def test_added_gates_keep_the_mask(masked: bool, additive: bool) -> None:
 @pytest.mark.parametrize("active", [1, 2, 4])
 @pytest.mark.parametrize("batched_rows", [False, True], ids=["shared_rows", "rows_per_sample"])
 def test_gathered_columns_equal_all_columns(active: int, batched_rows: bool) -> None:
-    gates, slots, shared, heads = 4, 130, 5, 2  # so long that to gather is worth it
+    gates, slots, shared, heads = 4, 3, 2, 2
     rows = Columns(
         torch.randn(B if batched_rows else 1, heads, gates * slots + shared, D, dtype=torch.float64),
         torch.randn(B if batched_rows else 1, heads, gates * slots + shared, D, dtype=torch.float64),
@@ -224,12 +224,6 @@ def test_gathered_columns_equal_all_columns(active: int, batched_rows: bool) -> 
     owner = torch.arange(gates * slots + shared) // slots
     dense = Columns(rows.key, rows.value, log_gates, torch.where(owner < gates, owner, -1))
     torch.testing.assert_close(attend(opened), attend(dense), rtol=0, atol=1e-13)
-
-
-def test_few_closed_columns_are_not_gathered() -> None:
-    rows = Columns(torch.randn(1, 2, 14, D), torch.randn(1, 2, 14, D))
-    opened = open_columns(rows, top_k_log_gates(torch.randn(B, 1, 4), 1, False)[0], 1, 3)
-    assert opened.key is rows.key
 
 
 def test_columns_of_several_queries_are_not_gathered() -> None:
