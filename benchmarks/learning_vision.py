@@ -40,7 +40,7 @@ TEST = 2000
 PROMPTS = 10
 LOW_DATA = ("vpt-deep", "vapt")
 SHARES = (0.01, 0.1, 0.3)
-FEWEST_STEPS = 200  # with few images an epoch is a step or two, and twenty of them would teach no method anything
+FEWEST_STEPS = 100  # with few images an epoch is a step or two, and ten of them would teach no method anything
 
 
 def everything(model: nn.Module) -> nn.Module:
@@ -204,7 +204,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", choices=sorted(vision_tasks.TASKS), default="cifar10")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
