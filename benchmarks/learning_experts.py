@@ -5,11 +5,11 @@
     python benchmarks/learning_experts.py --methods pmoe-token "head concat"
 
 The images are those of `examples/digits_on_photos.py`, the backbones DINOv2-S and the two small vision transformers
-that `examples/experts.py` trains. Compared are each backbone alone with a head, with VPT-Deep and with VAPT; ensembles
-of the three (mean of their probabilities); a linear head on the frozen features of all; and pMoE with each dispatcher.
-Every method gets the same images, epochs, batches and number of learning rates. The rate is chosen on the development
-split with seed 0 and tested with seeds 1 to 3; heads beside prompts train at one fixed rate. Finished cells are kept
-in the JSON file and not run again.
+that `examples/small_experts.py` trains. Compared are each backbone alone with a head, with VPT-Deep and with VAPT;
+ensembles of the three (mean of their probabilities); a linear head on the frozen features of all; and pMoE with each
+dispatcher. Every method gets the same images, epochs, batches and number of learning rates. The rate is chosen on the
+development split with seed 0 and tested with seeds 1 to 3; heads beside prompts train at one fixed rate. Finished
+cells are kept in the JSON file and not run again.
 """
 
 import argparse
@@ -32,11 +32,10 @@ from peft_promptmoe import PMoEConfig, VAPTConfig, parameter_report, routing_rep
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
 
-import digits_on_photos  # noqa: E402
-import experts  # noqa: E402
-
 import assets  # noqa: E402
-from _search import HEADINGS, line, ranking, run_method  # noqa: E402
+import digits_on_photos  # noqa: E402
+import small_experts  # noqa: E402
+from _search import HEADINGS, line, ranking, run_method, time_steps  # noqa: E402
 from _training import Budget, Results, Stopwatch, predict_logits, train  # noqa: E402
 from _vision_tasks import Features, Images, pixels_of  # noqa: E402
 
@@ -126,23 +125,32 @@ class Bench:
     def _train(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
         trained, scored = ("both", "test") if final else ("train", "dev")
         torch.manual_seed(seed)
-        tuner, _, of = name.partition(" ")
-        if tuner == "head":
-            model: nn.Module = Classifier(nn.Sequential())
-            data, held_out = (self._features(of, split) for split in (trained, scored))
-            model.model.add_module("classifier", nn.Linear(data.features.shape[1], len(digits_on_photos.CLASSES)))
-        else:
-            model = Classifier(self._pmoe(tuner) if tuner.startswith("pmoe") else self._prompted(tuner, of))
-            data, held_out = (self.images[of or "dinov2"][split] for split in (trained, scored))
+        model, data = self.ready(name, trained)
+        held_out = self._data(name, scored)
         with Stopwatch() as watch:
             loss = train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
         self.logits[name, seed, scored] = predict_logits(model, held_out, self.budget)
-        cell = {
+        cell: dict[str, Any] = {
             "train_loss": round(loss, 4),
             "train_seconds": round(watch.seconds, 1),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         }
-        return cell | (self._routes(model.model) if tuner.startswith("pmoe") else {})
+        return cell | (self._routes(model.model) if name.startswith("pmoe") else {})
+
+    def ready(self, name: str, split: str = "train") -> tuple[Classifier, Images | Features]:
+        tuner, _, of = name.partition(" ")
+        data = self._data(name, split)
+        if isinstance(data, Features):
+            model: nn.Module = nn.Sequential()
+            model.add_module("classifier", nn.Linear(data.features.shape[1], len(digits_on_photos.CLASSES)))
+        else:
+            model = self._pmoe(tuner) if tuner.startswith("pmoe") else self._prompted(tuner, of)
+        return Classifier(model), data
+
+    def _data(self, name: str, split: str) -> Images | Features:
+        """What a method is trained on or scored with: a head alone on features, which are there at once."""
+        tuner, _, of = name.partition(" ")
+        return self._features(of, split) if tuner == "head" else self.images[of or "dinov2"][split]
 
     def _prompted(self, tuner: str, of: str) -> nn.Module:
         static = {"num_static_layers": "all"} if tuner == "vpt-deep" else {}
@@ -154,7 +162,7 @@ class Bench:
 
     def _pmoe(self, tuner: str) -> nn.Module:
         config = PMoEConfig(
-            experts=[experts.digits_expert(), experts.photos_expert()],
+            experts=[small_experts.digits_expert(), small_experts.photos_expert()],
             num_virtual_tokens=PROMPTS,
             dispatcher=tuner.removeprefix("pmoe-"),
             image_mean=MEAN.flatten().tolist(),
@@ -185,7 +193,7 @@ class Bench:
 def backbone(name: str, classes: int) -> nn.Module:
     """With a head for `classes`; without classes, what gives the features that a head reads."""
     if name != "dinov2":
-        folder = experts.digits_expert() if name == "digits" else experts.photos_expert()
+        folder = small_experts.digits_expert() if name == "digits" else small_experts.photos_expert()
         return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=classes)
     # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
     model = AutoModelForImageClassification.from_pretrained(
@@ -205,7 +213,7 @@ def prepared(splits: datasets.DatasetDict) -> dict[str, dict[str, Images]]:
     """The splits, and `both` of those to train on, as every backbone wants them."""
     splits["both"] = datasets.concatenate_datasets([splits["train"], splits["dev"]])
     sizes = {"dinov2": digits_on_photos.CANVAS}
-    for name, folder in {"digits": experts.digits_expert(), "photos": experts.photos_expert()}.items():
+    for name, folder in {"digits": small_experts.digits_expert(), "photos": small_experts.photos_expert()}.items():
         sizes[name] = timm.create_model(f"local-dir:{folder}", pretrained=False).patch_embed.img_size[0]
     return {
         name: {
@@ -232,6 +240,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "learning_experts.json")
+    parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
@@ -250,6 +259,9 @@ def main(args: argparse.Namespace) -> None:
     }
     results = Results(args.results, config)
     bench = Bench(images, budget, results)
+    if args.times:
+        time_steps(bench, results, [name for name in args.methods if not name.endswith("ensemble")])
+        return
     for name in args.methods:
         run_method(bench, results, name, args.seeds)
     print_table(results)

@@ -15,7 +15,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,23 +60,21 @@ def unpacked(archive: Archive, member: str | None = None) -> Path:
     if target.is_dir():
         return target
     file = _download(archive)
-    partial = _partial(target)
-    with tarfile.open(file) if archive.ending == ".tar.gz" else zipfile.ZipFile(file) as content:
+    open_ = tarfile.open if archive.ending == ".tar.gz" else zipfile.ZipFile
+    with filling(target) as partial, open_(file) as content:
         if member is None:
             content.extractall(partial)
         else:
             content.extract(member, partial)
-    _into_place(partial, target)
     file.unlink(missing_ok=True)
     return target
 
 
-def _partial(target: Path) -> Path:
-    """Where to fill `target` before renaming, so that an interrupted run leaves no half-filled folder in its place."""
-    return target.with_name(f"{target.name}.{os.getpid()}.partial")
-
-
-def _into_place(partial: Path, target: Path) -> None:
+@contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """Where to fill `target` until it is complete, so that an interrupted run leaves no half-filled folder."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    yield partial
     try:
         partial.rename(target)
     except OSError:  # another process was quicker
@@ -140,16 +139,15 @@ def _dequantise(folder: Path, gguf_file: str, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"dequantising {gguf_file} (once, about 20 s) ...", flush=True)
-    partial = _partial(target)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file)
     # Newer transformers mark the model as quantised, dense though its weights are, and then refuse to save it.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(partial)
-    _into_place(partial, target)
+    with filling(target) as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(partial)
 
 
 def dinov2_small() -> str:
@@ -184,20 +182,19 @@ def _rebuild_dinov2(graph_file: Path, target: Path) -> None:
     positions = [inputs[f"/backbone/embeddings/{node}"][0] for node in ("Concat_6", "Reshape_1")]
     weights["embeddings.position_embeddings"] = torch.cat(positions, dim=1)
     weights["embeddings.mask_token"] = torch.zeros(1, 384)  # not in the graph; only masked pretraining reads it
-    partial = _partial(target)
-    Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, architectures=["Dinov2Model"]
-    ).save_pretrained(partial)
-    BitImageProcessor(
-        size={"shortest_edge": 256}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
-    ).save_pretrained(partial)
     weights = {name: weight.contiguous() for name, weight in weights.items()}
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    # The graph has the names of an older transformers, which translates them when it reads a checkpoint.
-    _, info = Dinov2Model.from_pretrained(partial, output_loading_info=True)
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise RuntimeError(f"The rebuilt checkpoint does not fit Dinov2Model: {info}")
-    _into_place(partial, target)
+    with filling(target) as partial:
+        Dinov2Config(
+            hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, architectures=["Dinov2Model"]
+        ).save_pretrained(partial)
+        BitImageProcessor(
+            size={"shortest_edge": 256}, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+        ).save_pretrained(partial)
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        # The graph has the names of an older transformers, which translates them when it reads a checkpoint.
+        _, info = Dinov2Model.from_pretrained(partial, output_loading_info=True)
+        if info["missing_keys"] or info["unexpected_keys"]:
+            raise RuntimeError(f"The rebuilt checkpoint does not fit Dinov2Model: {info}")
 
 
 def cifar10(train: int = 800, dev: int = 200, test: int | None = None, seed: int = 0) -> DatasetDict:
@@ -227,9 +224,8 @@ def _shuffled(name: str, read: Callable[[], tuple[list[dict[str, Any]], list[str
     if not folder.is_dir():
         rows, classes = read()
         columns = Features({"image": Image(), "label": ClassLabel(names=classes)})
-        partial = _partial(folder)
-        Dataset.from_list(rows, features=columns).shuffle(seed=seed).flatten_indices().save_to_disk(partial)
-        _into_place(partial, folder)
+        with filling(folder) as partial:
+            Dataset.from_list(rows, features=columns).shuffle(seed=seed).flatten_indices().save_to_disk(partial)
     return load_from_disk(folder)
 
 
@@ -287,8 +283,7 @@ def _write_splits(folder: Path, seed: int) -> None:
     # Snippets of one movie share names and opinions: a split by snippet would leak. 60 / 20 / 20 per cent of movies.
     movies = snippets["movie_name"].drop_duplicates().sample(frac=1.0, random_state=seed).tolist()
     first, second = int(0.6 * len(movies)), int(0.8 * len(movies))
-    partial = _partial(folder)
-    partial.mkdir(parents=True)
-    for name, part in {"train": movies[:first], "dev": movies[first:second], "test": movies[second:]}.items():
-        snippets[snippets["movie_name"].isin(part)].to_csv(partial / f"{name}.csv", index=False)
-    _into_place(partial, folder)
+    with filling(folder) as partial:
+        partial.mkdir(parents=True)
+        for name, part in {"train": movies[:first], "dev": movies[first:second], "test": movies[second:]}.items():
+            snippets[snippets["movie_name"].isin(part)].to_csv(partial / f"{name}.csv", index=False)

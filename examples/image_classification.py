@@ -91,6 +91,18 @@ def preparation(name: str, size: list[int] | None) -> Callable[[Image.Image], Te
     )
 
 
+def collator(prepare: Callable[[Image.Image], Tensor]) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
+    """What makes the model's batch of rows of a data set."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {
+            "pixel_values": torch.stack([prepare(row["pixel_values"]) for row in rows]),
+            "labels": torch.tensor([row["label"] for row in rows]),
+        }
+
+    return collate
+
+
 def base_model(name: str, classes: list[str], size: list[int] | None, **options: Any) -> PreTrainedModel:
     """The pretrained model with a new head for images of `size`."""
     if is_timm(name) and size not in (None, own_size(AutoImageProcessor.from_pretrained(name))):
@@ -115,14 +127,6 @@ def train(
     set_seed(args.seed)  # every training starts from the same head
     base = base_model(args.model, classes, args.image_size)
     model = get_peft_model(base, VAPTConfig(image_size=args.image_size, num_virtual_tokens=args.prompts))
-    prepare = preparation(args.model, args.image_size)
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {
-            "pixel_values": torch.stack([prepare(row["pixel_values"]) for row in rows]),
-            "labels": torch.tensor([row["label"] for row in rows]),
-        }
-
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -142,7 +146,7 @@ def train(
             report_to="none",
         ),
         train_dataset=data,
-        data_collator=collate,
+        data_collator=collator(preparation(args.model, args.image_size)),
         compute_metrics=score,
     )
     trainer.train()
@@ -165,14 +169,20 @@ def fine_tune(args: argparse.Namespace) -> None:
     print(f"  accuracy {scores['eval_accuracy']:.4f}   loss {scores['eval_loss']:.4f}")
     model.save_pretrained(args.output / "adapter")
 
-    files = []
-    for number, row in enumerate(splits["test"].select(range(args.pictures))):
-        files.append(args.output / "images" / f"{number}-{classes[row['label']].replace('/', '-')}.png")
-        files[-1].parent.mkdir(parents=True, exist_ok=True)
-        row["pixel_values"].save(files[-1])
+    files = save_pictures(splits["test"].select(range(args.pictures)), args.output / "images")
     print("\nThe saved adapter in a fresh process:", flush=True)
     command = [sys.executable, __file__, "--predict", args.output / "adapter", "--output", args.output]
     subprocess.run([*command, "--images", *files, "--labels", *classes], check=True)
+
+
+def save_pictures(rows: datasets.Dataset, folder: Path) -> list[Path]:
+    """Files of the rows' pictures, named by number and class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    classes, files = rows.features["label"].names, []
+    for number, row in enumerate(rows):
+        files.append(folder / f"{number}-{classes[row['label']].replace('/', '-')}.png")
+        row["pixel_values"].save(files[-1])
+    return files
 
 
 @torch.no_grad()
@@ -253,8 +263,8 @@ def draw(pictures: list[Image.Image], prompts: Tensor, patches: Tensor, file: Pa
     plt.close(figure)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load_splits` and `base_model` read."""
     parser.add_argument("--model", help="Hub id, local folder or timm/... name (default: packaged DINOv2-S)")
     parser.add_argument("--dataset", help="Hub id, or folder of images in one folder per class (default: CIFAR-10)")
     parser.add_argument("--dataset-config", help="configuration of the data set, where it has several")
@@ -271,6 +281,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--image-size", type=int, help="side in pixels (default: the model's own, and 98 for DINOv2-S)"
     )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
     parser.add_argument("--prompts", type=int, default=10, help="prompts per layer")
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -37,7 +37,6 @@ NOT_ARGUMENTS = (
     "features_only",
     "model_name",
     "no_jit",
-    "num_classes",
     "pretrained",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
@@ -193,7 +192,8 @@ def _make_timm(source: Source) -> nn.Module:
     from timm.models import PretrainedCfg
 
     settings = source.settings
-    known, arguments = settings.get("pretrained_cfg", settings), settings.get("model_args") or {}
+    known, arguments = settings.get("pretrained_cfg", settings), dict(settings.get("model_args") or {})
+    arguments.pop("num_classes", None)  # newer timm stores it here, too; the head is left out
     if odd := sorted(set(arguments) & set(NOT_ARGUMENTS)):
         raise ValueError(f"model_args has {', '.join(odd)}, which no model of a folder may set")
     # A prefix would make it the name of another source.

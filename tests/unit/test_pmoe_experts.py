@@ -566,3 +566,11 @@ def test_pixels_of_models(tmp_path: Path, vit_folder: str, monkeypatch: pytest.M
 def test_size_follows_the_encoder() -> None:
     assert gather(timm_vit(dynamic_img_size=True))[0].record.size is None
     assert gather(timm_vit(img_size=(32, 48)))[0].record.size == [32, 48]
+
+
+def test_a_folder_that_timm_itself_has_written(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **TIMM, num_classes=10).eval()
+    timm.models.save_for_hf(model, tmp_path / "saved", model_args=dict(TIMM), safe_serialization=True)
+    (expert,) = gather(str(tmp_path / "saved"))
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(expert.module.forward_features(pixels), model.forward_features(pixels))
