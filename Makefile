@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := peft_promptmoe tests examples benchmarks noxfile.py
 
-.PHONY: demo test test-full check format bench bench-full clean
+.PHONY: demo test test-full matrix faults coverage check format bench bench-full clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/text_classification.py
@@ -18,6 +18,18 @@ test: $(VENV)/.installed-test
 # With the cells that cost more time than they add coverage.
 test-full: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The promises of the package, method by method and architecture by architecture, with the tests that hold them.
+matrix: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/contract tests/parity --matrix CONTRACT.md
+
+# Mistakes put into a copy of the package, one after the other; some test has to fail of each.
+faults: $(VENV)/.installed-test
+	$(BIN)/python tests/faults.py
+
+# Of every test, the slow ones too: some of them are all that a branch has.
+coverage: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing --cov-fail-under=95
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)

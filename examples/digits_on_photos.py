@@ -15,6 +15,7 @@ import assets
 
 CANVAS = 98  # pixels: DINOv2's grid of 7 x 7 patches
 DIGIT = 42  # pixels of a digit's side
+JITTER = 14  # pixels by which it may be further in
 DIGITS = 5  # kinds of digits
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
 CLASSES = [f"{digit} on {kind}" for digit in range(DIGITS) for kind in ("a vehicle", "an animal")]
@@ -43,10 +44,10 @@ def _part(images: datasets.Dataset, sizes: dict[str, int], split: str) -> datase
 
 
 def paste(photo: Image.Image, digit: Image.Image, rng: random.Random) -> Image.Image:
-    """The photo, as large as the canvas, with the digit in white somewhere on it."""
+    """The photo, as large as the canvas, with the digit in white near its lower right corner."""
     picture = photo.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
     stroke = digit.convert("L").resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)
-    corner = rng.randrange(CANVAS - DIGIT + 1), rng.randrange(CANVAS - DIGIT + 1)
+    corner = tuple(CANVAS - DIGIT - rng.randrange(JITTER + 1) for _ in range(2))
     picture.paste((255, 255, 255), corner, mask=stroke)  # the digit's own grey is how much of it covers the photo
     return picture
 

@@ -3,8 +3,8 @@
 
     python examples/small_experts.py    # trains both, some minutes each on one core, and says what they know
 
-`digits` is 96 wide and has learned to read handwritten digits, wherever they stand on a photo. `photos` is 144 wide
-and has learned CIFAR-10's ten classes. Neither is a published model: they are small, and trained for minutes. No image
+`digits` is 96 wide and has learned to read handwritten digits in a corner of a photo. `photos` is 144 wide and
+has learned CIFAR-10's ten classes. Neither is a published model: they are small, and trained for minutes. No image
 that they were trained on is in `digits_on_photos.splits()`.
 """
 

@@ -22,6 +22,8 @@ if Version(peft.__version__) < Version(transformers_integration.MIN_PEFT_VERSION
     # behind that one check is tested with the PEFT there is; to users transformers says which version it wants.
     transformers_integration.MIN_PEFT_VERSION = peft.__version__
 
+pytest_plugins = ["matrix"]
+
 
 @pytest.fixture(autouse=True)
 def one_thread_and_seed() -> Iterator[None]:

@@ -688,6 +688,11 @@ def one_per_architecture(case: Case) -> bool:
     )
 
 
+def one_per_column(case: Case) -> bool:
+    """As `one_per_architecture`, but all that stands beside pMoE's base model, too."""
+    return case.method_name == "pmoe" or one_per_architecture(case)
+
+
 def trains_alone(case: Case) -> bool:
     return not case.architecture.heads
 

@@ -8,7 +8,7 @@ knowing what is inside a block. That is what makes it a check of the generic rul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,26 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Hook = Callable[..., Any]
+Rows = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def rows_through_blocks(model: Any, sites: list[Any], rows: list[Tensor], last_stays: bool = False) -> Iterator[None]:
+def rows_through_blocks(
+    model: Any, sites: list[Any], rows: Sequence[Tensor | Rows], count: int, last_stays: bool = False
+) -> Iterator[None]:
     """Hook the blocks of `sites`.
 
     Args:
         model: the base model.
         sites: of the package, of which only the block, causality and the rotary module are used.
-        rows: (P, D) for each site.
+        rows: (P, D) for each site, or what makes (B, P, D) of a block's input (B, T, D).
+        count: P.
         last_stays: whether the last block's rows are left in its output, and a decoder sees them.
     """
     handles = []
     for number, (site, row) in enumerate(zip(sites, rows, strict=True)):
-        handles.append(site.block.register_forward_pre_hook(_prepend(site, row), with_kwargs=True))
+        handles.append(site.block.register_forward_pre_hook(_prepend(site, row, count), with_kwargs=True))
         if not (last_stays and number == len(sites) - 1):
-            handles.append(site.block.register_forward_hook(_drop(row.shape[0])))
+            handles.append(site.block.register_forward_hook(_drop(count)))
     if last_stays:
         decoder = model.get_decoder()
-        handles.append(decoder.register_forward_pre_hook(_show_decoder(rows[-1].shape[0]), with_kwargs=True))
+        handles.append(decoder.register_forward_pre_hook(_show_decoder(count), with_kwargs=True))
     try:
         yield
     finally:
@@ -44,15 +48,15 @@ def rows_through_blocks(model: Any, sites: list[Any], rows: list[Tensor], last_s
             handle.remove()
 
 
-def _prepend(site: Any, rows: Tensor) -> Hook:
+def _prepend(site: Any, rows: Tensor | Rows, count: int) -> Hook:
     names = list(inspect.signature(inspect.unwrap(type(site.block).forward)).parameters)[1:]
-    count = rows.shape[0]
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         x = given[names[0]]
         batch, length = x.shape[:2]
-        given[names[0]] = torch.cat([rows.to(x.dtype).expand(batch, -1, -1), x], dim=1)
+        made = rows if isinstance(rows, Tensor) else rows(x)
+        given[names[0]] = torch.cat([made.to(x.dtype).expand(batch, count, -1), x], dim=1)
         mask = given.get("attention_mask")
         if mask is None and site.causal:
             mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]

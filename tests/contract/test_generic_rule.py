@@ -82,7 +82,7 @@ def test_equals_rows_run_through_the_whole_block(name: str) -> None:
         got = run(model, inputs)
         with prompted.disable_adapter():
             base = run(model, inputs)
-            with rows_through_blocks(model, [layer.site for layer in prompt_layers(model)], static_rows(model)):
+            with rows_through_blocks(model, [layer.site for layer in prompt_layers(model)], static_rows(model), P):
                 expected = run(model, inputs)
         assert (expected - base).abs().max() > 0.03, "the prompts have no effect to compare"
         torch.testing.assert_close(got, expected, rtol=0, atol=ARCHITECTURES[name].tolerance)
@@ -99,7 +99,7 @@ def test_decoder_sees_the_last_rows_as_run_through_the_block(name: str) -> None:
     sites, rows = [layer.site for layer in prompt_layers(model)], static_rows(model)
     prompted.unload()
     for inputs, output in got:
-        with rows_through_blocks(model, sites, rows, last_stays=True):
+        with rows_through_blocks(model, sites, rows, P, last_stays=True):
             expected = run(model, inputs)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
 

@@ -226,3 +226,15 @@ def test_evaluation_repeats_itself(case: Case) -> None:
     first = predict(model, batch)
     predict(model, case.batch((3, 5), seed=4))
     assert_equal(predict(model, batch), first, "logits of the same batch, another one in between")
+
+
+@each_case(lambda case: not case.architecture.generates, kernels=ALL_KERNELS)
+def test_features_are_as_many_as_the_base_models(case: Case) -> None:
+    """No prompt is among them, and they are other features than the base model's."""
+    model, batch = case.model(), case.prompt_only(case.batch())
+    with torch.no_grad():
+        found = model(**batch, output_hidden_states=True).hidden_states
+        with model.disable_adapter():
+            plain = model(**batch, output_hidden_states=True).hidden_states
+    assert [states.shape for states in found] == [states.shape for states in plain] and found
+    assert_different(found[-1], plain[-1], "features with and without prompts")

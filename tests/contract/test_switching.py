@@ -20,6 +20,7 @@ from cases import (
     assert_equal,
     each_case,
     one_per_architecture,
+    one_per_column,
     predict,
     prompted,
     prompted_base,
@@ -259,7 +260,7 @@ def test_two_active_heads_are_refused(case: Case) -> None:
 # -- what cannot be ---------------------------------------------------------------------------------------------------
 
 
-@each_case(one_per_architecture)
+@each_case(one_per_column)
 def test_merging_is_refused(case: Case) -> None:
     model, batch = case.model(), case.batch()
     expected = predict(model, batch)
@@ -269,7 +270,7 @@ def test_merging_is_refused(case: Case) -> None:
     assert_equal(predict(model, batch), expected, "logits after a refused merge")
 
 
-@each_case(one_per_architecture)
+@each_case(one_per_column)
 def test_mixed_batches_are_refused(case: Case) -> None:
     model, batch = case.model(), case.batch()
     expected = predict(model, batch)
@@ -287,6 +288,16 @@ REFUSALS = [
     for number, (architecture, settings, pattern) in enumerate(case.method.refusals)
     if architecture == case.architecture_name and case.kernel == "sdpa" and one_per_architecture(case)
 ]
+
+
+@each_case(one_per_column)
+def test_layers_that_do_not_exist_are_refused(case: Case) -> None:
+    base, batch = case.base(), case.batch()
+    expected, before = predict(base, batch), census(base)
+    with pytest.raises(ValueError, match=r"layers_to_transform.*7"):
+        case.model(base, layers_to_transform=[7])
+    assert census(base) == before
+    assert_equal(predict(base, batch), expected, "logits of the base model after a refusal")
 
 
 @pytest.mark.parametrize("case, settings, pattern", REFUSALS)

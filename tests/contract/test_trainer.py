@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Batch, Case, assert_equal, each_case, predict
+from cases import Batch, Case, assert_equal, each_case, one_per_column, predict
 from peft import PeftModel
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
@@ -21,6 +21,15 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIE
 
 def chosen(case: Case) -> bool:
     return (case.architecture_name, case.variant_name) in CHOSEN
+
+
+def waits(case: Case) -> bool:
+    """The others of the contract, which only the full run trains."""
+    return not chosen(case)
+
+
+def wanted(case: Case) -> bool:
+    return chosen(case) or one_per_column(case)
 
 
 def trainer_for(case: Case, model: PeftModel, folder: Path, **settings: Any) -> Trainer:
@@ -55,7 +64,7 @@ def weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@each_case(chosen)
+@each_case(wanted, slow=waits)
 def test_evaluation_and_the_best_model_at_the_end(case: Case, tmp_path: Path) -> None:
     model = case.model()
     settings = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -71,7 +80,7 @@ def test_evaluation_and_the_best_model_at_the_end(case: Case, tmp_path: Path) ->
     assert trainer.predict(trainer.eval_dataset).predictions is not None
 
 
-@each_case(chosen)
+@each_case(wanted, slow=waits)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_resuming_gives_the_weights_of_an_unbroken_run(case: Case, tmp_path: Path, checkpointing: bool) -> None:
     settings: dict[str, Any] = {"gradient_accumulation_steps": 2, CHECKPOINTING: checkpointing}

@@ -352,3 +352,12 @@ def test_logits_in_training_are_those_of_evaluation_when_nothing_is_random(case:
     expected = predict(model, batch)
     model.train()
     torch.testing.assert_close(logits(model, batch).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+@each_case(lambda case: case.method.balance is not None and not has_balance(case))
+def test_a_balance_loss_is_refused_where_it_cannot_reach_the_layers(case: Case) -> None:
+    base = case.base()
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=r"balance_loss_weight .* timm's do not"):
+        case.model(base, **with_balance(case))
+    assert [name for name, _ in base.named_modules()] == names

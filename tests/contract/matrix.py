@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pytest plugin that writes the matrix of the contract from the run: `pytest ... --matrix CONTRACT.md`.
+
+A cell says how many tests hold it. With `--collect-only` the matrix says what a run would find if all were green.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rows import COLUMNS, METHOD_NAMES, ROWS, Cell, Column, Row, cells_of
+
+PROPERTY = "contract"
+CANNOT = "-"
+Found = dict[tuple[int, str], list[tuple[str, bool]]]  # outcomes by row and column, and whether by a refusal
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", metavar="FILE", help="write the matrix of the contract to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--matrix")
+    if file and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Matrix(Path(file), collect_only=config.getoption("--collect-only")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        function = getattr(item, "originalname", None)
+        if callspec is not None and function is not None:
+            cells = cells_of(item.path.stem, function, callspec.params)
+            if cells:
+                item.user_properties.append((PROPERTY, [tuple(cell) for cell in cells]))  # workers send plain tuples
+
+
+class Matrix:
+    """Collects outcomes by row and column, and writes them when all is done."""
+
+    def __init__(self, file: Path, collect_only: bool = False) -> None:
+        self.file, self.collect_only = file, collect_only
+        self.found: Found = defaultdict(list)
+        self.started = time.monotonic()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items if self.collect_only else ():
+            self._take(item.user_properties, "passed")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
+            self._take(report.user_properties, report.outcome)
+
+    def _take(self, properties: list[tuple[str, Any]], outcome: str) -> None:
+        for name, cells in properties:
+            for found in cells if name == PROPERTY else ():
+                cell = Cell(*found)
+                self.found[cell.row, cell.column].append((outcome, cell.refused))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        minutes = (time.monotonic() - self.started) / 60
+        self.file.write_text(page(self.found, None if self.collect_only else minutes), encoding="utf-8")
+
+
+def cell(row: Row, column: Column, found: Found) -> str:
+    """What a cell says: the number of tests that hold it, or why there are none."""
+    outcomes = found.get((row.number, str(column)), [])
+    for outcome, says in (("failed", "**fails**"), ("skipped", "**skipped**")):
+        if any(found == outcome for found, _ in outcomes):
+            return says
+    if outcomes:
+        return f"{'R' if all(refused for _, refused in outcomes) else ''}{len(outcomes)}"
+    return CANNOT if row.exempt(column) else "**empty**"
+
+
+def page(found: Found, minutes: float | None) -> str:
+    """The whole file."""
+    cells = {(row.number, column): cell(row, column, found) for row in ROWS for column in COLUMNS}
+    shown = list(cells.values())
+    refusals, exempt = sum(each.startswith("R") for each in shown), shown.count(CANNOT)
+    green = sum(each.isdigit() for each in shown)
+    tests = sum(len(outcomes) for outcomes in found.values())
+    lines = [
+        "# The contract",
+        "",
+        "What the package promises, in every method and architecture it is tested with, and how many tests hold each",
+        "promise there. Made by `make matrix`; rows and tests are in [rows.py](tests/contract/rows.py), columns in",
+        "[cases.py](tests/contract/cases.py).",
+        "",
+        f"{len(shown)} cells: {green} green, {refusals} refusals that are asserted (R), {exempt} that cannot be (-), "
+        f"{len(shown) - green - refusals - exempt} that fail, are skipped or are empty; {tests:,} tests.",
+    ]
+    for method, name in METHOD_NAMES.items():
+        columns = [column for column in COLUMNS if column.method == method]
+        titles = [str(column).removeprefix(f"{name} ") for column in columns]
+        lines += ["", f"## {name}", "", f"| | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(columns)}"]
+        for row in ROWS:
+            values = " | ".join(cells[row.number, column] for column in columns)
+            lines.append(f"| {row.number}. {row.behaviour} | {values} |")
+    reasons = sorted({(row.number, reason) for row in ROWS for column in COLUMNS if (reason := row.exempt(column))})
+    lines += ["", "## What cannot be", ""]
+    lines += [f"- Row {number}: {reason}." for number, reason in reasons]
+    if minutes is not None:
+        lines += ["", f"This run took {minutes:.0f} minutes."]
+    return "\n".join(lines) + "\n"

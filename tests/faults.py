@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeded faults: each is put into a copy of the package, and some test has to fail of it.
+
+    python tests/faults.py                 # all of them, some ten minutes on one core
+    python tests/faults.py --only gates    # those whose name says so
+
+It writes which test caught which fault to `tests/FAULTS.md` when all were run. A fault that nothing catches is a
+missing test. The working tree is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "tests" / "FAULTS.md"
+INVARIANCE, PARITY = "tests/contract/test_invariance.py", "tests/parity/test_mept_parity.py"
+TRAINING, SWITCHING = "tests/contract/test_training.py", "tests/contract/test_switching.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake somebody might make.
+
+    Attributes:
+        name: what is wrong.
+        file: of the package.
+        right, wrong: the text there, which stands in it once, and the text instead.
+        tests: arguments of pytest by which to look for it.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+FAULTS = [
+    Fault(
+        "the padding mask is dropped",
+        "key_value.py",
+        "real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None",
+        "real = None",
+        (INVARIANCE, "-k", "padding and mept-bert"),
+    ),
+    Fault(
+        "gates go to each other's experts",
+        "routing.py",
+        "(gates[..., None, None] * experts[index]).sum(dim=1)",
+        "(gates[..., None, None] * experts[index.flip(-1)]).sum(dim=1)",
+        ("tests/contract/test_reference.py", "-k", "routed and bert"),
+    ),
+    Fault(
+        "the router's softmax runs over the batch",
+        "routing.py",
+        "log_probs = torch.log_softmax(logits, dim=-1)",
+        "log_probs = torch.log_softmax(logits, dim=0)",
+        (INVARIANCE, "-k", "alone and mept-bert"),
+    ),
+    Fault(
+        "gates outside the top k stay open",
+        "routing.py",
+        "closed = torch.full_like(log_probs, -torch.inf)",
+        "closed = log_probs.clone()",
+        (PARITY, "-k", "equals_oracle and bert-token"),
+    ),
+    Fault(
+        "the router reads the input without its norm",
+        "routing.py",
+        "weight = unit_rms(x) if normalize else torch.ones",
+        "weight = unit_rms(x) if not normalize else torch.ones",
+        ("tests/contract/test_reference.py", "-k", "routed and llama"),
+    ),
+    Fault(
+        "the shared expert is forgotten",
+        "mept/layer.py",
+        "return mixed if shared is None else mixed + shared.sum(dim=0)",
+        "return mixed",
+        ("tests/contract/test_reference.py", "-k", "routed and gpt2"),
+    ),
+    Fault(
+        "the balance loss never reaches the gradient",
+        "routing.py",
+        "return gradients[0], ctx.call.loss_gradient, None",
+        "return gradients[0], None, None",
+        (TRAINING, "-k", "balance_loss_reaches and mept-bert"),
+    ),
+    Fault(
+        "the balance loss counts padding",
+        "mept/layer.py",
+        "term = config.balance_loss_weight * balance_loss(logits, index, real)",
+        "term = config.balance_loss_weight * balance_loss(logits, index, None)",
+        (TRAINING, "-k", "padding and mept-bert"),
+    ),
+    Fault(
+        "gates are not applied where no gradient is needed",
+        "columns.py",
+        "gates = F.pad(by_row, (0, key.shape[2] - owner.shape[0]))[:, None]",
+        "gates = F.pad(torch.zeros_like(by_row), (0, key.shape[2] - owner.shape[0]))[:, None]",
+        ("tests/contract/test_generation.py", "-k", "uncached and mept-llama-token"),
+    ),
+    Fault(
+        "gates are folded into queries without the scale",
+        "columns.py",
+        "opened = (log_gates / scaling).clamp(min=CLOSED)",
+        "opened = log_gates.clamp(min=CLOSED)",
+        (PARITY, "-k", "equals_oracle and bert-token"),
+    ),
+    Fault(
+        "a decoding step gathers the wrong experts",
+        "columns.py",
+        "best, index = log_gates[:, 0].topk(active, dim=-1)",
+        "best, index = log_gates[:, 0].topk(active, dim=-1, largest=False)",
+        ("tests/unit/test_attention.py", "-k", "gathered"),
+    ),
+    Fault(
+        "prompts stand one position too far back",
+        "key_value.py",
+        "return torch.arange(rows, device=device) % slots - slots",
+        "return torch.arange(rows, device=device) % slots - slots - 1",
+        ("tests/contract/test_reference.py", "-k", "static and llama"),
+    ),
+    Fault(
+        "T5's relative bias forgets where the query is",
+        "projection.py",
+        "distance = offsets[None, None, :] + start - query",
+        "distance = offsets[None, None, :] + start - 0 * query",
+        ("tests/contract/test_reference.py", "-k", "static and t5"),
+    ),
+    Fault(
+        "routers of a causal language model read the answer",
+        "root.py",
+        "return answered.cumsum(dim=1) == 0",
+        "return torch.ones_like(answered)",
+        (INVARIANCE, "-k", "no_answer_reaches and mept-llama"),
+    ),
+    Fault(
+        "decoding makes its rows anew at each step",
+        "cache.py",
+        "        past = length > 0\n    rows",
+        "        past = False\n    rows",
+        ("tests/contract/test_generation.py", "-k", "uncached and mept-llama-token"),
+    ),
+    Fault(
+        "disabling does not disable",
+        "state.py",
+        "        if self.disable_adapters:\n            return []\n        return [name for name in self.active",
+        "        return [name for name in self.active",
+        (SWITCHING, "-k", "disabled and mept-bert"),
+    ),
+    Fault(
+        "unloading leaves the hooks",
+        "layer.py",
+        "            handle.remove()\n",
+        "            pass\n",
+        (SWITCHING, "-k", "unload_gives and mept-bert-sample and training"),
+    ),
+    Fault(
+        "unloading leaves the view of the config",
+        "key_value.py",
+        "self.site.attention.config = self.site.attention.config.real",
+        "pass",
+        (SWITCHING, "-k", "unload_gives and mept-bert-sample and training"),
+    ),
+    Fault(
+        "an adapter with NaN loads",
+        "loading.py",
+        "if not given.is_meta and not bool(torch.isfinite(given).all()):",
+        "if False:",
+        ("tests/attacks/test_adapter_folders.py",),
+    ),
+    Fault(
+        "top_k may exceed the number of experts",
+        "mept/config.py",
+        'check_int("top_k", self.top_k, 1, self.num_experts)',
+        'check_int("top_k", self.top_k, 1, 10**9)',
+        ("tests/unit/test_config.py",),
+    ),
+    Fault(
+        "a record counts padding",
+        "report.py",
+        "weight = real[..., None]",
+        "weight = torch.ones_like(real)[..., None]",
+        ("tests/unit/test_report.py",),
+    ),
+    Fault(
+        "kept rows serve a model that trains on",
+        "key_value.py",
+        "anew = turned or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()",
+        "anew = turned",
+        ("tests/unit/test_serving.py",),
+    ),
+    Fault(
+        "VAPT's convolution reads the class token",
+        "vapt/layer.py",
+        "z = aggregate(x[:, self.site.patches.prefix :], weights",
+        "z = aggregate(x[:, : x.shape[1] - self.site.patches.prefix], weights",
+        ("tests/parity/test_vapt_parity.py", "-k", "equals_oracle and vit"),
+    ),
+    Fault(
+        "VAPT's kernel is flipped",
+        "vapt/generator.py",
+        "spread = F.conv_transpose2d(maps, kernel, groups=channels)",
+        "spread = F.conv_transpose2d(maps, kernel.flip(-1), groups=channels)",
+        ("tests/parity/test_vapt_parity.py", "-k", "equals_oracle and vit"),
+    ),
+    Fault(
+        "VAPT's dropout stays on in evaluation",
+        "vapt/layer.py",
+        "dropout = config.projector_dropout if self.training else 0.0",
+        "dropout = config.projector_dropout",
+        (TRAINING, "-k", "noise and vapt-vit"),
+    ),
+    Fault(
+        "the frozen backbone trains along",
+        "root.py",
+        "if not (self._model[0].training and any(config.backbone_eval for config in working)):",
+        "if True:",
+        ("tests/unit/test_vapt.py", "-k", "frozen_part"),
+    ),
+    Fault(
+        "pMoE's dispatch is normalised over the slots",
+        "pmoe/dispatch.py",
+        "    shares = scores.softmax(dim=-1)\n    return torch.matmul(shares",
+        "    shares = scores.softmax(dim=1)\n    return torch.matmul(shares",
+        ("tests/parity/test_pmoe_parity.py", "-k", "equals_oracle and token"),
+    ),
+    Fault(
+        "pMoE's experts get the base model's pixels",
+        "pmoe/fusion.py",
+        "fitted = fit_pixels(pixels, incoming, _normalisation(record.mean, record.std), size)",
+        "fitted = fit_pixels(pixels, incoming, incoming, size)",
+        ("tests/unit/test_pmoe.py", "tests/unit/test_pmoe_experts.py"),
+    ),
+]
+
+
+def seeded(fault: Fault, folder: Path) -> None:
+    """A copy of the project in `folder`, with the fault in it."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "outputs", "results")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    file = folder / "peft_promptmoe" / fault.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(fault.right) != 1:
+        raise SystemExit(
+            f"{fault.file} has {text.count(fault.right)} times what {fault.name!r} replaces:\n{fault.right}"
+        )
+    file.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
+
+
+def caught_by(fault: Fault) -> str | None:
+    """The first test that fails with the fault in the package; None if all pass."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "project"
+        seeded(fault, folder)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *fault.tests]
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
+        if done.returncode == 0:
+            return None
+        failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+        if done.returncode != 1 or failed is None:  # nothing was collected, or the copy is broken
+            raise SystemExit(f"{fault.name}: the tests did not run.\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+        return failed[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of a fault's name")
+    only = parser.parse_args().only
+    lines, missed = [], []
+    for fault in FAULTS:
+        if only not in fault.name:
+            continue
+        test = caught_by(fault)
+        print(f"{fault.name}: {test or 'NOT CAUGHT'}", flush=True)
+        missed += [] if test else [fault.name]
+        lines.append(f"| {fault.name} | `{fault.file}` | {f'`{test}`' if test else '**none**'} |")
+    if not only:
+        head = [
+            "# Seeded faults",
+            "",
+            f"{len(lines)} faults, {len(missed)} of them not caught. Made by `make faults`.",
+            "",
+        ]
+        table = ["| fault | in | caught by |", "| --- | --- | --- |", *lines]
+        REPORT.write_text("\n".join([*head, *table]) + "\n", encoding="utf-8")
+    if missed:
+        raise SystemExit(f"not caught: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()
