@@ -5,6 +5,7 @@ r"""Text classification with MEPT and the stock Trainer, beside training the hea
     python examples/text_classification.py --model FacebookAI/roberta-base --dataset stanfordnlp/sst2 \
         --text-column sentence --splits train validation validation
     python examples/text_classification.py --predict outputs/text_classification/adapter --text "A quiet triumph."
+    torchrun --nproc-per-node 2 examples/text_classification.py         # two processes (DDP), on CPUs or GPUs
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate import PartialState
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -111,6 +113,8 @@ def fine_tune(args: argparse.Namespace) -> None:
     model = get_peft_model(base_model(), MEPTConfig(task_type="SEQ_CLS"))
     model.print_trainable_parameters()
     mept_scores = train(model, data, args, "mept")
+    if not PartialState().is_main_process:
+        return
     model.save_pretrained(args.output / "adapter")
     tokenizer.save_pretrained(args.output / "adapter")
 
