@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that ask for two kinds of knowledge: a handwritten digit, 0 to 4, on a photo of an animal or of a vehicle.
+"""Images that ask for two kinds of knowledge: a plate with a digit, 0 to 4, on a photo of an animal or of a vehicle.
 
 A class is the digit and the kind of the photo, "3 on an animal" and so on, ten classes in all. Photos are CIFAR-10's
 and digits MNIST's; no photo and no digit is in two of the splits, nor among those that `small_experts.py` trains on.
@@ -44,11 +44,11 @@ def _part(images: datasets.Dataset, sizes: dict[str, int], split: str) -> datase
 
 
 def paste(photo: Image.Image, digit: Image.Image, rng: random.Random) -> Image.Image:
-    """The photo, as large as the canvas, with the digit in white near its lower right corner."""
+    """The photo, as large as the canvas, with the digit on a plate near its lower right corner."""
     picture = photo.convert("RGB").resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
-    stroke = digit.convert("L").resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)
+    stroke = digit.resize((DIGIT, DIGIT), Image.Resampling.BICUBIC)
     corner = tuple(CANVAS - DIGIT - rng.randrange(JITTER + 1) for _ in range(2))
-    picture.paste((255, 255, 255), corner, mask=stroke)  # the digit's own grey is how much of it covers the photo
+    picture.paste(stroke.convert("RGB"), corner)
     return picture
 
 

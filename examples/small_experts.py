@@ -3,7 +3,7 @@
 
     python examples/small_experts.py    # trains both, some minutes each on one core, and says what they know
 
-`digits` is 96 wide and has learned to read handwritten digits in a corner of a photo. `photos` is 144 wide and
+`digits` is 96 wide and has learned to read handwritten digits on plates in photos. `photos` is 144 wide and
 has learned CIFAR-10's ten classes. Neither is a published model: they are small, and trained for minutes. No image
 that they were trained on is in `digits_on_photos.splits()`.
 """
@@ -29,7 +29,7 @@ Data = tuple[Tensor, Tensor]  # bytes (N, 3, SIZE, SIZE) and labels (N,)
 
 def digits_expert() -> str:
     """Folder of the expert that reads digits; trained by the first call. timm loads it as `local-dir:FOLDER`."""
-    return _trained("digits", digit_images, width=96, depth=4, heads=3, epochs=8)
+    return _trained("digits", digit_images, width=96, depth=4, heads=3, epochs=10)
 
 
 def photos_expert() -> str:

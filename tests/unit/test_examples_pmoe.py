@@ -72,9 +72,7 @@ def test_labels_say_which_digit_is_on_what(stand_ins: Path) -> None:
     for row in splits["test"]:
         pixels = np.asarray(row["pixel_values"])
         assert pixels.shape == (98, 98, 3)
-        photo = pixels.reshape(-1, 3).min(axis=0)  # a digit only brightens
-        covered = (pixels[..., 0].astype(int) - photo[0]).max() / (255 - photo[0])
-        digit, kind = round(covered * 255 / 25), KINDS[photo[0] // 20]
+        digit, kind = round(pixels[70, 70, 0] / 25), KINDS[pixels[0, 0, 0] // 20]  # the plate is never elsewhere
         name = splits["test"].features["label"].int2str(row["label"])
         assert name == f"{digit} on {'an animal' if kind in digits_on_photos.ANIMALS else 'a vehicle'}"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The committed matrix of the contract is that of the tests there are, and a cell says what went wrong in it."""
+"""The matrix of the contract and the list of seeded faults are those of the tests there are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from matrix import page
 from rows import COLUMNS, ROWS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from faults import FAULTS
 
 ROOT = Path(__file__).parents[2]
 RUN = re.compile(r"\nThis run took \d+ minutes?\.\n")
@@ -48,3 +52,13 @@ def test_a_cell_says_how_it_went(outcomes: list[tuple[str, bool]], says: str) ->
     column = text.split("## VAPT")[1].splitlines()[2].split(" | ").index("deit")
     assert line.removesuffix(" |").split(" | ")[column] == says
     assert ("0 that fail" in text) == ("**" not in says)
+
+
+def test_every_seeded_fault_still_fits_and_was_caught() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "tests" / "FAULTS.md").read_text(encoding="utf-8").splitlines()[6:]]
+    assert [row[0].removeprefix("| ") for row in rows] == [fault.name for fault in FAULTS]
+    for row, fault in zip(rows, FAULTS, strict=True):
+        test, _, function = row[2].removesuffix(" |").strip("`").partition("::")
+        assert f"def {function.split('[')[0]}(" in (ROOT / test).read_text(encoding="utf-8"), fault.name
+        text = (ROOT / "peft_promptmoe" / fault.file).read_text(encoding="utf-8")
+        assert text.count(fault.right) == 1, f"{fault.name}: fit tests/faults.py to the code and run `make faults`"

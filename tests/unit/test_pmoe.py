@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -329,6 +330,22 @@ def test_concatenation_is_one_linear_head_on_all_features(pixels: Tensor) -> Non
     inner = head.modules_to_save["default"]
     weight = torch.cat([inner.weight, shared_of(model).pmoe_fusion["default"].weight], dim=1)
     torch.testing.assert_close(logits, torch.cat(features, dim=1) @ weight.T + inner.bias)
+
+
+def test_each_backbone_gets_the_pixels_in_its_own_normalisation_and_size() -> None:
+    raw = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(9))
+    expert = small_timm()
+    expert.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "input_size": (3, 32, 32)}
+    model = pmoe(expert, model=base(image_size=48), image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).eval()
+    seen: list[Tensor] = []
+    expert.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    def normed(image: Tensor, mean: list[float], std: list[float]) -> Tensor:
+        return (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+    model(pixel_values=normed(raw, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
+    smaller = F.interpolate(raw, size=(32, 32), mode="bilinear", antialias=True, align_corners=False)
+    torch.testing.assert_close(seen[0], normed(smaller, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_classifier_called_by_itself_is_refused(pixels: Tensor) -> None:
