@@ -21,8 +21,10 @@ def given_cache(bound: dict[str, Any]) -> Any | None:
     return next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
 
 
-def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, Columns], bool]:
+def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, Columns] | None, bool]:
     """A layer's key and value rows kept with the call's cache, and whether the cache already holds tokens.
+
+    Without a cache there is nothing to keep rows with, and None instead of them.
 
     Args:
         site: the attention layer.
@@ -31,7 +33,7 @@ def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[st
     """
     cache = given_cache(bound)
     if cache is None or not hasattr(cache, "get_seq_length"):
-        return {}, False
+        return None, False
     length = cache.get_seq_length(site.attention.layer_idx)
     if isinstance(length, Tensor):
         # A static cache counts on the device. Compiled code cannot ask; there, single tokens are decoding steps.

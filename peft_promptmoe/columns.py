@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .routing import Chosen
+
 # Score of a slot outside a token's top-k, before the scale. Finite, because it is multiplied with the zeros of the
 # other slots' codes, and small enough for float16; times any usual scale its exponential is zero in float64, too.
 CLOSED = -3e4
@@ -25,7 +27,10 @@ class Columns:
         key: (B or 1, H, R, d), positions already applied.
         value: (B or 1, H, R, d).
         log_gates: (B, T, G) added to the scores of the rows they own, minus infinity for a closed gate; or None.
-        owner: (R,) index of the gate that a row answers to, -1 for rows that are always open; None without gates.
+        owner: (R,) index of the gate that a row answers to, -1 for rows that are always open; None without gates, or
+            where the rows of each gate stand in order and `slots` says all.
+        slots: rows of one gate, of columns that have gates and no owner.
+        table: of `expert_table`, to gather from; None where nothing is gathered.
         bias: (B or 1, query heads, T, R) relative position bias, for models that have one.
         arrived: how often the attention interface has seen these rows.
     """
@@ -34,6 +39,8 @@ class Columns:
     value: Tensor
     log_gates: Tensor | None = None
     owner: Tensor | None = None
+    slots: int = 0
+    table: Tensor | None = None
     bias: Tensor | None = None
     arrived: int = 0
 
@@ -61,10 +68,11 @@ def merge_columns(parts: list[Columns]) -> Columns:
     batch = max(part.key.shape[0] for part in parts)
     gates, owners, count = [], [], 0
     for part in parts:
-        if part.log_gates is None or part.owner is None:
+        if part.log_gates is None:
             owners.append(torch.full((part.key.shape[2],), -1, device=part.key.device))
             continue
-        owners.append(torch.where(part.owner >= 0, part.owner + count, part.owner))
+        owner = owner_of(part)
+        owners.append(torch.where(owner >= 0, owner + count, owner))
         gates.append(part.log_gates)
         count += part.log_gates.shape[-1]
     biases = [part.bias for part in parts if part.bias is not None]
@@ -78,43 +86,46 @@ def merge_columns(parts: list[Columns]) -> Columns:
     )
 
 
-def open_columns(columns: Columns, log_gates: Tensor, active: int, slots: int) -> Columns:
-    """Put gates on columns; for a single query per sample keep only the columns of the experts it chose.
+def open_columns(columns: Columns, gates: Tensor | Chosen, slots: int) -> Columns:
+    """Put gates on columns; where each sample has one token, keep only the columns of the experts it chose.
 
-    So a decoding step costs the active experts, not all of them.
+    So a decoding step costs the active experts, not all of them. It is short, and the number of operations is most of
+    what it costs: one gather fetches keys and values, those that are always open among them.
 
     Args:
-        columns: key and value of (B or 1, H, R, d), the gated experts' rows first, and their owners where known.
-        log_gates: (B, T, G).
-        active: experts that are open for one token.
+        columns: key and value of (B or 1, H, R, d), the gated experts' rows first.
+        gates: log-gates (B, T, G), or what was chosen for one token.
         slots: rows of one expert.
     """
-    gates, owner = log_gates.shape[-1], columns.owner
-    if log_gates.shape[1] == 1 and active < gates:
-        best, index = log_gates[:, 0].topk(active, dim=-1)
-        columns = Columns(_gather(columns.key, index, gates, slots), _gather(columns.value, index, gates, slots))
-        log_gates, gates, owner = best[:, None], active, None
-    if owner is None:
-        owner = row_owners(columns.key.shape[2], gates, slots, log_gates.device)
-    return Columns(columns.key, columns.value, log_gates, owner)
+    if isinstance(gates, Tensor):
+        return Columns(columns.key, columns.value, gates, slots=slots)
+    table = columns.table if columns.table is not None else expert_table(columns, slots)
+    chosen, number = gates.experts[:, 0], table.shape[1]
+    if number > gates.of:
+        always = torch.arange(gates.of, number, device=chosen.device).expand(chosen.shape[0], -1)
+        chosen = torch.cat([chosen, always], dim=1)
+    if table.shape[0] > 1:
+        chosen = chosen + torch.arange(0, table.shape[0] * number, number, device=chosen.device)[:, None]
+    rows = table.flatten(0, 1).index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
+    rows = rows.flatten(1, 2).transpose(1, 2)
+    key, value = rows.split([columns.key.shape[-1], columns.value.shape[-1]], dim=-1)
+    return Columns(key, value, gates.log_gates, slots=slots)
 
 
-def row_owners(rows: int, gates: int, slots: int, device: torch.device) -> Tensor:
-    """(R,) the gate that each row answers to, -1 for those behind the gated experts' rows."""
-    owner = torch.arange(rows, device=device) // slots
-    return torch.where(owner < gates, owner, -1)
+def expert_table(columns: Columns, slots: int) -> Tensor:
+    """(B or 1, R / slots, slots, H, width of a key and a value) keys and values, expert by expert."""
+    batch = max(columns.key.shape[0], columns.value.shape[0])
+    rows = [part.expand(batch, -1, -1, -1).transpose(1, 2) for part in (columns.key, columns.value)]
+    return torch.cat(rows, dim=-1).unflatten(1, (-1, slots))
 
 
-def _gather(rows: Tensor, index: Tensor, gates: int, slots: int) -> Tensor:
-    """(B, H, K * slots + rest, d) of (B or 1, H, G * slots + rest, d) and chosen experts (B, K)."""
-    batch, active = index.shape
-    gated, rest = rows.split([gates * slots, rows.shape[2] - gates * slots], dim=2)
-    gated = gated.unflatten(2, (gates, slots))
-    if rows.shape[0] == 1:
-        chosen = gated[0].index_select(1, index.flatten()).unflatten(1, (batch, active)).movedim(1, 0)
-    else:
-        chosen = gated.transpose(1, 2)[torch.arange(batch, device=index.device)[:, None], index].transpose(1, 2)
-    return torch.cat([chosen.flatten(2, 3), rest.expand(batch, -1, -1, -1)], dim=2)
+def owner_of(columns: Columns) -> Tensor:
+    """(R,) the gate that each row answers to, -1 for rows that are always open."""
+    if columns.owner is not None:
+        return columns.owner
+    assert columns.log_gates is not None
+    owner = torch.arange(columns.key.shape[2], device=columns.key.device) // columns.slots
+    return torch.where(owner < columns.log_gates.shape[-1], owner, -1)
 
 
 def join_rows(
@@ -151,12 +162,12 @@ def join_rows(
         mask = F.pad(mask, (rows, 0), value=True if mask.dtype == torch.bool else 0.0)
     key = torch.cat([columns.key.to(key.dtype).expand(batch, *columns.key.shape[1:]), key], dim=2)
     value = torch.cat([columns.value.to(value.dtype).expand(batch, *columns.value.shape[1:]), value], dim=2)
-    if columns.log_gates is None or columns.owner is None:
+    if columns.log_gates is None:
         return query, key, value, mask, scaling
     if not columns.log_gates.requires_grad and not maskless:
-        return query, key, value, add_gates(mask, columns.log_gates, columns.owner, query, key), scaling
+        return query, key, value, add_gates(mask, gates_by_row(columns), query, key), scaling
     scaling = scaling if scaling is not None else 1.0 / math.sqrt(width)
-    query, key, value = fold_gates(query, key, value, columns.log_gates, columns.owner, scaling)
+    query, key, value = fold_gates(query, key, value, columns.log_gates, owner_of(columns), scaling)
     return query, key, value, mask, scaling
 
 
@@ -190,14 +201,26 @@ def fold_gates(
     return query, key, F.pad(value, (0, gates + fill))
 
 
-def add_gates(mask: Tensor | None, log_gates: Tensor, owner: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def gates_by_row(columns: Columns) -> Tensor:
+    """(B, T, up to R) the log-gate of each row; rows behind them are always open."""
+    gates = columns.log_gates
+    assert gates is not None
+    if columns.owner is None:
+        return gates[..., None].expand(*gates.shape, columns.slots).flatten(-2)
+    return F.pad(gates, (0, 1))[..., columns.owner]  # -1 is the gate that is always open
+
+
+def add_gates(mask: Tensor | None, by_row: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The attention mask with the gates added to the columns of the rows they own.
+
+    Args:
+        mask: (B or 1, 1 or Hq, T or 1, R + S) boolean or additive, or None.
+        by_row: (B, T, up to R).
 
     Returns:
         (B, 1, T, R + S) additive mask in the dtype of `query`.
     """
-    by_row = F.pad(log_gates.to(query.dtype), (0, 1))[..., owner]  # (B, T, R); -1 is the gate that is always open
-    gates = F.pad(by_row, (0, key.shape[2] - owner.shape[0]))[:, None]
+    gates = F.pad(by_row.to(query.dtype), (0, key.shape[2] - by_row.shape[-1]))[:, None]
     if mask is None:
         return gates
     if mask.dtype == torch.bool:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from .attention import COLUMNS, ConfigView
 from .cache import cached_rows
-from .columns import Columns, MaskWithRows, merge_columns, open_columns, row_owners
+from .columns import Columns, MaskWithRows, expert_table, merge_columns, open_columns
 from .config import PromptConfig
 from .inspection import parameter_names
 from .layer import CALL, PromptLayer
 from .projection import first_real, project_rows, real_tokens, relative_bias, rotary_tables
-from .routing import PromptCall
+from .routing import Chosen, PromptCall
 from .sites import Site
 from .timm_attention import close_forward, open_forward
 
@@ -51,13 +51,14 @@ class KeyValueLayer(PromptLayer):
             (B or 1, R, D), R a multiple of the adapter's number of slots; row r is slot r % slots.
         """
 
-    def log_gates(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
-        """(B, T, G) log-gates on the first G * slots rows, minus infinity if closed; None if nothing is gated."""
-        return None
+    def log_gates(
+        self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None
+    ) -> Tensor | Chosen | None:
+        """(B, T, G) log-gates on the first G * slots rows, minus infinity if closed; None if nothing is gated.
 
-    def num_active(self, adapter: str) -> int:
-        """How many of the gates are open for one token."""
-        return 1
+        For one token of each sample and without gradients it may as well say which are open.
+        """
+        return None
 
     def reads_input(self, adapter: str) -> bool:
         """Whether the rows depend on the layer's input."""
@@ -186,7 +187,7 @@ class KeyValueLayer(PromptLayer):
         real: Tensor | None,
         bound: dict[str, Any],
         call: PromptCall | None,
-        cached: dict[str, Columns],
+        cached: dict[str, Columns] | None,
         past: bool,
     ) -> Columns:
         config = self.prompt_config[adapter]
@@ -194,19 +195,20 @@ class KeyValueLayer(PromptLayer):
         log_gates = self.log_gates(adapter, x, real, call)
         first = first_real(real)
         if past:
-            if adapter not in cached:
+            if cached is None or adapter not in cached:
                 raise ValueError(
                     f"The cache holds tokens but no prompt rows of adapter {adapter!r}: it was filled while the "
                     "adapter was off, by another model, or by code that copies caches. Start from a new cache."
                 )
-            columns = Columns(cached[adapter].key, cached[adapter].value, owner=cached[adapter].owner)
+            columns = Columns(cached[adapter].key, cached[adapter].value, table=cached[adapter].table)
         else:
             columns = self._project(adapter, x, real, bound, call)
-            if log_gates is not None and columns.owner is None:
-                columns.owner = row_owners(columns.key.shape[2], log_gates.shape[-1], slots, x.device)
-            cached[adapter] = Columns(columns.key, columns.value, owner=columns.owner)
+            if cached is not None:
+                cached[adapter] = Columns(columns.key, columns.value)
+                if log_gates is not None:
+                    cached[adapter].table = expert_table(columns, slots)
         if log_gates is not None:
-            columns = open_columns(columns, log_gates, self.num_active(adapter), slots)
+            columns = open_columns(columns, log_gates, slots)
         if self.site.bias_owner is not None:
             offsets = _offsets(columns.key.shape[2], slots, x.device)
             columns.bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])

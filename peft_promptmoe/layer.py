@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from .routing import Observer, RoutingRecord
+from .routing import Chosen, Observer, RoutingRecord
 from .sites import Site
 from .state import AdapterState
 
@@ -100,9 +100,9 @@ class PromptLayer(AdapterState):
         if getattr(self.site.attention, CHILD, None) is self:
             delattr(self.site.attention, CHILD)
 
-    def note(self, adapter: str, log_gates: Tensor, real: Tensor | None) -> None:
+    def note(self, adapter: str, gates: Tensor | Chosen, real: Tensor | None) -> None:
         """Keep what a router chose, for whoever asks after the forward, and tell those who listen."""
-        record = RoutingRecord(log_gates.detach(), real, self.training)
+        record = RoutingRecord(gates.detach() if isinstance(gates, Tensor) else gates, real, self.training)
         self.last_routing[adapter] = record
         for observer in self.observers:
             observer(self.site.name, adapter, record)

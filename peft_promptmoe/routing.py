@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +97,20 @@ def perturb(logits: Tensor, noise: float, dropout: float) -> Tensor:
     return F.dropout(logits, dropout) if dropout > 0.0 else logits
 
 
+class Chosen(NamedTuple):
+    """What a router chose for the one token of each sample.
+
+    Attributes:
+        log_gates: (B, 1, K), best first.
+        experts: (B, 1, K).
+        of: number of experts, E.
+    """
+
+    log_gates: Tensor
+    experts: Tensor
+    of: int
+
+
 def top_k_log_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Log-gates of the `k` best experts.
 
@@ -108,14 +122,23 @@ def top_k_log_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, 
     Returns:
         log-gates (..., E), minus infinity outside the top k, and the chosen experts (..., K), best first.
     """
-    log_probs = torch.log_softmax(logits, dim=-1)
     if k == logits.shape[-1] and not renormalize:
+        log_probs = torch.log_softmax(logits, dim=-1)
         return log_probs, log_probs.topk(k, dim=-1).indices
-    best, index = log_probs.topk(k, dim=-1)
-    if renormalize:
-        best = best - best.logsumexp(dim=-1, keepdim=True)
-    closed = torch.full_like(log_probs, -torch.inf)
-    return closed.scatter(-1, index, best), index
+    best, index = best_gates(logits, k, renormalize)
+    return spread_gates(best, index, logits.shape[-1]), index
+
+
+def best_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Log-gates (..., K) of the `k` best experts, best first, and which they are (..., K); see `top_k_log_gates`."""
+    best, index = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
+    return best - best.logsumexp(dim=-1, keepdim=True) if renormalize else best, index
+
+
+def spread_gates(best: Tensor, index: Tensor, experts: int) -> Tensor:
+    """(..., E) log-gates of all experts, minus infinity but for those (..., K) that were chosen."""
+    closed = best.new_full((*best.shape[:-1], experts), -torch.inf)
+    return closed.scatter(-1, index, best)
 
 
 def mix_experts(experts: Tensor, log_gates: Tensor, index: Tensor) -> Tensor:
@@ -257,14 +280,21 @@ class RoutingRecord:
     """What one router chose in one forward pass.
 
     Attributes:
-        log_gates: (B, E) or (B, T, E), minus infinity for experts that were not chosen.
+        gates: log-gates (B, E) or (B, T, E), or what was chosen for one token of each sample.
         real: (B, T) which tokens are real; None for all. Of no meaning to sample routing.
         training: whether the layer was in training mode.
     """
 
-    log_gates: Tensor
+    gates: Tensor | Chosen
     real: Tensor | None
     training: bool
+
+    @property
+    def log_gates(self) -> Tensor:
+        """(B, E) or (B, T, E), minus infinity for experts that were not chosen."""
+        if isinstance(self.gates, Tensor):
+            return self.gates
+        return spread_gates(self.gates.log_gates, self.gates.experts, self.gates.of)
 
 
 # Called with the path of the attention layer, the adapter and the record.

@@ -104,8 +104,8 @@ FAULTS = [
     Fault(
         "gates are not applied where no gradient is needed",
         "columns.py",
-        "gates = F.pad(by_row, (0, key.shape[2] - owner.shape[0]))[:, None]",
-        "gates = F.pad(torch.zeros_like(by_row), (0, key.shape[2] - owner.shape[0]))[:, None]",
+        "gates = F.pad(by_row.to(query.dtype), (0, key.shape[2] - by_row.shape[-1]))[:, None]",
+        "gates = F.pad(torch.zeros_like(by_row), (0, key.shape[2] - by_row.shape[-1]))[:, None]",
         ("tests/contract/test_generation.py", "-k", "uncached and mept-llama-token"),
     ),
     Fault(
@@ -118,8 +118,8 @@ FAULTS = [
     Fault(
         "a decoding step gathers the wrong experts",
         "columns.py",
-        "best, index = log_gates[:, 0].topk(active, dim=-1)",
-        "best, index = log_gates[:, 0].topk(active, dim=-1, largest=False)",
+        "chosen, number = gates.experts[:, 0], table.shape[1]",
+        "chosen, number = gates.experts[:, 0].flip(0), table.shape[1]",
         ("tests/unit/test_attention.py", "-k", "gathered"),
     ),
     Fault(

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..key_value import KeyValueLayer
 from ..routing import (
+    Chosen,
     PromptCall,
     balance_loss,
+    best_gates,
     carry_balance_loss,
     mix_experts,
     perturb,
@@ -138,7 +140,9 @@ class MEPTLayer(KeyValueLayer):
                 log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
             return mix_experts(experts, log_gates, index)
 
-    def log_gates(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
+    def log_gates(
+        self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None
+    ) -> Tensor | Chosen | None:
         config = self.prompt_config[adapter]
         if config.routing != "token" or config.num_experts == 1:
             return None
@@ -146,6 +150,14 @@ class MEPTLayer(KeyValueLayer):
             weight = self.mept_router[adapter]()
             center = self._token_center(adapter, x, real, call)
             logits = token_logits(x, weight, center, config.router_norm)
+            if (
+                x.shape[1] == 1
+                and config.top_k < config.num_experts
+                and not (self.training or torch.is_grad_enabled())
+            ):
+                chosen = Chosen(*best_gates(logits, config.top_k, config.renormalize_top_k), config.num_experts)
+                self.note(adapter, chosen, real)
+                return chosen
             log_gates, index, logits = self._choose(config, logits)
             self.note(adapter, log_gates, real)
             if self._balances(config):
@@ -191,9 +203,6 @@ class MEPTLayer(KeyValueLayer):
     def reads_input(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]
         return config.routing == "sample" and config.num_experts > 1
-
-    def num_active(self, adapter: str) -> int:
-        return self.prompt_config[adapter].top_k
 
     def wants_tokens(self, config: PromptConfig) -> bool:
         return isinstance(config, MEPTConfig) and config.decoder_sees_prompts

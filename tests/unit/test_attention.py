@@ -24,10 +24,20 @@ from peft_promptmoe.attention import (
     INTERFACE,
     ConfigView,
 )
-from peft_promptmoe.columns import CLOSED, Columns, add_gates, fold_gates, merge_columns, open_columns
+from peft_promptmoe.columns import (
+    CLOSED,
+    Columns,
+    add_gates,
+    expert_table,
+    fold_gates,
+    gates_by_row,
+    merge_columns,
+    open_columns,
+    owner_of,
+)
 from peft_promptmoe.projection import first_real, real_tokens
 from peft_promptmoe.root import prompt_layers
-from peft_promptmoe.routing import top_k_log_gates
+from peft_promptmoe.routing import Chosen, best_gates, top_k_log_gates
 
 B, T, D = 3, 6, 16
 SMALL: dict[str, Any] = {
@@ -105,6 +115,11 @@ def test_masks_of_other_kernels_are_refused() -> None:
 # -- gates ------------------------------------------------------------------------------------------------------------
 
 
+def _by_row(log_gates: Tensor, scene: dict[str, Any]) -> Tensor:
+    rows = scene["key"][:, :, : len(scene["owner"])]
+    return gates_by_row(Columns(rows, rows, log_gates, scene["owner"]))
+
+
 def _scene(gates: int = 4, slots: int = 3, shared: int = 3, heads: int = 2, active: int = 2) -> dict[str, Any]:
     rows = gates * slots + shared
     owner = torch.arange(rows) // slots
@@ -163,7 +178,7 @@ def test_folded_and_added_gates_equal_the_equation(masked: bool, scaling: float)
             query, key, value = fold_gates(query, key, value, log_gates, scene["owner"], scaling)
             assert query.shape[-1] % 8 == 0
         else:
-            with_gates = add_gates(mask, log_gates, scene["owner"], query, key)
+            with_gates = add_gates(mask, _by_row(log_gates, scene), query, key)
             assert with_gates.shape == (B, 1, T, scene["rows"] + T)
         output = F.scaled_dot_product_attention(query, key, value, with_gates, scale=scaling)[..., :D]
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
@@ -193,7 +208,7 @@ def test_added_gates_keep_the_mask(masked: bool, additive: bool) -> None:
         if additive:
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
     log_gates = top_k_log_gates(scene["logits"], 1, False)[0]
-    got = add_gates(mask, log_gates, scene["owner"], scene["query"], scene["key"])
+    got = add_gates(mask, _by_row(log_gates, scene), scene["query"], scene["key"])
     shared_and_text = got[..., 12:]
     if mask is None:
         assert (shared_and_text == 0).all()
@@ -203,34 +218,43 @@ def test_added_gates_keep_the_mask(masked: bool, additive: bool) -> None:
     assert torch.equal(got[:, 0, :, :12], log_gates.repeat_interleave(3, dim=-1))
 
 
-@pytest.mark.parametrize("active", [1, 2, 4])
-@pytest.mark.parametrize("batched_rows", [False, True], ids=["shared_rows", "rows_per_sample"])
-def test_gathered_columns_equal_all_columns(active: int, batched_rows: bool) -> None:
-    gates, slots, shared, heads = 4, 3, 2, 2
+@pytest.mark.parametrize("shared", [0, 2], ids=["no_shared_expert", "shared_expert"])
+@pytest.mark.parametrize("active", [1, 2, 3])
+@pytest.mark.parametrize("key_batch, value_batch", [(1, 1), (B, 1), (B, B)])
+def test_gathered_columns_equal_all_columns(active: int, key_batch: int, value_batch: int, shared: int) -> None:
+    gates, slots, heads = 4, 3, 2
+    count = (gates + shared) * slots
     rows = Columns(
-        torch.randn(B if batched_rows else 1, heads, gates * slots + shared, D, dtype=torch.float64),
-        torch.randn(B if batched_rows else 1, heads, gates * slots + shared, D, dtype=torch.float64),
+        torch.randn(key_batch, heads, count, D, dtype=torch.float64),
+        torch.randn(value_batch, heads, count, D + 2, dtype=torch.float64),
     )
-    log_gates = top_k_log_gates(torch.randn(B, 1, gates, dtype=torch.float64), active, False)[0]
-    opened = open_columns(rows, log_gates, active, slots)
-    assert opened.key.shape[2] == active * slots + shared
+    logits = torch.randn(B, 1, gates, dtype=torch.float64)
+    chosen = Chosen(*best_gates(logits, active, False), gates)
+    opened = open_columns(rows, chosen, slots)
+    assert opened.key.shape[2] == opened.value.shape[2] == (active + shared) * slots
     query = torch.randn(B, heads, 1, D, dtype=torch.float64)
 
     def attend(columns: Columns) -> Tensor:
         key, value = columns.key.expand(B, -1, -1, -1), columns.value.expand(B, -1, -1, -1)
-        mask = add_gates(None, columns.log_gates, columns.owner, query, key)
+        mask = add_gates(None, gates_by_row(columns), query, key)
         return F.scaled_dot_product_attention(query, key, value, mask)
 
-    owner = torch.arange(gates * slots + shared) // slots
-    dense = Columns(rows.key, rows.value, log_gates, torch.where(owner < gates, owner, -1))
+    dense = open_columns(rows, top_k_log_gates(logits, active, False)[0], slots)
+    assert dense.key is rows.key
     torch.testing.assert_close(attend(opened), attend(dense), rtol=0, atol=1e-13)
+    kept = Columns(rows.key, rows.value, table=expert_table(rows, slots))
+    assert torch.equal(attend(open_columns(kept, chosen, slots)), attend(opened))
 
 
-def test_columns_of_several_queries_are_not_gathered() -> None:
+def test_rows_answer_to_gates_in_order() -> None:
     rows = Columns(torch.randn(1, 2, 14, D), torch.randn(1, 2, 14, D))
-    opened = open_columns(rows, top_k_log_gates(torch.randn(B, 2, 4), 1, False)[0], 1, 3)
-    assert opened.key is rows.key
-    assert opened.owner.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [-1] * 2
+    opened = open_columns(rows, top_k_log_gates(torch.randn(B, 2, 4), 1, False)[0], 3)
+    owner = owner_of(opened)
+    assert owner.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [-1] * 2
+    named = Columns(rows.key, rows.value, opened.log_gates, owner)
+    assert (
+        torch.equal(gates_by_row(opened), gates_by_row(named)[..., :12]) and (gates_by_row(named)[..., 12:] == 0).all()
+    )
 
 
 def test_merged_columns_keep_their_gates_apart() -> None:
