@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_promptmoe import MEPTConfig, RoutingCallback, routing_report
+from peft_promptmoe import MEPTConfig, RoutingCallback, record_routing
 
 import assets
 
@@ -38,7 +38,7 @@ def question(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def encode(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Question and answer as one text, with a loss on the answer only: label -100 means "no loss here"."""
-    asked = tokenizer(question(row["text"], tokenizer))["input_ids"]
+    asked = tokenizer(question(row["text"], tokenizer), add_special_tokens=False)["input_ids"]  # the template has them
     answer = tokenizer(ANSWERS[row["label"]] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
     ids = asked + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(asked) + answer}
@@ -51,7 +51,8 @@ def generate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: 
     answers: list[str] = []
     for start in range(0, len(texts), 32):
         asked = [question(text, tokenizer) for text in texts[start : start + 32]]
-        batch = tokenizer(asked, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+        batch = tokenizer(asked, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+        batch = batch.to(model.device)
         generated = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         answered = generated[:, batch["input_ids"].shape[1] :]
         answers += [text.strip() for text in tokenizer.batch_decode(answered, skip_special_tokens=True)]
@@ -96,14 +97,15 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
     model.save_pretrained(args.output / "adapter")
 
-    after = generate(model, tokenizer, test_texts)
+    with record_routing(model) as record:
+        after = generate(model, tokenizer, test_texts)
     print(f"\nexact match on {len(test_texts)} unseen snippets:")
     print(f"  before {exact_match(before, splits['test']):.3f}   after {exact_match(after, splits['test']):.3f}")
     for text, old, new in list(zip(test_texts, before, after, strict=True))[:4]:
         print(f"\n  {text}\n    before: {old!r}   after: {new!r}")
 
     args.output.mkdir(parents=True, exist_ok=True)
-    routing_report(model).plot(args.output / "routing.png")
+    record.report().plot(args.output / "routing.png")
     print(f"\nadapter: {args.output / 'adapter'}   routing: {args.output / 'routing.png'}")
 
 

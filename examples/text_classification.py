@@ -16,7 +16,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForSequenceClassification, get_peft_model
+from peft import AutoPeftModelForSequenceClassification, PeftConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -166,7 +166,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--mean-pooling",
         action=argparse.BooleanOptionalAction,
-        help="classify the mean over the tokens, for BERT-like sentence encoders (default: for the packaged model)",
+        help="classify the mean over the tokens, for BERT-like sentence encoders (default: if it is the packaged one)",
     )
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--seed", type=int, default=0)
@@ -177,7 +177,10 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model is None and args.predict is None:
         args.model = assets.minilm()
-        args.mean_pooling = args.mean_pooling is not False
+    if args.mean_pooling is None:
+        # An adapter does not say how its head was fed, but it names its base model.
+        name = PeftConfig.from_pretrained(args.predict).base_model_name_or_path if args.predict else args.model
+        args.mean_pooling = assets.MINILM.package in name
     return args
 
 

@@ -14,6 +14,8 @@ from transformers.trainer_callback import CallbackHandler
 from .report import find_routed, normalized_entropy, tally
 from .root import last_balance_loss
 
+FEWEST = 32  # choices that are enough to tell a collapse from chance
+
 
 class RoutingCallback(TrainerCallback):
     """Logs expert load, load entropy and balance loss to whatever the Trainer reports to, and warns of collapse.
@@ -23,17 +25,22 @@ class RoutingCallback(TrainerCallback):
 
     Args:
         per_layer: also log `routing/layer_<n>/entropy` and `routing/layer_<n>/load_<expert>`.
-        collapse_below: a layer whose load entropy stays under this share of its maximum counts as collapsed; there is
-            one warning. 0 for none.
+        collapse_below: a layer whose load entropy, over `FEWEST` choices or more, is under this share of its maximum
+            counts as collapsed; there is one warning per training. 0 for none.
     """
 
     def __init__(self, per_layer: bool = False, collapse_below: float = 0.1) -> None:
         self.per_layer = per_layer
         self.collapse_below = collapse_below
-        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # since the last log
+        self._watched: dict[int, tuple[Tensor, Tensor]] = {}  # since the last look for a collapse
         self._warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._forget()
         # The Trainer puts its reporters before a user's callbacks, and they pass the logs on as they get them; values
         # added later would reach none of them. It offers no way to ask for another order, hence the look at the
         # caller.
@@ -50,8 +57,7 @@ class RoutingCallback(TrainerCallback):
             if record is None:
                 continue
             chosen, _, count = (part.sum(dim=0) for part in tally(record))
-            old = self._sums.get(layer.site.index)
-            self._sums[layer.site.index] = (chosen, count) if old is None else (old[0] + chosen, old[1] + count)
+            self._sums[layer.site.index] = added(self._sums.get(layer.site.index), (chosen, count))
 
     # With gradient accumulation a step is several forwards, and only the last ends in on_step_end.
     on_substep_end = on_step_end
@@ -68,6 +74,8 @@ class RoutingCallback(TrainerCallback):
         if logs is None or "loss" not in logs or not self._sums:
             return
         load = {index: (chosen / count.clamp(min=1.0)).cpu() for index, (chosen, count) in self._sums.items()}
+        for index, new in self._sums.items():
+            self._watched[index] = added(self._watched.get(index), new)
         self._sums = {}
         entropy = {index: float(normalized_entropy(share)) for index, share in load.items()}
         values = {
@@ -85,9 +93,12 @@ class RoutingCallback(TrainerCallback):
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
-        self._warn_of_collapse(entropy)
+        self._warn_of_collapse()
 
-    def _warn_of_collapse(self, entropy: dict[int, float]) -> None:
+    def _warn_of_collapse(self) -> None:
+        seen = {index: sums for index, sums in self._watched.items() if float(sums[1]) >= FEWEST}
+        self._watched = {index: sums for index, sums in self._watched.items() if index not in seen}
+        entropy = {index: float(normalized_entropy(chosen / count)) for index, (chosen, count) in seen.items()}
         collapsed = [index for index, value in entropy.items() if value < self.collapse_below]
         if not collapsed or self._warned:
             return
@@ -98,3 +109,8 @@ class RoutingCallback(TrainerCallback):
             "a balance_loss_weight, or save parameters with num_experts=1.",
             stacklevel=2,
         )
+
+
+def added(old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Choices and counts with those of before."""
+    return new if old is None else (old[0] + new[0], old[1] + new[1])

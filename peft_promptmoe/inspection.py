@@ -60,6 +60,20 @@ def passes_on_keywords(function: Callable[..., Any]) -> bool:
     return rest is not None and any(isinstance(value, ast.Name) and value.id == rest for value in handed_on)
 
 
+@lru_cache(maxsize=256)
+def divides_its_loss(forward: Callable[..., Any]) -> bool:
+    """Whether a model hands keyword arguments on to its loss function, which divides by `num_items_in_batch` then."""
+    parameters = inspect.signature(forward).parameters.values()
+    rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    try:
+        calls = [node for node in ast.walk(_source_tree(forward)) if isinstance(node, ast.Call)]
+    except ValueError:  # no source: as the Trainer, which goes by the arguments
+        return rest is not None
+    losses = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "loss_function"]
+    handed_on = (word.value for call in losses for word in call.keywords if word.arg is None)
+    return rest is not None and any(isinstance(value, ast.Name) and value.id == rest for value in handed_on)
+
+
 def _source_tree(function: Callable[..., Any]) -> ast.AST:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -68,6 +68,10 @@ class PromptLayer(AdapterState):
         """Whether the layer's router pools the input of a causal language model and so must not see answers."""
         return False
 
+    def pools_rows(self, adapter: str) -> bool:
+        """Whether the layer's router reads a whole row, which then must hold one sample only."""
+        return False
+
     def uses_grid(self, adapter: str) -> bool:
         """Whether the adapter's rows are made from the patch grid."""
         return False

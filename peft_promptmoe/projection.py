@@ -17,6 +17,9 @@ from .inspection import parameter_names, unwrapped_forward
 from .sites import Site
 from .state import put_away
 
+# What closes a column of an additive mask: at most this. Relative positions, which T5-like models add, are smaller.
+SHUT = -1e3
+
 
 def real_tokens(mask: Tensor | None, length: int) -> Tensor | None:
     """Which tokens of a sequence are text and which padding, read off the attention mask.
@@ -38,7 +41,7 @@ def real_tokens(mask: Tensor | None, length: int) -> Tensor | None:
             f"peft_promptmoe reads padding from 4-D attention masks and got one of shape {tuple(mask.shape)}; it "
             "supports the sdpa and eager kernels, use one of them."
         )
-    open_ = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    open_ = mask if mask.dtype == torch.bool else mask > SHUT
     if mask.shape[2] == 1:
         return open_[:, 0, 0, :length]
     return torch.diagonal(open_[:, 0], dim1=-2, dim2=-1)[:, :length]

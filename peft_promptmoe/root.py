@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .cache import given_cache
-from .inspection import accepts_keyword_arguments, parameter_names
+from .inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
 from .layer import CALL, CHILD, PromptLayer
 from .loading import Unread, check_read, check_strangers, check_tensors, note_made
-from .projection import real_tokens
+from .query import attention_mask, query_of, refuse_packed_rows, warn_of_no_query
 from .routing import PromptCall, add_balance_loss
 from .sites import Site
 from .state import SharedLayer
@@ -30,6 +28,8 @@ class PromptRoot(nn.Module):
         self._last_balance: tuple[Tensor, ...] = ()
         self._names = parameter_names(model)
         self._passes_on = accepts_keyword_arguments(model)
+        self._divides = divides_its_loss(unwrapped_forward(model))
+        self._looked = False
         self._handles: list[Any] = []
         self._layers: list[PromptLayer] = []
         self._unread: dict[str, Unread] = {}
@@ -122,6 +122,14 @@ class PromptRoot(nn.Module):
             self._unread = {}
         if model.training and not torch.compiler.is_compiling():
             self.hold()  # another adapter may have been switched to since
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel copies a model together with its hooks, which belong to the original, so the copies "
+                "would have the original's prompts. Use one process per device: torchrun or accelerate launch."
+            )
+        bound = dict(zip(self._names, args, strict=False)) | kwargs
+        if any(layer.site.causal and any(map(layer.pools_rows, layer.working_adapters())) for layer in self._layers):
+            refuse_packed_rows(bound)
         # timm's models hand nothing on to their layers, and would refuse what they do not know.
         asking = [layer for layer in self._layers if any(map(layer.needs_call, layer.working_adapters()))]
         asking = [layer for layer in asking if not layer.site.is_timm]
@@ -129,8 +137,17 @@ class PromptRoot(nn.Module):
             return None
         call = PromptCall()
         if any(layer.reads_query(name) for layer in asking for name in layer.working_adapters()):
-            call.query = self._query(model, dict(zip(self._names, args, strict=False)) | kwargs)
+            call.query = query_of(model, bound)
+            self._look_at(call.query, bound, model)
         return args, {**kwargs, CALL: call}
+
+    def _look_at(self, query: Tensor | None, bound: dict[str, Any], model: nn.Module) -> None:
+        """Look once, in the first step of training, whether routers have anything to read."""
+        if query is None or not model.training or self._looked or torch.compiler.is_compiling() or query.is_meta:
+            return
+        self._looked = True
+        mask = attention_mask(bound)
+        warn_of_no_query(query & mask.bool() if mask is not None and mask.ndim == 2 else query)
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         call = kwargs.get(CALL)
@@ -141,44 +158,22 @@ class PromptRoot(nn.Module):
             return None
         if isinstance(output, tuple):
             has_loss = kwargs.get("labels") is not None
-            return (add_balance_loss(output[0], call, batch_share(kwargs)), *output[1:]) if has_loss else None
+            return (add_balance_loss(output[0], call, self._share(kwargs)), *output[1:]) if has_loss else None
         loss = output.get("loss") if hasattr(output, "get") else None
         if loss is not None:
-            output["loss"] = add_balance_loss(loss, call, batch_share(kwargs))
+            output["loss"] = add_balance_loss(loss, call, self._share(kwargs))
         return output
 
-    def _query(self, model: nn.Module, bound: dict[str, Any]) -> Tensor | None:
-        """(B, T) tokens before the first label, which routers of a causal language model may read; None for all."""
-        if bound.get("cu_seq_lens_q") is not None or starts_again(bound):
-            raise ValueError(
-                "routing='sample' chooses experts once per row and packed rows hold several samples. Use "
-                "routing='token', or do not pack."
-            )
-        labels = bound.get("labels")
-        if labels is None:
-            self._without_labels(model, bound)
-            return None
-        answered = labels != -100
-        mask = bound.get("attention_mask")
-        if mask is not None:
-            real = mask.bool() if mask.ndim == 2 else real_tokens(mask, labels.shape[1])
-            answered = answered & real
-        return answered.cumsum(dim=1) == 0
+    def _share(self, kwargs: dict[str, Any]) -> Tensor | float:
+        """Share of this forward in its optimiser step, where the caller says how many labels the step has.
 
-    def _without_labels(self, model: nn.Module, bound: dict[str, Any]) -> None:
-        if model.training:
-            raise ValueError(
-                "routing='sample' on a causal language model learns which tokens are the query from the labels, and "
-                "this training forward has none (label smoothing and compute_loss_func take them away), so routers "
-                "would read the answer. Pass labels, or use routing='token', which never looks ahead."
-            )
-        if given_cache(bound) is None and not torch.compiler.is_compiling():
-            warnings.warn(
-                "routing='sample' on a causal language model reads the whole input when no labels are given. That is "
-                "right for generate(), but scores of a text leak later tokens into earlier ones: pass labels with the "
-                "query set to -100, or use routing='token'.",
-                stacklevel=2,
-            )
+        The Trainer then leaves it to the model to divide by them and does not divide by the accumulation steps. Models
+        that do not do so either have the balance loss's gradient grow with the task loss's.
+        """
+        total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        if total is None or labels is None or not self._divides:
+            return 1.0
+        return (labels != -100).sum() / total
 
     def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         unread, self._unread = self._unread, {}
@@ -190,32 +185,6 @@ class PromptRoot(nn.Module):
         # well bring a head along.
         if unread and (prefix or any(injection.for_inference for injection in unread.values())):
             check_strangers(model, state_dict, prefix)
-
-
-def starts_again(bound: dict[str, Any]) -> bool:
-    """Whether position ids go back behind a real token, which is how rows are packed with several samples."""
-    positions, mask = bound.get("position_ids"), bound.get("attention_mask")
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] == 1:
-        return False
-    if positions.is_meta or torch.compiler.is_compiling():
-        return False
-    back = positions[:, 1:] < positions[:, :-1]
-    if isinstance(mask, Tensor):
-        length = positions.shape[1]
-        real = real_tokens(mask, length) if mask.ndim == 4 else mask[:, -length:].bool()
-        back = back if real is None else back & real[:, :-1] & real[:, 1:]
-    return bool(back.any())
-
-
-def batch_share(kwargs: dict[str, Any]) -> Tensor | float:
-    """Share of this forward in its optimiser step, where the caller says how many labels the step has.
-
-    The Trainer then leaves it to the model to divide by them and does not divide by the accumulation steps.
-    """
-    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if total is None or labels is None:
-        return 1.0
-    return (labels != -100).sum() / total
 
 
 def prompt_layers(model: nn.Module) -> list[PromptLayer]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import PromptConfig
 from .inspection import parameter_names
 from .key_value import KeyValueLayer, no_call
 from .layer import CALL, PromptLayer
@@ -162,7 +163,7 @@ class TokenForm:
         bound["hidden_states"] = torch.cat([prompts, x], dim=1)
         bound["attention_mask"] = extend_both_ways(mask, prompts.shape[1])
         if self.site.bias_owner is not None:
-            slots = torch.cat([torch.arange(-r.shape[1], 0, device=x.device) for r in rows])
+            slots = torch.cat([_positions(layer.prompt_config[name], x.device) for name in adapters])
             bias = bound.get("position_bias")
             if bias is None:
                 bias = self.site.bias_owner.compute_bias(x.shape[1], x.shape[1], device=x.device)
@@ -183,6 +184,12 @@ class TokenForm:
         if states is None or mask is None or not more or states.shape[1] != mask.shape[-1] + more:
             return None
         return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (more, 0), value=1)}
+
+
+def _positions(config: PromptConfig, device: torch.device) -> Tensor:
+    """(P,) positions of an adapter's prompts relative to the first real token."""
+    before = torch.arange(-config.num_virtual_tokens, 0, device=device)
+    return before if config.prompt_positions == "prefix" else torch.zeros_like(before)
 
 
 def takes_bias(site: Site) -> bool:

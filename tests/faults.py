@@ -62,15 +62,15 @@ FAULTS = [
     Fault(
         "the router's softmax runs over the batch",
         "routing.py",
-        "log_probs = torch.log_softmax(logits, dim=-1)",
-        "log_probs = torch.log_softmax(logits, dim=0)",
+        "best, index = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)",
+        "best, index = torch.log_softmax(logits, dim=0).topk(k, dim=-1)",
         (INVARIANCE, "-k", "alone and mept-bert"),
     ),
     Fault(
         "gates outside the top k stay open",
         "routing.py",
-        "closed = torch.full_like(log_probs, -torch.inf)",
-        "closed = log_probs.clone()",
+        "closed = best.new_full((*best.shape[:-1], experts), -torch.inf)",
+        "closed = best.new_full((*best.shape[:-1], experts), -1.0)",
         (PARITY, "-k", "equals_oracle and bert-token"),
     ),
     Fault(
@@ -138,7 +138,7 @@ FAULTS = [
     ),
     Fault(
         "routers of a causal language model read the answer",
-        "root.py",
+        "query.py",
         "return answered.cumsum(dim=1) == 0",
         "return torch.ones_like(answered)",
         (INVARIANCE, "-k", "no_answer_reaches and mept-llama"),

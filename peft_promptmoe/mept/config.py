@@ -27,7 +27,7 @@ class MEPTConfig(PromptConfig):
             rows of the chosen experts, weighted by their gates, and of the shared experts are summed into P
             rows per sample. "token" is ours: every token weighs the slots of its own chosen experts inside attention,
             so it never looks ahead. "auto" takes "token" for causal language models and "sample" for all others; the
-            choice is saved with the adapter.
+            choice replaces it in this object, as PEFT's of target modules does, and is saved with the adapter.
         router_norm: whether the router reads its input through an RMS norm without gain (official code: yes).
         router_centering: whether a running mean is subtracted from the router's input. Layer inputs share one
             direction, by which sample routing can send everything to one expert; with centering the load is even and
@@ -45,9 +45,9 @@ class MEPTConfig(PromptConfig):
         prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. Rows
             want about 2.5e-2, which the default makes of an ordinary 1e-3.
         prompt_init: "sample_vocab" starts experts as the layer's own inputs on a row of random vocabulary tokens, for
-            which the base model runs once over (E + S) * P tokens. Text models cope with such rows from the first
-            step, where random ones can throw a causal language model off entirely: they take attention away from its
-            first token. "random" draws from a normal distribution (official code, intended: Xavier). "auto" is
+            which the base model runs once over P tokens each. Text models cope with such rows from the first step,
+            where random ones can throw a causal language model off entirely: they take attention away from its first
+            token. "random" draws from a normal distribution (official code, intended: Xavier). "auto" is
             "sample_vocab" where a text of P tokens reaches all prompted layers and the weights are in memory, else
             "random". Shared experts whose rows are added to those of routed ones (sample routing) start at a tenth of
             the random spread in either way (official code, in effect: at zero), so that experts differ at once.

@@ -201,15 +201,17 @@ class MEPTLayer(KeyValueLayer):
         return adapter in self.mept_router
 
     def reads_input(self, adapter: str) -> bool:
-        config = self.prompt_config[adapter]
-        return config.routing == "sample" and config.num_experts > 1
+        return self.pools_rows(adapter)
 
     def wants_tokens(self, config: PromptConfig) -> bool:
         return isinstance(config, MEPTConfig) and config.decoder_sees_prompts
 
-    def reads_query(self, adapter: str) -> bool:
+    def pools_rows(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]
-        return self.site.generates and config.routing == "sample" and config.num_experts > 1
+        return config.routing == "sample" and config.num_experts > 1
+
+    def reads_query(self, adapter: str) -> bool:
+        return self.site.generates and self.pools_rows(adapter)
 
     def needs_call(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from ..projection import LENGTH_DEPENDENT, rotary_kind
 from ..root import prompt_layers
 from ..sites import Site, caps_scores
 from ..targets import is_encoder_decoder
@@ -72,6 +73,13 @@ class MEPTModel(PromptTuner):
             raise ValueError(
                 f"decoder_sees_prompts=True needs to place prompt tokens in the relative positions of "
                 f"{type(site.attention).__name__}, which keeps them to itself. Set decoder_sees_prompts=False."
+            )
+        lengthens = site.rotary is not None and site.patches is None and rotary_kind(site) in LENGTH_DEPENDENT
+        if config.prompt_positions == "prefix" and lengthens:
+            raise ValueError(
+                f"prompt_positions='prefix' needs the rotary angles of the positions before the text, and those of "
+                f"{type(site.attention).__name__} depend on the text's length ({rotary_kind(site)!r}). Set "
+                "prompt_positions='unrotated'."
             )
         if site.is_timm and config.num_experts > 1 and (config.balance_loss_weight > 0.0 or config.router_centering):
             raise ValueError(

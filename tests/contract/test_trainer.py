@@ -77,7 +77,7 @@ def test_evaluation_and_the_best_model_at_the_end(case: Case, tmp_path: Path) ->
     assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{worst}")
     kept = PeftModel.from_pretrained(case.base(), tmp_path / f"checkpoint-{worst}")
     assert_equal(predict(model.eval(), case.batch()), predict(kept, case.batch()), "logits of the best checkpoint")
-    assert trainer.predict(trainer.eval_dataset).predictions is not None
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(losses[worst], abs=1e-6)
 
 
 @each_case(wanted, slow=waits)

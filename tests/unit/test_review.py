@@ -153,7 +153,10 @@ def test_packed_rows_are_refused_by_sample_routing(named: str) -> None:
     with pytest.raises(ValueError, match=r"packed rows hold several samples.*routing='token'"):
         model(input_ids=ids, labels=ids, **extra)
     token = get_peft_model(llama(), MEPTConfig(task_type="CAUSAL_LM", routing="token")).eval()
-    assert torch.isfinite(token(input_ids=ids, labels=ids, **extra).logits).all()
+    packed_logits = token(input_ids=ids, labels=ids, use_cache=False, **extra).logits
+    if named == "position_ids":  # transformers' sdpa kernel goes by these; those are for varlen kernels
+        for part in (slice(0, 3), slice(3, 6)):
+            torch.testing.assert_close(packed_logits[:, part], token(input_ids=ids[:, part]).logits)
 
 
 @pytest.mark.parametrize("static", [False, True])
