@@ -6,7 +6,6 @@ A cell says how many tests hold it. With `--collect-only` the matrix says what a
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ class Matrix:
     def __init__(self, file: Path, collect_only: bool = False) -> None:
         self.file, self.collect_only = file, collect_only
         self.found: Found = defaultdict(list)
-        self.started = time.monotonic()
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items if self.collect_only else ():
@@ -62,8 +60,7 @@ class Matrix:
                 self.found[cell.row, cell.column].append((outcome, cell.refused))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        minutes = (time.monotonic() - self.started) / 60
-        self.file.write_text(page(self.found, None if self.collect_only else minutes), encoding="utf-8")
+        self.file.write_text(page(self.found), encoding="utf-8")
 
 
 def cell(row: Row, column: Column, found: Found) -> str:
@@ -77,7 +74,7 @@ def cell(row: Row, column: Column, found: Found) -> str:
     return CANNOT if row.exempt(column) else "**empty**"
 
 
-def page(found: Found, minutes: float | None) -> str:
+def page(found: Found) -> str:
     """The whole file."""
     cells = {(row.number, column): cell(row, column, found) for row in ROWS for column in COLUMNS}
     shown = list(cells.values())
@@ -104,6 +101,4 @@ def page(found: Found, minutes: float | None) -> str:
     reasons = sorted({(row.number, reason) for row in ROWS for column in COLUMNS if (reason := row.exempt(column))})
     lines += ["", "## What cannot be", ""]
     lines += [f"- Row {number}: {reason}." for number, reason in reasons]
-    if minutes is not None:
-        lines += ["", f"This run took {minutes:.0f} minutes."]
     return "\n".join(lines) + "\n"
