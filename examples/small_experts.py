@@ -29,7 +29,7 @@ Data = tuple[Tensor, Tensor]  # bytes (N, 3, SIZE, SIZE) and labels (N,)
 
 def digits_expert() -> str:
     """Folder of the expert that reads digits; trained by the first call. timm loads it as `local-dir:FOLDER`."""
-    return _trained("digits", digit_images, width=96, depth=4, heads=3, epochs=10)
+    return _trained("digits", digit_images, width=96, depth=4, heads=3, epochs=20)
 
 
 def photos_expert() -> str:
