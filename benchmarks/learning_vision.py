@@ -81,7 +81,8 @@ class Method:
 
 
 # Six rates each, a factor of about three apart, around what trial runs suggest. MEPT's stored tensors are scaled (its
-# `prompt_scale`), which under Adam multiplies their rate, and VAPT's are not.
+# `prompt_scale`), which under Adam multiplies their rate. VAPT trains maps of the image, as LoRA does of its input; its
+# static prompts alone, VPT-Deep, want more.
 MATRICES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 PROMPT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 METHODS = {
@@ -89,7 +90,7 @@ METHODS = {
     "full": Method(everything, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)),
     "lora": Method(adapted(lora), MATRICES),
     "vpt-deep": Method(adapted(vapt(num_static_layers="all")), PROMPT_RATES),
-    "vapt": Method(adapted(vapt()), PROMPT_RATES),
+    "vapt": Method(adapted(vapt()), MATRICES),
     "mept-sample": Method(adapted(mept), MATRICES),
 }
 
@@ -224,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()  # every cell makes a new head, and would be warned of it
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder, budget = assets.dinov2_small(), Budget(epochs=args.epochs, batch_size=32, head_lr=1e-3, bf16=args.bf16)
+    folder, budget = assets.dinov2_small(), Budget(epochs=args.epochs, batch_size=32, head_lr=3e-3, bf16=args.bf16)
     bench = Bench(folder, vision_tasks.load(args.task, folder, SIZE, TEST), budget)
     config = {
         "task": args.task,
