@@ -81,7 +81,7 @@ class Method:
 
 
 # Six rates each, a factor of about three apart, around what trial runs suggest. MEPT's stored tensors are scaled (its
-# `prompt_scale`), which under Adam multiplies their rate. VAPT trains maps of the image, as LoRA does of its input; its
+# `prompt_scale`), which under Adam multiplies their rate. VAPT trains maps of the image, as LoRA does of its input;
 # static prompts alone, VPT-Deep, want more.
 MATRICES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 PROMPT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
