@@ -95,7 +95,7 @@ def draw(axes: Axes, shown: list[Point], label: str) -> None:
         )
     line = frontier(shown)
     axes.plot([each.cost for each in line], [each.score for each in line], color="0.75", lw=1, zorder=0)
-    axes.margins(x=0.22, y=0.12)
+    axes.margins(x=0.4, y=0.2)  # names need room
     axes.set_xlabel(label)
     axes.grid(color="0.93", lw=0.6)
     axes.set_axisbelow(True)
@@ -166,7 +166,7 @@ def picture(name: str) -> None:
     summary = found["summary"]
     trained = {method: row["trainable"] for method, row in summary.items()}
     costs = {"trained parameters": trained, "seconds of a training step": found.get("step_seconds", {})}
-    figure = Figure(figsize=(9, 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10, 4.4), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (label, cost) in zip(panels, costs.items(), strict=True):
