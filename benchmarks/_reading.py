@@ -26,6 +26,12 @@ NAMES = {
     **{f"mept-sample-{number}": f'MEPT, `routing="sample"`, {number} experts' for number in (2, 8, 16)},
     "mept-centered-16": 'MEPT, `routing="sample"`, `router_centering=True`, 16 experts',
     "mept-token-16": 'MEPT, `routing="token"`, 16 experts',
+    "head concat": "head on the features of all three",
+    "head ensemble": "mean of the three heads' probabilities",
+    **{
+        f"head {name}": f"head on {shown}"
+        for name, shown in (("dinov2", "DINOv2-S"), ("digits", "`digits`"), ("photos", "`photos`"))
+    },
     "lora_r8": "LoRA r8",
     "prompt_tuning": "PEFT prompt tuning",
     "prefix_tuning": "PEFT prefix tuning",
