@@ -81,8 +81,7 @@ class Method:
 
 
 # Six rates each, a factor of about three apart, around what trial runs suggest. MEPT's stored tensors are scaled (its
-# `prompt_scale`), which under Adam multiplies their rate. VAPT trains maps of the image, as LoRA does of its input;
-# static prompts alone, VPT-Deep, want more.
+# `prompt_scale`), which under Adam multiplies their rate, and VAPT's are not: it learns best from 1e-2 on.
 MATRICES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 PROMPT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 METHODS = {
@@ -90,7 +89,7 @@ METHODS = {
     "full": Method(everything, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)),
     "lora": Method(adapted(lora), MATRICES),
     "vpt-deep": Method(adapted(vapt(num_static_layers="all")), PROMPT_RATES),
-    "vapt": Method(adapted(vapt()), MATRICES),
+    "vapt": Method(adapted(vapt()), PROMPT_RATES),
     "mept-sample": Method(adapted(mept), MATRICES),
 }
 
