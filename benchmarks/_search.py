@@ -34,10 +34,14 @@ class Bench(Protocol):
 
 
 def run_method(bench: Bench, results: Results, name: str, seeds: list[int]) -> None:
-    """Search the learning rate on the development split, then score the chosen one on the test split."""
+    """Search the learning rate on the development split, then score the chosen one on the test split.
+
+    Where there is one rate, nothing is searched.
+    """
     lrs = bench.lrs(name)
-    dev = {lr: run_cell(bench, results, name, lr, 0, final=False)["accuracy"] for lr in lrs}
-    chosen = max(lrs, key=lambda lr: dev[lr])
+    searched = lrs if len(lrs) > 1 else ()
+    dev = {lr: run_cell(bench, results, name, lr, 0, final=False)["accuracy"] for lr in searched}
+    chosen = max(lrs, key=lambda lr: dev.get(lr, 0.0))
     cells = [run_cell(bench, results, name, chosen, seed, final=True) for seed in seeds]
     results.summaries[name] = {
         "dev_by_lr": {f"{lr:g}": accuracy for lr, accuracy in dev.items()},

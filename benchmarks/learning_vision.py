@@ -35,38 +35,38 @@ import assets  # noqa: E402
 from _search import HEADINGS, line, ranking, run_method, spread, time_steps  # noqa: E402
 from _training import Budget, Results, Split, Stopwatch, predict, train  # noqa: E402
 
-SIZE = 98  # pixels, a grid of 7 x 7 patches
+SIZES = {"cifar10": 98, "mnist": 56}  # pixels, grids of 7 x 7 and 4 x 4 patches
 TEST = 2000
 PROMPTS = 10
 LOW_DATA = ("vpt-deep", "vapt")
 SHARES = (0.01, 0.1, 0.3)
-FEWEST_STEPS = 100  # with few images an epoch is a step or two, and ten of them would teach no method anything
+FEWEST_STEPS = 100  # with few images an epoch is a step or two, and five of them would teach no method anything
 
 
-def everything(model: nn.Module) -> nn.Module:
+def everything(model: nn.Module, size: int) -> nn.Module:
     return model
 
 
-def adapted(config: Callable[[], PeftConfig]) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: get_peft_model(model, config())
+def adapted(config: Callable[[int], PeftConfig]) -> Callable[[nn.Module, int], nn.Module]:
+    return lambda model, size: get_peft_model(model, config(size))
 
 
-def lora() -> LoraConfig:
+def lora(size: int) -> LoraConfig:
     # "LoRA r8" here always means the query, key, value and output projections of attention.
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=["classifier"])
 
 
-def vapt(**options: Any) -> Callable[[], PeftConfig]:
-    def config() -> PeftConfig:
+def vapt(**options: Any) -> Callable[[int], PeftConfig]:
+    def config(size: int) -> PeftConfig:
         from peft_promptmoe import VAPTConfig  # here, so that the baselines run without the package
 
-        return VAPTConfig(num_virtual_tokens=PROMPTS, image_size=SIZE, **options)
+        return VAPTConfig(num_virtual_tokens=PROMPTS, image_size=size, **options)
 
     return config
 
 
-def mept() -> PeftConfig:
+def mept(size: int) -> PeftConfig:
     from peft_promptmoe import MEPTConfig
 
     return MEPTConfig(num_virtual_tokens=PROMPTS, routing="sample")
@@ -74,14 +74,15 @@ def mept() -> PeftConfig:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: what it makes of a base model, None to train a head on features that are computed once."""
+    """A way to train: what it makes of a base model for images of a size, None to train a head on features that are
+    computed once.
+    """
 
-    build: Callable[[nn.Module], nn.Module] | None
+    build: Callable[[nn.Module, int], nn.Module] | None
     lrs: tuple[float, ...]
 
 
-# Six rates each, a factor of about three apart, around what trial runs suggest. MEPT's stored tensors are scaled (its
-# `prompt_scale`), which under Adam multiplies their rate, and VAPT's are not: it learns best from 1e-2 on.
+# Six rates each, a factor of about three apart, around what trial runs suggest.
 MATRICES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 PROMPT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 METHODS = {
@@ -89,7 +90,7 @@ METHODS = {
     "full": Method(everything, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)),
     "lora": Method(adapted(lora), MATRICES),
     "vpt-deep": Method(adapted(vapt(num_static_layers="all")), PROMPT_RATES),
-    "vapt": Method(adapted(vapt()), PROMPT_RATES),
+    "vapt": Method(adapted(vapt()), MATRICES),
     "mept-sample": Method(adapted(mept), MATRICES),
 }
 
@@ -109,9 +110,10 @@ class Head(nn.Module):
 
 @dataclass(frozen=True)
 class Bench:
-    """All that a cell needs: the base model's folder, the images and the budget."""
+    """All that a cell needs: the base model's folder, the images, of `size` pixels a side, and the budget."""
 
     model: str
+    size: int
     images: dict[str, vision_tasks.Images]
     budget: Budget
     features: dict[str, vision_tasks.Features] = field(default_factory=dict)
@@ -153,7 +155,9 @@ class Bench:
 
     def ready(self, name: str, split: str = "train") -> tuple[nn.Module, Any]:
         base, build = self._base(), METHODS[name].build
-        return (build(base), self.images[split]) if build else (Head(base.classifier), self._features(split))
+        return (
+            (build(base, self.size), self.images[split]) if build else (Head(base.classifier), self._features(split))
+        )
 
     def _base(self) -> PreTrainedModel:
         # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
@@ -204,7 +208,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", choices=sorted(vision_tasks.TASKS), default="cifar10")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
@@ -224,13 +228,14 @@ def main(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()  # every cell makes a new head, and would be warned of it
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder, budget = assets.dinov2_small(), Budget(epochs=args.epochs, batch_size=32, head_lr=3e-3, bf16=args.bf16)
-    bench = Bench(folder, vision_tasks.load(args.task, folder, SIZE, TEST), budget)
+    folder, budget = assets.dinov2_small(), Budget(epochs=args.epochs, batch_size=16, head_lr=1e-2, bf16=args.bf16)
+    size = SIZES[args.task]
+    bench = Bench(folder, size, vision_tasks.load(args.task, folder, size, TEST), budget)
     config = {
         "task": args.task,
         "model": Path(folder).name,
         "images": {name: len(split) for name, split in bench.images.items()},
-        "image_size": SIZE,
+        "image_size": size,
         "prompts": PROMPTS,
         "budget": asdict(budget),
     }

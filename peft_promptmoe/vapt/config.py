@@ -41,6 +41,9 @@ class VAPTConfig(PromptConfig):
             its own.
         learnable_scale: whether a learned number, at first 1, multiplies the projector's output before it is added
             (official code's option).
+        projector_scale: the projector's matrices are this times the trained tensors, which under Adam multiplies their
+            learning rate and does not change their start. They want about 2.5e-2, which the default makes of an
+            ordinary 1e-3; 1 is the official code, which trains with SGD.
         activation: of the projector: "relu" (official code), "gelu", "sigmoid", "softmax" (the code's "attention") or
             "identity".
         num_static_layers: how many of the model's first blocks have static prompts (official code: 1; the paper's
@@ -65,6 +68,9 @@ class VAPTConfig(PromptConfig):
     use_projector: bool = field(default=True, metadata={"help": "Whether there is a feature projector."})
     share_projector: bool = field(default=True, metadata={"help": "Whether all layers share one feature projector."})
     learnable_scale: bool = field(default=False, metadata={"help": "Whether a learned number scales the projector."})
+    projector_scale: float = field(
+        default=25.0, metadata={"help": "The projector's matrices are this times the trained tensors."}
+    )
     activation: str = field(default="relu", metadata={"help": "Activation of the feature projector."})
     num_static_layers: int | str = field(
         default=1, metadata={"help": "Number of first blocks with static prompts, or 'all' for VPT-Deep."}
@@ -88,6 +94,7 @@ class VAPTConfig(PromptConfig):
         check_int("padding", self.padding, 0, MAX_PIXELS)
         for name in ("use_conv", "channelwise_kernel", "use_projector", "share_projector", "learnable_scale"):
             check_bool(name, getattr(self, name))
+        check_number("projector_scale", self.projector_scale, 0.0, open_low=True)
         check_bool("resample_grid", self.resample_grid)
         check_bool("backbone_eval", self.backbone_eval)
         check_choice("activation", self.activation, ACTIVATIONS)

@@ -40,8 +40,8 @@ class VAPTState(AdapterState):
     def add_projector(self, adapter: str, config: VAPTConfig, width: int) -> None:
         """Give an adapter its feature projector, started as torch starts linear layers (official code)."""
         down, up = nn.Linear(width, config.bottleneck_dim, bias=False), nn.Linear(config.bottleneck_dim, width, False)
-        self.vapt_down[adapter] = PromptTable(down.weight.detach())
-        self.vapt_up[adapter] = PromptTable(up.weight.detach())
+        self.vapt_down[adapter] = PromptTable(down.weight.detach() / config.projector_scale)
+        self.vapt_up[adapter] = PromptTable(up.weight.detach() / config.projector_scale)
         if config.learnable_scale:
             self.vapt_scale[adapter] = PromptTable(torch.ones(1))
 
@@ -122,7 +122,8 @@ class VAPTLayer(VAPTState, KeyValueLayer):
         owner: Any = self.shared[0] if config.share_projector else self
         scale = owner.vapt_scale[adapter]() if config.learnable_scale else None
         dropout = config.projector_dropout if self.training else 0.0
-        down, up = owner.vapt_down[adapter](), owner.vapt_up[adapter]()
+        down = owner.vapt_down[adapter]() * config.projector_scale
+        up = owner.vapt_up[adapter]() * config.projector_scale
         return project_features(z, down, up, config.activation, dropout, scale)
 
     def reads_input(self, adapter: str) -> bool:

@@ -173,7 +173,7 @@ def images() -> dict[str, Tensor]:
 
 
 _MEPT = {"num_virtual_tokens": 2, "num_experts": 3, "top_k": 2}
-_VAPT = {"num_virtual_tokens": 2, "bottleneck_dim": 2}
+_VAPT = {"num_virtual_tokens": 2, "bottleneck_dim": 2, "projector_scale": 1.0}
 
 GOLDENS: dict[str, Golden] = {
     "mept_sample": Golden("bert", MEPTConfig, text, _MEPT | {"task_type": "SEQ_CLS", "router_centering": True}),

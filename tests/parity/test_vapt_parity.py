@@ -141,6 +141,7 @@ MORE_TOWERS: dict[str, Tower] = {
 }
 
 DEFAULT = Vapt()
+SCALE = DEFAULT.projector_scale
 DEEP = Vapt(num_static_layers="all")
 
 # One departure from the defaults each, or two that meet in the arithmetic.
@@ -154,6 +155,7 @@ SETTINGS: dict[str, Vapt] = {
     "no_projector": Vapt(use_projector=False),
     "scale": Vapt(learnable_scale=True),
     "unshared-scale": Vapt(share_projector=False, learnable_scale=True),
+    "projector_scale": Vapt(projector_scale=4.0),
     "gelu": Vapt(activation="gelu"),
     "sigmoid": Vapt(activation="sigmoid"),
     "softmax": Vapt(activation="softmax"),
@@ -197,7 +199,7 @@ def fill(trained: dict[str, nn.Parameter]) -> None:
         if ("vapt_norms" in name and name.endswith("weight")) or "vapt_scale" in name:
             weight.copy_(1.0 + 0.4 * drawn)
         elif "vapt_" in name:
-            sizes = {"vapt_prompts": 0.7, "vapt_down": 1.5 / WIDTH**0.5, "vapt_up": 0.6}
+            sizes = {"vapt_prompts": 0.7, "vapt_down": 1.5 / WIDTH**0.5 / SCALE, "vapt_up": 0.6 / SCALE}
             weight.copy_(next((size for part, size in sizes.items() if part in name), 0.4) * drawn)
         else:
             weight.add_(0.3 * drawn)

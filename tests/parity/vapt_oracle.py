@@ -34,6 +34,7 @@ class Vapt:
     use_projector: bool = True
     share_projector: bool = True
     learnable_scale: bool = False
+    projector_scale: float = 25.0
     activation: str = "relu"
     num_static_layers: int | str = 1
 
@@ -91,11 +92,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def bottleneck(z: Tensor, block: Block, activation: str) -> Tensor:
-    """g of one prompt [D]: W2 sigma(W1 z)."""
+def bottleneck(z: Tensor, block: Block, vapt: Vapt) -> Tensor:
+    """g of one prompt [D]: W2 sigma(W1 z), where W1 and W2 are stored smaller by a factor."""
     assert block.down is not None and block.up is not None
-    hidden = ACTIVATIONS[activation](torch.stack([(row * z).sum() for row in block.down]))
-    return sum((hidden[k] * block.up[:, k] for k in range(len(hidden))), torch.zeros_like(z))
+    factor = vapt.projector_scale
+    hidden = ACTIVATIONS[vapt.activation](torch.stack([(factor * row * z).sum() for row in block.down]))
+    return sum((hidden[k] * factor * block.up[:, k] for k in range(len(hidden))), torch.zeros_like(z))
 
 
 def adaptive_prompts(patches: Tensor, shape: tuple[int, int], block: Block, vapt: Vapt) -> Tensor:
@@ -114,7 +116,7 @@ def adaptive_prompts(patches: Tensor, shape: tuple[int, int], block: Block, vapt
         z = sum((weight[p, n] * token for n, token in enumerate(flat)), torch.zeros_like(flat[0])) + bias[p]
         if vapt.use_projector:
             scale = 1.0 if block.scale is None else block.scale
-            z = z + scale * bottleneck(z, block, vapt.activation)
+            z = z + scale * bottleneck(z, block, vapt)
         prompts.append(z)
     assert weight.shape == (vapt.num_virtual_tokens, len(flat))
     return torch.stack(prompts)

@@ -60,6 +60,7 @@ BAD_VAPT: dict[str, tuple[Any, ...]] = COMMON | {
     "use_projector": (*NO_BOOLS, None),
     "share_projector": (*NO_BOOLS, None),
     "learnable_scale": (*NO_BOOLS, None),
+    "projector_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0),
     "activation": (*NO_NAMES, None, "", "ReLU", "attention", "silu"),
     "num_static_layers": (True, False, 1.0, NAN, "", "All", "3", None, -1, [1]),
     "prompt_dropout": (*NO_NUMBERS, None, NAN, INF, -0.1, 1.0, 2),

@@ -947,3 +947,12 @@ def test_four_threads_on_one_model_give_the_results_of_one(kind: str) -> None:
         found = list(pool.map(lambda number: predict(model, batches[number % 8]), range(48)))
     for number, logits in enumerate(found):
         assert torch.equal(logits, expected[number % 8])
+
+
+def test_the_projector_scale_changes_the_rate_and_not_the_start():
+    starts = []
+    for scale in (1.0, 25.0):
+        torch.manual_seed(0)
+        starts.append([scale * weight.detach() for weight in named(prompted(vit(), projector_scale=scale), "vapt_up")])
+    for plain, scaled in zip(*starts, strict=True):
+        torch.testing.assert_close(scaled, plain)
