@@ -2,7 +2,7 @@
 r"""Image classification with VAPT and the stock Trainer, and a picture of what the class token attends to.
 
     python examples/image_classification.py                        # packaged model and data, 6 minutes on 2 CPU cores
-    python examples/image_classification.py --lr 3e-3 1e-2 3e-2    # the same, after a search for the rate
+    python examples/image_classification.py --lr 1e-3 3e-3 1e-2    # the same, after a search for the rate
     python examples/image_classification.py --model google/vit-base-patch16-224-in21k --dataset uoft-cs/cifar10 \
         --image-column img
     python examples/image_classification.py --model timm/vit_small_patch16_224.augreg_in21k --dataset folder/of/images
@@ -289,7 +289,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=10, help="prompts per layer")
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-2], help="of several, the best on DEV is chosen")
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-3], help="of several, the best on DEV is chosen")
     parser.add_argument("--bf16", action="store_true", help="train under bf16 autocast")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
