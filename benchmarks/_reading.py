@@ -27,10 +27,19 @@ NAMES = {
     "mept-centered-16": 'MEPT, `routing="sample"`, `router_centering=True`, 16 experts',
     "mept-token-16": 'MEPT, `routing="token"`, 16 experts',
     "head concat": "head on the features of all three",
-    "head ensemble": "mean of the three heads' probabilities",
     **{
-        f"head {name}": f"head on {shown}"
-        for name, shown in (("dinov2", "DINOv2-S"), ("digits", "`digits`"), ("photos", "`photos`"))
+        f"{method} {backbone}": f"{shown} {on}"
+        for method, shown in (("head", "head"), ("vpt-deep", "VPT-Deep"), ("vapt", "VAPT"))
+        for backbone, on in (
+            ("dinov2", "on DINOv2-S"),
+            ("digits", "on `digits`"),
+            ("photos", "on `photos`"),
+            ("ensemble", "on each, mean of the three's probabilities"),
+        )
+    },
+    **{
+        f"pmoe-{dispatcher}": f'pMoE, `dispatcher="{dispatcher}"`'
+        for dispatcher in ("token", "expert", "attention", "mean", "none")
     },
     "lora_r8": "LoRA r8",
     "prompt_tuning": "PEFT prompt tuning",

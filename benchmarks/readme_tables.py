@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from claims import claims
+
 from _reading import NAMES, exact_records, exact_row, results, time_ratio, times
 from targets import targets
 
@@ -185,6 +187,11 @@ def target_table() -> str:
     return table(["", "target", "at most", "measured", "verdict"], rows)
 
 
+def claim_table() -> str:
+    rows = [[claim.paper, claim.says, claim.task, claim.found, claim.verdict] for claim in claims()]
+    return table(["paper", "says", "here, on", "found", "verdict"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "learning_text": lambda: learning("learning_text"),
     "learning_text_mixture": lambda: learning("learning_text_mixture"),
@@ -199,6 +206,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost_vision": cost_vision,
     "cost_experts": cost_experts,
     "targets": target_table,
+    "claims": claim_table,
 }
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plots
 import times
+from claims import WITHIN, claims, verdict
 
+from _search import spread
 from targets import Target, targets
 
 
@@ -70,6 +73,22 @@ def test_every_target_on_exact_figures_is_measured() -> None:
     assert {target.name for target in found} == {f"P{number}" for number in range(1, 10)}
     exact = [target for target in found if any(word in target.what for word in ("FLOPs", "saved bytes", "breaks"))]
     assert len(exact) == 17 and all(target.figures for target in exact)
+
+
+def test_a_claim_is_judged_by_the_spread_of_seeds() -> None:
+    def row(*scores: float) -> dict[str, Any]:
+        return spread([{"accuracy": score} for score in scores])
+
+    low, high = row(0.70, 0.71, 0.72), row(0.73, 0.74, 0.75)  # three points apart, standard error .0082
+    assert verdict(high, low) == "holds"
+    assert verdict(low, high) == "does not hold"
+    assert verdict(row(0.70, 0.72, 0.74), low) == WITHIN
+
+
+def test_every_paper_has_claims_that_are_compared_on_what_it_is_about() -> None:
+    found = list(claims())
+    assert {claim.paper for claim in found} == {"VAPT", "MEPT", "pMoE"}
+    assert {claim.task for claim in found if claim.paper == "VAPT"} == {"CIFAR-10", "MNIST"}
 
 
 def test_names_in_a_picture_touch_nothing() -> None:
