@@ -4,6 +4,7 @@
     python benchmarks/learning_text.py                          # Rotten Tomatoes by movie
     python benchmarks/learning_text.py --task mixture           # four tasks in one training set, 2 to 16 experts
     python benchmarks/learning_text.py --methods lora head      # some methods only
+    python benchmarks/learning_text.py --task mixture --pathways mept-centered    # draws each task's way
 
 Every method gets the same texts, epochs, batches and number of learning rates. The rate is chosen on the development
 split with seed 0; the test split is scored at that rate only, with seeds 1 to 3. Classifiers read the mean over the
@@ -135,6 +136,19 @@ class Bench:
         }
         return cell | self._scores(model, split, METHODS[name].routed)
 
+    def draw_pathways(self, name: str, lr: float, seed: int, path: Path) -> None:
+        """Train a routed method as its cell of the test split, and draw each task's way through the experts."""
+        from peft_promptmoe import record_routing
+
+        torch.manual_seed(seed)
+        model, data = self.ready(name)
+        train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+        split = self.data.splits["test"]
+        tasks = [self.data.tasks[task] for task in split.tasks[prediction_order(split)]]
+        with record_routing(model, labels=tasks) as record:
+            predict(model, split, self.budget)
+        record.plot_pathways(path)
+
     def ready(self, name: str) -> tuple[nn.Module, text_tasks.Texts]:
         # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
         base = AutoModelForSequenceClassification.from_pretrained(
@@ -201,6 +215,11 @@ def parse_args() -> argparse.Namespace:
         "--results", type=Path, help="JSON file (default: benchmarks/results/learning_text[_TASK].json)"
     )
     parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
+    parser.add_argument(
+        "--pathways",
+        choices=[name for name, method in METHODS.items() if method.routed],
+        help="only draw one routed method's pathways, of the first seed, beside the results",
+    )
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
@@ -226,6 +245,12 @@ def main(args: argparse.Namespace) -> None:
     methods = args.methods or DEFAULTS[args.task]
     if args.times:
         time_steps(bench, results, methods)
+        return
+    if args.pathways:
+        chosen = results.summaries[args.pathways]["lr"]
+        bench.draw_pathways(
+            args.pathways, chosen, args.seeds[0], results.path.with_name(f"{results.path.stem}_pathways.png")
+        )
         return
     for name in methods:
         run_method(bench, results, name, args.seeds)
