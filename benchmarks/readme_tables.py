@@ -60,16 +60,17 @@ def deviation(value: float | None) -> str:
 
 
 def learning(name: str, score: str = "test accuracy") -> str:
-    """Score by method, the best first; what routers did, where there are any."""
-    summary = results(name)["summary"]
+    """Score by method, the best first; seconds of a training step; what routers did, where there are any."""
+    summary, seconds = results(name)["summary"], results(name).get("step_seconds", {})
     routed = any("load_entropy" in row for row in summary.values())
     bits = any("task_expert_bits" in row for row in summary.values())
-    headings = ["method", score, "over seeds", "trained", "rate"]
+    headings = ["method", score, "over seeds", "trained", "rate"] + ["a step"] * bool(seconds)
     headings += ["load entropy"] * routed + ["bits of the task"] * bits
     rows = []
     for method, row in sorted(summary.items(), key=lambda item: -item[1]["mean"]):
         line = [NAMES.get(method, method), f"{row['mean']:.3f}", deviation(row["sd"]), f"{row['trainable']:,}"]
         line.append(f"{row['lr']:g}" if row["lr"] else "")
+        line += [f"{seconds[method]:.2g} s" if method in seconds else ""] * bool(seconds)
         for measure, shown in (("load_entropy", routed), ("task_expert_bits", bits)):
             line += [spread(row[measure]) if measure in row else ""] * shown
         rows.append(line)

@@ -98,6 +98,7 @@ def test_names_in_a_picture_touch_nothing() -> None:
     plots.draw(axes, crowd, "cost")
     canvas.draw()
     plots.name_points(axes, crowd, canvas)
+    canvas.draw()  # only then texts are where readers see them
     assert sorted(text.get_text() for text in axes.texts) == [point.name for point in crowd]
     names = [Text.get_window_extent(text, canvas.get_renderer()) for text in axes.texts]
     assert not [pair for pair in combinations(names, 2) if pair[0].overlaps(pair[1])]
