@@ -136,8 +136,12 @@ class Bench:
         }
         return cell | self._scores(model, split, METHODS[name].routed)
 
-    def draw_pathways(self, name: str, lr: float, seed: int, path: Path) -> None:
-        """Train a routed method as its cell of the test split, and draw each task's way through the experts."""
+    def draw_pathways(self, name: str, lr: float, seed: int, path: Path) -> float:
+        """Train a routed method as its cell of the test split, and draw each task's way through the experts.
+
+        Returns:
+            Accuracy, which should be that of the cell.
+        """
         from peft_promptmoe import record_routing
 
         torch.manual_seed(seed)
@@ -146,8 +150,9 @@ class Bench:
         split = self.data.splits["test"]
         tasks = [self.data.tasks[task] for task in split.tasks[prediction_order(split)]]
         with record_routing(model, labels=tasks) as record:
-            predict(model, split, self.budget)
+            predicted = predict(model, split, self.budget)
         record.plot_pathways(path)
+        return float(self._accuracies(predicted, split)["accuracy"])
 
     def ready(self, name: str) -> tuple[nn.Module, text_tasks.Texts]:
         # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
@@ -247,10 +252,9 @@ def main(args: argparse.Namespace) -> None:
         time_steps(bench, results, methods)
         return
     if args.pathways:
-        chosen = results.summaries[args.pathways]["lr"]
-        bench.draw_pathways(
-            args.pathways, chosen, args.seeds[0], results.path.with_name(f"{results.path.stem}_pathways.png")
-        )
+        row, path = results.summaries[args.pathways], results.path.with_name(f"{results.path.stem}_pathways.png")
+        accuracy = bench.draw_pathways(args.pathways, row["lr"], args.seeds[0], path)
+        print(f"{path}: of a model with accuracy {accuracy:.4f}; the results have {row['test']}")
         return
     for name in methods:
         run_method(bench, results, name, args.seeds)

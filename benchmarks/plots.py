@@ -54,8 +54,8 @@ NAMES = {
     "vapt ensemble": "mean of three VAPT",
     **{f"pmoe-{name}": f"pMoE, {name}" for name in ("token", "attention", "none")},
 }
-# Other sizes of a method, dispatchers that do as others do, and backbones that alone are no match are in the tables; here
-# they would crowd the rest.
+# Other sizes of a method, dispatchers that do as others do, and backbones that alone are no match are in the tables.
+# Here they would crowd the rest.
 LEFT_OUT = re.compile(r"-\d+$| (digits|photos)$|head (dinov2|ensemble)|pmoe-(mean|expert)")
 # Blue is what this package brings, orange what is compared; both differ in lightness, too.
 OURS, OTHERS = "#1f5fa8", "#d9822b"
