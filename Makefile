@@ -52,10 +52,17 @@ bench-full: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/times.py
 	$(BIN)/python benchmarks/learning_text.py
 	$(BIN)/python benchmarks/learning_text.py --task mixture
+	$(BIN)/python benchmarks/learning_text.py --task mixture --pathways mept-centered
 	$(BIN)/python benchmarks/learning_vision.py --low-data
 	$(BIN)/python benchmarks/learning_vision.py --task mnist --low-data
 	$(BIN)/python benchmarks/learning_causal.py
 	$(BIN)/python benchmarks/learning_experts.py
+	$(BIN)/python benchmarks/learning_text.py --times
+	$(BIN)/python benchmarks/learning_text.py --task mixture --times
+	$(BIN)/python benchmarks/learning_vision.py --times
+	$(BIN)/python benchmarks/learning_vision.py --task mnist --times
+	$(BIN)/python benchmarks/learning_causal.py --times
+	$(BIN)/python benchmarks/learning_experts.py --times
 	$(MAKE) bench
 
 clean:
