@@ -189,6 +189,7 @@ def main(args: argparse.Namespace) -> None:
             results.data.setdefault("refused", {})[name] = reason
             results.save()
         else:
+            results.data.get("refused", {}).pop(name, None)  # other libraries than when it was refused
             run_method(bench, results, name, args.seeds)
     print(f"\n{HEADINGS}")
     for name, row in ranking(results):
