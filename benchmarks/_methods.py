@@ -22,9 +22,6 @@ from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
 from _shapes import SHAPES, SMALL, Shape
 
 PROMPTS, EXPERTS = (10, 20, 50, 100), (4, 16, 64)
-# Where transformers calls its cache by a new name, PEFT gives BERT no prefixes, and `generate` does not see them.
-MAY_BE_REFUSED = ("prefix_tuning",)
-UNSEEN = "Both `past_key_values` and `cache` are set"
 DISPATCHERS = ("token", "expert", "attention", "mean", "none")
 
 
@@ -105,20 +102,6 @@ def build(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The normalisation")  # random weights know no pixels
         return get_peft_model(model, config(shape, row, further))
-
-
-def refusal(row: Row, work: Callable[[], object]) -> str | None:
-    """Why a method that may be refused cannot do its work on a model; None if it can, and has done it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=UNSEEN)
-            work()
-    except (ValueError, FutureWarning) as error:
-        if row.method not in MAY_BE_REFUSED:
-            raise
-        # The message goes on with what the arguments are.
-        return str(error).split(". ", maxsplit=1)[0]
-    return None
 
 
 def is_head(name: str, shape: Shape) -> bool:

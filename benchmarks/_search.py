@@ -2,9 +2,11 @@
 """How a method is scored: its learning rate is searched on the development split, then tested with several seeds."""
 
 import statistics
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from _refusals import refusal
 from torch import nn
 
 from _timing import Run, interleaved
@@ -54,6 +56,22 @@ def run_method(bench: Bench, results: Results, name: str, seeds: list[int]) -> N
     results.save()
 
 
+def admitted(results: Results, name: str, work: Callable[[], object]) -> bool:
+    """Whether the libraries that are there can run a method: if not, their reason is kept with the results.
+
+    A method that has results is not tried: other libraries could run it.
+    """
+    if name in results.summaries:
+        return True
+    results.data.get("refused", {}).pop(name, None)  # that was by other libraries, perhaps
+    reason = refusal(name, work)
+    if reason:
+        results.data.setdefault("refused", {})[name] = reason
+        print(f"{name} is not run: {reason}")
+    results.save()
+    return reason is None
+
+
 def run_cell(bench: Bench, results: Results, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
     key = f"{name} lr={lr:g} seed={seed} {'test' if final else 'dev'}"
     if key not in results.cells:
@@ -64,18 +82,26 @@ def run_cell(bench: Bench, results: Results, name: str, lr: float, seed: int, fi
 def time_steps(bench: Bench, results: Results, names: list[str], turns: int = 5) -> None:
     """Least seconds of a training step of each method, the methods taking turns; kept with the results.
 
-    The seconds of whole cells say little: cells are run on different days and beside other work.
+    The seconds of whole cells say little: cells are run on different days and beside other work. A method that the
+    libraries that are there refuse loses the time of an earlier run, which would not be one of the same turns.
     """
     runs: dict[str, Run] = {}
     for name in names:
         torch.manual_seed(0)
-        runs[name] = _step(*bench.ready(name), bench.budget)
+        run = training_step(bench, name)
+        if reason := refusal(name, run):
+            print(f"{name} is not timed: {reason}")
+            results.data.get("step_seconds", {}).pop(name, None)
+        else:
+            runs[name] = run
     times = interleaved(runs, turns, 1, "training steps in turn")
     results.data.setdefault("step_seconds", {}).update({name: row["step"]["min_s"] for name, row in times.items()})
     results.save()
 
 
-def _step(model: nn.Module, data: Split, budget: Budget) -> Run:
+def training_step(bench: Bench, name: str) -> Run:
+    """A training step of a method, on a batch of samples of middle length."""
+    (model, data), budget = bench.ready(name), bench.budget
     middle = len(data) // 2 - budget.batch_size // 2
     chosen = sorted(range(len(data)), key=data.length)[middle : middle + budget.batch_size]
     batch = data.batch(chosen)

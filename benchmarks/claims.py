@@ -37,7 +37,9 @@ class Claim:
 
 def verdict(one: dict[str, Any], other: dict[str, Any]) -> str:
     """Whether `one` scores more than `other`, by two standard errors of the difference of their means over seeds."""
-    error = math.sqrt(sum((row["sd"] or 0.0) ** 2 / len(row["test"]) for row in (one, other)))
+    if None in (one["sd"], other["sd"]):
+        return "one seed says nothing"
+    error = math.sqrt(sum(row["sd"] ** 2 / len(row["test"]) for row in (one, other)))
     difference = one["mean"] - other["mean"]
     if abs(difference) <= 2 * error:
         return WITHIN

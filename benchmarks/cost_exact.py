@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _refusals import MAY_BE_REFUSED
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers.initialization import no_init_weights
@@ -35,7 +36,7 @@ from _counting import (
     stored,
     train_flops,
 )
-from _methods import MAY_BE_REFUSED, Row, backbones, build, frozen_backbones, grid, is_head
+from _methods import Row, backbones, build, frozen_backbones, grid, is_head
 from _records import provenance, write
 from _shapes import SHAPES, quiet
 

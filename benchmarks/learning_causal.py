@@ -13,6 +13,7 @@ kept in the JSON file and not run again. A cell takes two to three minutes on on
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 
 import assets  # noqa: E402
 import causal_lm  # noqa: E402
-from _methods import Row, config, refusal  # noqa: E402
-from _search import HEADINGS, line, ranking, run_method, time_steps  # noqa: E402
+from _methods import Row, config  # noqa: E402
+from _search import HEADINGS, admitted, line, ranking, run_method, time_steps  # noqa: E402
 from _shapes import SHAPES  # noqa: E402
 from _training import Budget, Results, Stopwatch, train  # noqa: E402
 
@@ -133,10 +134,10 @@ class Bench:
             initialize_kv_prefix_from_text(model, self.tokenizer, text=text, use_chat_template=False)
         return model
 
-    def refusal(self, name: str) -> str | None:
-        """Why a method cannot answer at all with the libraries there are, if it cannot."""
+    def answers_once(self, name: str) -> Callable[[], object]:
+        """What a method must be able to do: training alone does not tell whether it can generate."""
         text = self.splits["dev"]["text"][:1]
-        return refusal(METHODS[name].row, lambda: causal_lm.generate(self.model(name), self.tokenizer, text))
+        return lambda: causal_lm.generate(self.model(name), self.tokenizer, text)
 
     def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         """Mean over the cells of how even the experts' load was, layer by layer."""
@@ -182,21 +183,15 @@ def main(args: argparse.Namespace) -> None:
         results.data["untrained"] = {split: bench.exact_match(bench.base(), split) for split in ("dev", "test")}
         results.save()
     if args.times:
-        time_steps(bench, results, [name for name in args.methods if name not in results.data.get("refused", {})])
+        time_steps(bench, results, args.methods)
         return
     for name in args.methods:
-        if reason := bench.refusal(name):
-            results.data.setdefault("refused", {})[name] = reason
-            results.save()
-        else:
-            results.data.get("refused", {}).pop(name, None)  # other libraries than when it was refused
+        if admitted(results, name, bench.answers_once(name)):
             run_method(bench, results, name, args.seeds)
     print(f"\n{HEADINGS}")
     for name, row in ranking(results):
         print(line(name, row))
     print(f"untrained: {results.data['untrained']['test']:.4f}")
-    for name, reason in results.data.get("refused", {}).items():
-        print(f"{name} was not run: {reason}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 
 import _text_tasks as text_tasks  # noqa: E402
 import assets  # noqa: E402
-from _search import HEADINGS, line, ranking, run_method, time_steps  # noqa: E402
+from _search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step  # noqa: E402
 from _training import Budget, Results, Stopwatch, predict, prediction_order, train  # noqa: E402
 from pooling import pool_by_mean  # noqa: E402
 
@@ -257,7 +257,8 @@ def main(args: argparse.Namespace) -> None:
         print(f"{path}: of a model with accuracy {accuracy:.4f}; the results have {row['test']}")
         return
     for name in methods:
-        run_method(bench, results, name, args.seeds)
+        if admitted(results, name, lambda name=name: training_step(bench, name)()):
+            run_method(bench, results, name, args.seeds)
     print_table(results)
 
 

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from _refusals import refusal
 from torch import nn
 
 from peft_promptmoe import cached_prompts
 
 from _counting import graphs
-from _methods import DISPATCHERS, Row, build, config, frozen_backbones, refusal
+from _methods import DISPATCHERS, Row, build, config, frozen_backbones
 from _shapes import SHAPES, Shape, quiet
 from _timing import (
     Batch,
@@ -138,7 +139,7 @@ def models(name: str, kind: Callable[..., Run], rows: tuple[Row, ...]) -> Group:
                 if row.method in FORMS and not setting.device.bf16:
                     check_same(made[str(row._replace(method=FORMS[row.method]))], model, inputs)
                 run = kind(model, inputs, setting.device)
-                if reason := refusal(row, run):
+                if reason := refusal(row.method, run):
                     refused[str(row)] = reason
                 else:
                     made[str(row)], runs[str(row)] = model, run
@@ -159,7 +160,7 @@ def language(setting: Setting) -> dict[str, Any]:
     refused: dict[str, str] = {}
     for row in LANGUAGE:
         run = generation(setting.build(SHAPES["smollm2"], row, frozen), ids, setting.tokens, setting.device)
-        if reason := refusal(row, run):
+        if reason := refusal(row.method, run):
             refused[str(row)] = reason
         else:
             runs[str(row)] = run

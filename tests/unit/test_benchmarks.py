@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plots
 import times
-from claims import WITHIN, claims, verdict
+from claims import WITHIN, claims, scores, sizes, verdict
 
-from _search import spread
+from _search import admitted, spread
+from _training import Results
 from targets import Target, targets
 
 
@@ -83,12 +84,52 @@ def test_a_claim_is_judged_by_the_spread_of_seeds() -> None:
     assert verdict(high, low) == "holds"
     assert verdict(low, high) == "does not hold"
     assert verdict(row(0.70, 0.72, 0.74), low) == WITHIN
+    assert verdict(row(0.9), row(0.1)) == "one seed says nothing"
 
 
-def test_every_paper_has_claims_that_are_compared_on_what_it_is_about() -> None:
+def test_a_claim_is_compared_with_the_best_and_sizes_without_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    means = {"head": 0.3, "vapt": 0.8, "vpt-deep": 0.7, "full": 0.9}
+    trained = {"head": 100, "vapt": 150, "vpt-deep": 190, "full": 1000}
+    summary = {n: {"mean": m, "sd": 0.0, "test": [m] * 3, "trainable": trained[n]} for n, m in means.items()}
+    monkeypatch.setattr("claims.results", lambda name: {"summary": summary})
+    found = scores("VAPT", "beats all", "learning_vision_mnist", "vapt", "vpt-deep", "full")
+    assert (found.found, found.verdict) == ("VAPT 0.800, full fine-tuning 0.900", "does not hold")
+    found = sizes("VAPT", "is smaller", "learning_vision_mnist", "vapt", "vpt-deep")
+    assert (found.found, found.verdict) == ("VAPT 50, VPT-Deep 90", "holds")
+    assert scores("VAPT", "beats all", "learning_vision_mnist", "vapt", "lora").verdict == "not measured yet"
+
+
+def test_every_claim_is_measured() -> None:
     found = list(claims())
     assert {claim.paper for claim in found} == {"VAPT", "MEPT", "pMoE"}
-    assert {claim.task for claim in found if claim.paper == "VAPT"} == {"CIFAR-10", "MNIST"}
+    assert all(claim.found for claim in found)
+
+
+def test_what_other_libraries_refuse_is_said_and_what_has_results_is_kept(tmp_path: Path) -> None:
+    def refused() -> None:
+        raise ValueError("No past key values. The arguments are: 1")
+
+    results = Results(tmp_path / "results.json", {})
+    assert not admitted(results, "prefix", refused)
+    assert json.loads(results.path.read_text())["refused"] == {"prefix": "No past key values"}
+    assert admitted(results, "prefix", lambda: None)
+    assert not json.loads(results.path.read_text())["refused"]
+    results.summaries["prefix"] = {}
+    assert admitted(results, "prefix", refused)
+    with pytest.raises(ValueError, match="past key"):  # only methods of others may be refused
+        admitted(results, "vapt", refused)
+
+
+def test_a_picture_leaves_out_sizes_and_weak_backbones_only() -> None:
+    names = ("mept-sample", "mept-sample-16", "vpt-deep dinov2", "vpt-deep digits", "pmoe-none", "head concat")
+    row = {"mean": 0.5, "sd": None}
+    shown = plots.points(dict.fromkeys(names, row), dict.fromkeys(names, 1.0))
+    assert [point.name for point in shown] == [
+        "MEPT by sample",
+        "VPT-Deep on DINOv2-S",
+        "pMoE, none",
+        "head on all features",
+    ]
 
 
 def test_names_in_a_picture_touch_nothing() -> None:
