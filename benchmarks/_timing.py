@@ -22,7 +22,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft_promptmoe.root import prompt_layers
+from peft_promptmoe.engine.model_hooks import prompt_layers
 
 Batch = dict[str, Tensor]
 Run = Callable[[], dict[str, float]]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
-from .callback import RoutingCallback
+from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
 from .pmoe import DispatchReport, ParameterReport, PMoEConfig, PMoEModel, parameter_report, patch_maps
-from .report import RoutingReport, record_routing, routing_report
-from .serving import cached_prompts
+from .reports.callback import RoutingCallback
+from .reports.recorder import record_routing
+from .reports.routing_report import RoutingReport, routing_report
 from .vapt import VAPTConfig, VAPTModel
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 
-from .card import write_card
+from .sharing.model_card import BaseModelCard, CardValues, write_card
 
 # Far above any useful setting, and low enough that a config from a stranger cannot ask for the machine's memory.
 MAX_SLOTS_PER_LAYER = 16_384
@@ -37,6 +37,8 @@ class PromptConfig(PeftConfig):
     prompt_positions: ClassVar[str] = "unrotated"
     # Whether the frozen model stays in evaluation mode while the adapter trains; a field where a method asks for it.
     backbone_eval: ClassVar[bool] = False
+    # What the model card says of the base model; the tuner notes it, and it is no part of the saved config.
+    card_base: ClassVar[BaseModelCard] = BaseModelCard()
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Attention layers that prompts join; unset, the architecture decides."}
@@ -100,10 +102,20 @@ class PromptConfig(PeftConfig):
         """Lines of the model card's snippet that make `config`, where loading needs more than the adapter's folder."""
         return ""
 
+    def card_values(self) -> CardValues:
+        """What the model card says of loading this adapter."""
+        return CardValues(
+            method=str(getattr(self.peft_type, "value", self.peft_type)),
+            task_type=self.task_type,
+            base_model=self.base_model_name_or_path,
+            base=self.card_base,
+            preparation=self.card_preparation(),
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the lines a stranger needs to load the adapter into the model card."""
         super().save_pretrained(str(save_directory), **kwargs)
-        write_card(self, save_directory)
+        write_card(self.card_values(), save_directory)
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -20,9 +20,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
-from .card import write_card
 from .config import PromptConfig
-from .loading import all_or_nothing
+from .sharing.model_card import write_card
+from .sharing.rollback import all_or_nothing
 
 
 def ensure_peft_type(name: str) -> PeftType:
@@ -106,7 +106,7 @@ def keep_section_when_pushing() -> None:
     def upload_with_section(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         for name, config in self.peft_config.items():
             if isinstance(config, PromptConfig):
-                write_card(config, Path(working_dir) / ("" if name == "default" else name))
+                write_card(config.card_values(), Path(working_dir) / ("" if name == "default" else name))
         return upload(self, working_dir, *args, **kwargs)
 
     upload_with_section.keeps_section = True  # type: ignore[attr-defined]

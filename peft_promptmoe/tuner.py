@@ -12,20 +12,21 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
-from .attention import check_kernel
+from .adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
+from .checks import check_attention, check_layers, check_saved_modules, no_match
 from .config import PromptConfig
-from .families import FAMILIES, VISION_FAMILIES
-from .key_value import KeyValueLayer
-from .layer import CHILD, PromptLayer, no_merge
-from .loading import Unread
-from .names import check_adapter_name, check_apart
-from .root import PromptRoot, prompt_layers
-from .sites import Site, find_site
-from .state import AdapterState, SharedLayer
-from .targets import check_at_hand, default_targets, is_encoder_decoder, model_type
-from .timm_attention import check_fused
-from .tokens import TokenForm
-from .vision import Patches, vision_heads
+from .engine.key_value import KeyValueLayer
+from .engine.model_hooks import ModelHooks, prompt_layers
+from .engine.prompt_layer import PromptLayer, no_merge
+from .engine.token_form import TokenForm
+from .models.families import FAMILIES, VISION_FAMILIES
+from .models.heads import vision_heads
+from .models.patches import Patches
+from .models.sites import Site, find_site
+from .models.targets import check_at_hand, default_targets, is_encoder_decoder, model_type
+from .sharing.adapter_names import check_adapter_name, check_apart
+from .sharing.model_card import base_model_card
+from .sharing.rollback import Unread
 
 # Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
 MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
@@ -78,7 +79,7 @@ class PromptTuner(BaseTuner):
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
-            inner = f".{CHILD}.{self.prefix}"
+            inner = f".{PROMPT_CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
         unread = Unread(self, adapter_name)
         try:
@@ -91,30 +92,30 @@ class PromptTuner(BaseTuner):
         except Exception:
             unread.take_back()
             raise
-        root: Any = getattr(model, CHILD)
+        root: Any = getattr(model, PROMPT_CHILD)
         root.watch(model, unread)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         if peft_config.target_modules is None:
             found = self.default_targets()
             peft_config.target_modules = found if isinstance(found, str) else set(found)
-        paths = [path for path, _ in self.model.named_modules() if path and f"{CHILD}." not in f"{path}."]
+        paths = [path for path, _ in self.model.named_modules() if path and f"{PROMPT_CHILD}." not in f"{path}."]
         paths = [path for path in paths if self._check_target_module_exists(peft_config, path)]
         if not paths:
-            raise ValueError(self._no_match(peft_config))
+            raise ValueError(no_match(self.model, peft_config))
         for path in paths:
             check_at_hand(self.model.get_submodule(path), path)
         sites = [find_site(self.model, path) for path in paths]
-        self._check_layers(peft_config, sites)
+        check_layers(self.model, peft_config, sites)
         for site in sites:
             if issubclass(self.prompt_layer_cls, KeyValueLayer):
-                _check_attention(site)
-            if not isinstance(getattr(site.attention, CHILD, None), (self.prompt_layer_cls, type(None))):
+                check_attention(site)
+            if not isinstance(getattr(site.attention, PROMPT_CHILD, None), (self.prompt_layer_cls, type(None))):
                 raise ValueError(
                     f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
                     f"{self.method} cannot share an attention layer with it."
                 )
-        self._check_saved_modules(peft_config, sites)
+        check_saved_modules(self.model, peft_config, sites)
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)
@@ -129,39 +130,6 @@ class PromptTuner(BaseTuner):
         self._sites = {site.name: site for site in sites}
         return peft_config
 
-    def _no_match(self, config: PromptConfig) -> str:
-        message = f"target_modules={config.target_modules!r} matches no module of {type(self.model).__name__}"
-        if config.layers_to_transform is not None:
-            message += f" within layers_to_transform={config.layers_to_transform!r}"
-        if config.modules_to_save:
-            message += f" outside modules_to_save={config.modules_to_save!r}"
-        return message + ". Leave target_modules unset, or name attention layers of this model."
-
-    def _check_layers(self, config: PromptConfig, sites: list[Site]) -> None:
-        asked = config.layers_to_transform
-        if asked is None:
-            return
-        missing = {asked} if isinstance(asked, int) else set(asked)
-        missing -= {site.index for site in sites}
-        if missing:
-            raise ValueError(
-                f"layers_to_transform names the layers {sorted(missing)}, which {type(self.model).__name__} does not "
-                "have or target_modules leaves out."
-            )
-
-    def _check_saved_modules(self, config: PromptConfig, sites: list[Site]) -> None:
-        """Refuse copies of what prompts pass through: the text would go through the copy, prompts through the old."""
-        paths = {id(module): path for path, module in self.model.named_modules()}
-        for site in sites:
-            parts = site.name.split(".")
-            touched = {".".join(parts[: end + 1]) for end in range(len(parts))} | {paths.get(id(site.norm), site.name)}
-            for name in config.modules_to_save or ():
-                if any(path == name or path.endswith(f".{name}") for path in touched):
-                    raise ValueError(
-                        f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through. Leave "
-                        "it out of modules_to_save, or leave that layer out by exclude_modules."
-                    )
-
     def _save_heads(self, config: PromptConfig, patches: Patches | None) -> None:
         """Train and save the heads that PEFT's task wrappers do not know; `modules_to_save=[]` keeps an image head."""
         present = dict(self.model.named_children())
@@ -170,24 +138,11 @@ class PromptTuner(BaseTuner):
             heads += vision_heads(self.model, patches)
         if new := [head for head in heads if head not in (config.modules_to_save or ())]:
             config.modules_to_save = [*(config.modules_to_save or ()), *new]
-        self._note_for_card(config)
-
-    def _note_for_card(self, config: Any) -> None:
-        """What the model card's loading snippet says of the base model; no part of the config."""
-        timm = getattr(self.model, "pretrained_cfg", None)
-        if timm and not hasattr(self.model, "config"):
-            weights = timm.get("architecture"), timm.get("tag")
-            config.card_timm_weights = ".".join(part for part in weights if part)
-            config.card_num_labels = getattr(self.model, "num_classes", 0)
-            own = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
-            usual = tuple(timm.get("input_size", ()))[1:]
-            config.card_image_size = tuple(own) if own is not None and tuple(own) != usual else None
-        else:
-            config.card_num_labels = getattr(getattr(self.model, "config", None), "num_labels", 2)
+        config.card_base = base_model_card(self.model)  # type: ignore[misc]
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if getattr(model, CHILD, None) is None:
-            PromptRoot(model).attach(model)
+        if getattr(model, PROMPT_CHILD, None) is None:
+            ModelHooks(model).attach(model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -211,14 +166,14 @@ class PromptTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = getattr(target, CHILD, None)
+        layer = getattr(target, PROMPT_CHILD, None)
         if layer is None:
             site = self._sites[current_key]
             layer = self.prompt_layer_cls(site)
             layer.update_layer(adapter_name, peft_config)
             layer.attach()
             if isinstance(layer, KeyValueLayer) and self._is_read_by_decoder(site):
-                layer.hold_token_form(TokenForm(site, self.model.get_decoder()))
+                TokenForm(layer, self.model.get_decoder()).attach()
         else:
             layer.update_layer(adapter_name, peft_config)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
@@ -226,7 +181,7 @@ class PromptTuner(BaseTuner):
 
     def _share(self, layer: PromptLayer, adapter_name: str, config: Any) -> None:
         """Give the layer what it shares with the model's other layers."""
-        root: Any = getattr(self.model, CHILD)
+        root: Any = getattr(self.model, PROMPT_CHILD)
         if layer.uses_grid(adapter_name) and layer.grids is None:
             layer.grids = root.grid_book(layer.site.patches)
             layer.grids.readers.append(layer)
@@ -255,7 +210,7 @@ class PromptTuner(BaseTuner):
         own = [layer for layer in layers if isinstance(layer, self.prompt_layer_cls)]
         for layer in own:
             layer.detach()
-        root: Any = getattr(self.model, CHILD)
+        root: Any = getattr(self.model, PROMPT_CHILD)
         root.disown(self.method, own)
         if len(own) == len(layers):
             root.detach(self.model)
@@ -278,20 +233,3 @@ class PromptTuner(BaseTuner):
                 "set_adapter()."
             )
         yield
-
-
-def _check_attention(site: Site) -> None:
-    """Refuse attention kernels that rows cannot join."""
-    if site.is_timm:
-        check_fused(site.attention, site.name)
-    else:
-        check_kernel(site.attention.config._attn_implementation_internal)
-
-
-def refuse_task_type(config: PromptConfig) -> None:
-    """Raise ValueError where a config for images asks for one of PEFT's wrappers, which are for text."""
-    if config.task_type is not None:
-        raise ValueError(
-            f"task_type={config.task_type!r} wraps the model in a class of PEFT that passes text on. Leave "
-            "task_type unset for vision models; their heads are found without it."
-        )

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_state import PromptTable
 from ..config import PromptConfig
-from ..key_value import KeyValueLayer
-from ..routing import (
-    Chosen,
-    PromptCall,
-    balance_loss,
+from ..engine.key_value import KeyValueLayer
+from ..models.sites import Site
+from ..routing.balance_loss import balance_loss, carry_balance_loss
+from ..routing.prompt_call import PromptCall
+from ..routing.record import Chosen
+from ..routing.router import (
     best_gates,
-    carry_balance_loss,
     mix_experts,
     perturb,
     pooled_input,
@@ -23,8 +24,6 @@ from ..routing import (
     top_k_log_gates,
     without_autocast,
 )
-from ..sites import Site
-from ..state import PromptTable
 from .config import MEPTConfig
 
 CENTER_MOMENTUM = 0.01

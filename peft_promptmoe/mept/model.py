@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from ..projection import LENGTH_DEPENDENT, rotary_kind
-from ..root import prompt_layers
-from ..sites import Site, caps_scores
-from ..targets import is_encoder_decoder
-from ..tokens import takes_bias
+from ..engine.model_hooks import prompt_layers
+from ..engine.projection import LENGTH_DEPENDENT, rotary_kind
+from ..engine.token_form import takes_bias
+from ..engine.vocabulary_start import can_read_vocabulary, vocabulary_inputs
+from ..models.sites import Site, caps_scores
+from ..models.targets import is_encoder_decoder
 from ..tuner import PromptTuner
-from ..warmstart import can_read_vocabulary, vocabulary_inputs
 from .config import MEPTConfig
 from .layer import MEPTLayer, experts_to_start
 

@@ -2,11 +2,12 @@
 """pMoE, several frozen vision backbones whose prompts talk to each other (our reading of arXiv 2602.22938)."""
 
 from ..registration import register_tuner
+from ..reports.dispatch_report import DispatchReport
 from .config import PMoEConfig
 from .layer import PMoELayer
 from .maps import patch_maps
 from .model import PMoEModel
-from .report import DispatchReport, ParameterReport, parameter_report
+from .report import ParameterReport, parameter_report
 
 __all__ = [
     "DispatchReport",

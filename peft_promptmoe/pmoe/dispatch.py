@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing import routing_dtype
+from ..routing.router import routing_dtype
 
 NORM_EPS = 1e-5
 

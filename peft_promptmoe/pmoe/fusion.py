@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..inspection import parameter_names
-from .features import encode, fit_pixels
-
-if TYPE_CHECKING:
-    from .config import PMoEConfig
-    from .shared import PMoEShared
+from ..models.inspection import parameter_names
+from .config import PMoEConfig
+from .experts.features import encode, fit_pixels
+from .shared import PMoEShared
 
 
 class Fusion:
@@ -30,28 +28,6 @@ class Fusion:
         self.shared = shared
         self._pixels: dict[int, Tensor] = {}
         self._handles: list[Any] = []
-
-    def features(self, adapter: str, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Feature (B, D_k) and patch tokens (B, N_k, D_k) of each further expert.
-
-        Args:
-            pixels: (B, channels, rows, columns) as the base model gets them.
-        """
-        config: PMoEConfig = self.shared.prompt_config[adapter]
-        incoming = _normalisation(config.image_mean, config.image_std)
-        found = []
-        for key, record in zip(self.shared.members[adapter], self.shared.records[adapter], strict=True):
-            expert, patches = self.shared.experts[key], self.shared.patches(key)
-            weight = patches.embedding.weight
-            size = None if record.size is None else (record.size[0], record.size[1])
-            fitted = fit_pixels(pixels, incoming, _normalisation(record.mean, record.std), size).to(weight.device)
-            fitted = fitted.to(weight.dtype) if weight.is_floating_point() else fitted
-            if torch.is_grad_enabled() and checkpoints(self.shared.base()[0]):
-                pair = checkpoint(encode, expert.module, patches, fitted, use_reentrant=False)
-            else:
-                pair = encode(expert.module, patches, fitted)
-            found.append((pair[0].to(pixels.device), pair[1].to(pixels.device)))
-        return found
 
     def open(self) -> None:
         """Hook the base model, which tells of its images, and its classifier, whose reading the experts join."""
@@ -122,14 +98,14 @@ class Fusion:
         adapter = self.working_adapter()
         if adapter is None or self.shared.prompt_config[adapter].fusion != "mean":
             return None
-        features = [args[0], *(feature for feature, _ in self.features(adapter, self._seen()))]
+        features = [args[0], *(feature for feature, _ in expert_features(self.shared, adapter, self._seen()))]
         return (torch.stack([feature.to(args[0].dtype) for feature in features]).mean(dim=0), *args[1:])
 
     def _after_head(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         adapter = self.working_adapter()
         if adapter is None or self.shared.prompt_config[adapter].fusion == "mean":
             return None
-        features = [feature for feature, _ in self.features(adapter, self._seen())]
+        features = [feature for feature, _ in expert_features(self.shared, adapter, self._seen())]
         weight = self.shared.pmoe_fusion[adapter]()
         maps = weight.split([feature.shape[-1] for feature in features], dim=1)
         read = [F.linear(feature.to(part.dtype), part) for feature, part in zip(features, maps, strict=True)]
@@ -143,6 +119,29 @@ class Fusion:
         if self.shared.prompt_config[adapter].fusion == "logits":
             logits = logits / len(parts)
         return logits.to(output.dtype)
+
+
+def expert_features(shared: PMoEShared, adapter: str, pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Feature (B, D_k) and patch tokens (B, N_k, D_k) of each further expert.
+
+    Args:
+        pixels: (B, channels, rows, columns) as the base model gets them.
+    """
+    config: PMoEConfig = shared.prompt_config[adapter]
+    incoming = _normalisation(config.image_mean, config.image_std)
+    found = []
+    for key, record in zip(shared.members[adapter], shared.records[adapter], strict=True):
+        expert, patches = shared.experts[key], shared.patches(key)
+        weight = patches.embedding.weight
+        size = None if record.size is None else (record.size[0], record.size[1])
+        fitted = fit_pixels(pixels, incoming, _normalisation(record.mean, record.std), size).to(weight.device)
+        fitted = fitted.to(weight.dtype) if weight.is_floating_point() else fitted
+        if torch.is_grad_enabled() and checkpoints(shared.base()[0]):
+            pair = checkpoint(encode, expert.module, patches, fitted, use_reentrant=False)
+        else:
+            pair = encode(expert.module, patches, fitted)
+        found.append((pair[0].to(pixels.device), pair[1].to(pixels.device)))
+    return found
 
 
 def _is_tokens(state: Any) -> bool:

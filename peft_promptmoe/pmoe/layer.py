@@ -4,22 +4,32 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..routing import without_autocast
-from ..sites import Site
-from ..state import PromptTable, kept
-from ..tokens import TokenLayer
+from ..adapter_state import PromptTable, kept
+from ..engine.token_layer import TokenLayer
+from ..models.sites import Site
+from ..routing.router import without_autocast
 from .config import PMoEConfig
 from .dispatch import all_tokens, dispatch_attention, dispatch_experts, dispatch_sum, dispatch_tokens, group_shares
 
-if TYPE_CHECKING:
-    from .shared import PMoEShared
-
 OWN_SHARE = 0.9  # of what a dispatcher takes from its own expert's prompts when training begins
+
+
+class OtherExperts(Protocol):
+    """What the prompt layer of one block asks of the other experts; `PMoEShared` answers."""
+
+    def number(self, adapter: str, expert: str | None) -> int:
+        """Place of an expert among those of an adapter; the base model is number 0."""
+
+    def find(self, expert: str | None, block: int) -> PMoELayer | None:
+        """The prompt layer of an expert's block; None for blocks without."""
+
+    def prompts(self, adapter: str, reader: PMoELayer, device: torch.device) -> list[Tensor]:
+        """All experts' prompts at the relative depth of a block, K of (P, D), as the block's expert sees them."""
 
 
 class Dispatcher(nn.Module):
@@ -104,7 +114,7 @@ class PMoELayer(TokenLayer):
         rows, columns = patches.grid(patches.image_size or (224, 224))
         return rows * columns
 
-    def _shared(self) -> PMoEShared:
+    def _shared(self) -> OtherExperts:
         return self.shared[0]  # type: ignore[return-value]
 
     def wants_shared(self, adapter: str) -> bool:

@@ -9,22 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..vision import Grid
-from .features import encode
-from .shared import PMoEShared
-from .towers import encoder_within
-
-
-def shared_of(model: nn.Module) -> PMoEShared:
-    """What the experts of a model share.
-
-    Raises:
-        ValueError: the model has no pMoE adapter.
-    """
-    for module in model.modules():
-        if isinstance(module, PMoEShared):
-            return module
-    raise ValueError(f"{type(model).__name__} has no pMoE adapter; add one with get_peft_model().")
+from ..models.patches import Grid
+from .experts.features import encode
+from .experts.towers import encoder_within
+from .fusion import expert_features
+from .shared import PMoEShared, shared_of
 
 
 def patch_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -55,7 +44,7 @@ def patch_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
     _, tokens = encode(encoder, patches, pixel_values)
     maps = [tokens.transpose(1, 2).unflatten(2, grid)]
     for key, (_, tokens) in zip(
-        shared.members[working[0]], shared.fusion.features(working[0], pixel_values), strict=True
+        shared.members[working[0]], expert_features(shared, working[0], pixel_values), strict=True
     ):
         maps.append(_on_grid(tokens, _grid_of(shared, key, size), grid).to(maps[0].dtype))
     return torch.cat(maps, dim=1)

@@ -9,17 +9,20 @@ from typing import Any
 
 from torch import nn
 
-from ..layer import CHILD, PromptLayer
-from ..sites import Site, find_site
-from ..state import AdapterState
-from ..targets import image_targets
-from ..tuner import PromptTuner, refuse_task_type
-from ..vision import vision_heads
+from ..adapter_state import PROMPT_CHILD, AdapterState
+from ..checks import refuse_task_type
+from ..engine.prompt_layer import PromptLayer
+from ..models.heads import vision_heads
+from ..models.sites import Site, find_site
+from ..models.targets import image_targets
+from ..tuner import PromptTuner
 from .config import PMoEConfig
-from .experts import Expert, freeze, gather_experts, pixels_of
+from .experts.gather import Expert, freeze, gather_experts
+from .experts.records import pixels_of
+from .experts.towers import check_free, check_no_backbone, check_tower, encoder_within
+from .fusion import Fusion
 from .layer import PMoELayer
-from .shared import PMoEShared, classifier
-from .towers import check_free, check_no_backbone, check_tower, encoder_within
+from .shared import HooksOnBase, PMoEShared, classifier
 
 
 class PMoEModel(PromptTuner):
@@ -56,16 +59,20 @@ class PMoEModel(PromptTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As `PromptTuner.inject_adapter`; further experts are loaded before the model is touched."""
-        if (shared := self._shared()) is not None:
-            shared.fusion.shut()
+        if (fusion := self._fusion()) is not None:
+            fusion.shut()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            if (shared := self._shared()) is not None:
-                shared.fusion.open()
+            if (fusion := self._fusion()) is not None:
+                fusion.open()
+
+    def _fusion(self) -> HooksOnBase | None:
+        shared = self._shared()
+        return shared.fusion if shared is not None else None
 
     def _shared(self) -> PMoEShared | None:
-        root: Any = getattr(self.model, CHILD, None)
+        root: Any = getattr(self.model, PROMPT_CHILD, None)
         return root.shared[self.method] if root is not None and self.method in root.shared else None
 
     def resolve(self, config: PMoEConfig, sites: list[Site]) -> None:
@@ -102,6 +109,7 @@ class PMoEModel(PromptTuner):
         for expert in experts:
             freeze(expert.module)
         shared.welcome(self.model, head, depth, experts)
+        shared.fusion = shared.fusion or Fusion(shared)
 
     def _tower(self) -> list[Site]:
         """All attention layers of the base model's tower, prompted or not."""

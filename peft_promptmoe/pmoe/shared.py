@@ -5,21 +5,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..state import PromptTable, SharedLayer, put_away
-from ..vision import Patches
+from ..adapter_state import PromptTable, SharedLayer, put_away
+from ..models.patches import Patches
+from ..reports.dispatch_report import DispatchReport
 from .config import PMoEConfig
-from .fusion import Fusion
+from .experts.gather import Expert
+from .experts.records import ExpertRecord
 from .layer import PMoELayer
 
-if TYPE_CHECKING:
-    from .experts import Expert
-    from .records import ExpertRecord
+
+class HooksOnBase(Protocol):
+    """Hooks by which the experts' features join the base model; `Fusion` is what there is."""
+
+    def open(self) -> None:
+        """Set them."""
+
+    def shut(self) -> None:
+        """Take them away."""
 
 
 class Bridges(nn.Module):
@@ -55,6 +63,7 @@ class PMoEShared(SharedLayer):
         last_decision: by adapter, (B, K) each expert's term in the logit of the predicted class, if the last forward
             was one of evaluation mode.
         layers: by key and block, the further experts' prompt layers.
+        fusion: the hooks by which their features join the base model; the tuner sets them.
     """
 
     adapter_layer_names: tuple[str, ...] = ("pmoe_fusion", "pmoe_bridges")
@@ -74,7 +83,7 @@ class PMoEShared(SharedLayer):
         self._base_layers: dict[int, PMoELayer] = {}
         self._base: tuple[nn.Module, str | None] | None = None
         self._coming: list[Expert] = []
-        self.fusion = Fusion(self)
+        self.fusion: HooksOnBase | None = None
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ModuleDict())
 
@@ -139,10 +148,26 @@ class PMoEShared(SharedLayer):
         blocks: Any = self._base_layers if expert is None else self.layers[expert]
         return [layer for _, layer in sorted(blocks.items(), key=_number) if adapter in layer.prompt_config]
 
-    def report(self, adapter: str) -> Any:
-        from .report import dispatch_report  # the report reads this module
+    def report(self, adapter: str) -> DispatchReport:
+        """Report of the last forward.
 
-        return dispatch_report(self, adapter)
+        Raises:
+            ValueError: there has been none with this adapter.
+        """
+        names, blocks, shares = ["base model", *(record.name for record in self.records[adapter])], [], []
+        for number, key in enumerate([None, *self.members[adapter]]):
+            for layer in self.layers_of(key, adapter):
+                if adapter in layer.last_shares:
+                    blocks.append((number, layer.site.index))
+                    shares.append(layer.last_shares[adapter].float().mean(dim=0).cpu())
+        if not shares:
+            raise ValueError("No forward pass has been dispatched yet; run the model once before asking for a report.")
+        terms = self.last_decision.get(adapter)
+        decision = decided = None
+        if terms is not None:
+            decision = terms.float().mean(dim=0).cpu()
+            decided = torch.bincount(terms.argmax(dim=1).cpu(), minlength=len(names)) / len(terms)
+        return DispatchReport(names, blocks, torch.stack(shares), decision, decided)
 
     def number(self, adapter: str, expert: str | None) -> int:
         """Place of an expert among those of an adapter; the base model is number 0."""
@@ -187,7 +212,8 @@ class PMoEShared(SharedLayer):
         return site.patches
 
     def close(self) -> None:
-        self.fusion.shut()
+        if self.fusion is not None:
+            self.fusion.shut()
 
 
 def _number(item: tuple[Any, Any]) -> int:
@@ -209,3 +235,15 @@ def classifier(model: nn.Module, head: str) -> nn.Linear:
     """The classifier at a path, below the wrapper by which PEFT trains it."""
     module: Any = model.get_submodule(head)
     return getattr(module, "original_module", module)
+
+
+def shared_of(model: nn.Module) -> PMoEShared:
+    """What the experts of a model share.
+
+    Raises:
+        ValueError: the model has no pMoE adapter.
+    """
+    for module in model.modules():
+        if isinstance(module, PMoEShared):
+            return module
+    raise ValueError(f"{type(model).__name__} has no pMoE adapter; add one with get_peft_model().")

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing import routing_dtype
-from ..vision import Grid
+from ..models.patches import Grid
+from ..routing.router import routing_dtype
 
 NORM_EPS = 1e-5  # official code: torch's default
 LEAST_EPS = 1e-6  # that of the official code's ViT

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..key_value import KeyValueLayer
-from ..routing import PromptCall, without_autocast
-from ..sites import Site
-from ..state import AdapterState, AffineTable, PromptTable, SharedLayer
-from ..vision import Grid
+from ..adapter_state import AdapterState, AffineTable, PromptTable, SharedLayer
+from ..engine.key_value import KeyValueLayer
+from ..models.patches import Grid
+from ..models.sites import Site
+from ..routing.prompt_call import PromptCall
+from ..routing.router import without_autocast
 from .config import MAX_MAPS, MAX_VALUES, VAPTConfig
 from .generator import aggregate, grid_weights, project_features, resample, temper
 

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from ..sites import Site
-from ..targets import image_targets
-from ..tuner import PromptTuner, refuse_task_type
+from ..checks import refuse_task_type
+from ..models.sites import Site
+from ..models.targets import image_targets
+from ..tuner import PromptTuner
 from .config import VAPTConfig
 from .layer import VAPTLayer, VAPTShared, VAPTState, check_grid
 

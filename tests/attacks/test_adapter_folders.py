@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_promptmoe import MEPTConfig, PMoEConfig
-from peft_promptmoe.attention import ConfigView
+from peft_promptmoe.engine.transformers_attention import ConfigView
 
 Tensors = dict[str, Tensor]
 IDS = torch.tensor([[3, 4, 5, 6]])

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from peft_promptmoe.pmoe import experts as experts_module
-from peft_promptmoe.pmoe.experts import ExpertRecord, gather_experts
+from peft_promptmoe.pmoe.experts import gather as experts_module
+from peft_promptmoe.pmoe.experts.gather import gather_experts
+from peft_promptmoe.pmoe.experts.records import ExpertRecord
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -22,7 +22,7 @@ from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
 
 VOCAB, WIDTH, HEADS, LENGTH, TARGETS, IGNORED = 64, 32, 4, 8, 5, -100
 LENGTHS = (LENGTH, LENGTH - 4, LENGTH - 1)
-CHILD = "promptmoe"
+PROMPT_CHILD = "promptmoe"
 
 Batch = dict[str, Tensor]
 
@@ -550,7 +550,7 @@ class Case:
 
 def fit(model: nn.Module, batch: Batch) -> Batch:
     """The batch with images in the type of the model's weights."""
-    dtype = next(p.dtype for name, p in model.named_parameters() if CHILD not in name)
+    dtype = next(p.dtype for name, p in model.named_parameters() if PROMPT_CHILD not in name)
     return {name: value.to(dtype) if name == "pixel_values" else value for name, value in batch.items()}
 
 
@@ -622,7 +622,7 @@ def prompted(model: nn.Module) -> dict[str, nn.Module]:
 
 def prompted_base(model: nn.Module) -> dict[str, nn.Module]:
     """Prompt layers that are children of the base model's attention layers, by path."""
-    return {name: layer for name, layer in prompted(model).items() if name.endswith(f".{CHILD}")}
+    return {name: layer for name, layer in prompted(model).items() if name.endswith(f".{PROMPT_CHILD}")}
 
 
 def set_head(model: nn.Module, adapter: str = "default") -> bool:

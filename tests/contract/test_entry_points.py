@@ -19,7 +19,7 @@ import torch
 import transformers
 from cases import (
     CASES,
-    CHILD,
+    PROMPT_CHILD,
     Case,
     adapter_parameters,
     assert_different,
@@ -339,5 +339,5 @@ def test_registering_twice_changes_nothing() -> None:
 def test_one_root_and_one_child_per_attention_layer(case: Case) -> None:
     model = case.model()
     model.add_adapter("other", case.config(**case.method.other))
-    children = [name for name, _ in model.named_modules() if name.endswith(f".{CHILD}")]
+    children = [name for name, _ in model.named_modules() if name.endswith(f".{PROMPT_CHILD}")]
     assert len(children) == len(prompted_base(model)) + 1

@@ -27,9 +27,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_promptmoe import MEPTConfig
-from peft_promptmoe.attention import ConfigView
-from peft_promptmoe.families import VISION_FAMILIES
-from peft_promptmoe.root import prompt_layers
+from peft_promptmoe.engine.model_hooks import prompt_layers
+from peft_promptmoe.engine.transformers_attention import ConfigView
+from peft_promptmoe.models.families import VISION_FAMILIES
 
 P = 3
 GENERIC = "were found by a generic rule"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from cases import (
-    CHILD,
+    PROMPT_CHILD,
     Case,
     adapter_parameters,
     assert_different,
@@ -109,13 +109,13 @@ def test_names_that_contain_each_other_stay_apart(case: Case, tmp_path: Path) ->
 def test_parts_of_the_model_give_no_adapter_their_name(case: Case) -> None:
     """PEFT would leave their tensors out of the files of all other adapters."""
     base = case.base()
-    parts = {part for name, _ in case.model().named_modules() for part in name.split(".") if CHILD in name}
+    parts = {part for name, _ in case.model().named_modules() for part in name.split(".") if PROMPT_CHILD in name}
     assert {"1", "model"} < parts
     for name in ("1", "model", "weight", "attention", "classifier"):
         if name in parts | {"weight"} | {part for path, _ in base.named_modules() for part in path.split(".")}:
             with pytest.raises(ValueError, match="name of a part of the model"):
                 case.model(base, adapter=name)
-    assert CHILD not in dict(base.named_modules())
+    assert PROMPT_CHILD not in dict(base.named_modules())
 
 
 def test_another_methods_adapter_may_have_the_same_name() -> None:
@@ -251,7 +251,7 @@ def test_an_adapter_is_injected_without_memory(case: Case) -> None:
     base = case.base()
     inject_adapter_in_model(case.config(), base, low_cpu_mem_usage=True)
     assert {p.device.type for p in adapter_parameters(case, base).values()} == {"meta"}
-    assert not [name for name, p in base.named_parameters() if p.is_meta and CHILD not in name]
+    assert not [name for name, p in base.named_parameters() if p.is_meta and PROMPT_CHILD not in name]
 
 
 @every_case()
@@ -350,7 +350,7 @@ def test_without_adapters_the_base_model_answers(case: Case) -> None:
     # PEFT's own wrapper cannot be called without an adapter.
     assert_equal(predict(model.base_model.model, batch), expected, "logits after the last adapter was deleted")
     base = model.base_model.unload()
-    assert not [name for name, _ in base.named_modules() if CHILD in name]
+    assert not [name for name, _ in base.named_modules() if PROMPT_CHILD in name]
     assert_equal(predict(base, batch), expected, "logits of the unloaded model")
 
 

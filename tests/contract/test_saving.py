@@ -16,7 +16,7 @@ import pytest
 import torch
 from cases import (
     CASES,
-    CHILD,
+    PROMPT_CHILD,
     Case,
     adapter_parameters,
     assert_different,
@@ -243,7 +243,7 @@ def test_the_file_holds_the_adapter_and_the_head_and_nothing_else(case: Case) ->
     assert not foreign
     for head in heads:
         assert any(f".{head}." in name for name in names), f"the head {head} is not saved"
-    assert all(f".{CHILD}." in name for name in names if case.method.prefix in name)
+    assert all(f".{PROMPT_CHILD}." in name for name in names if case.method.prefix in name)
 
 
 @each_case(trains_alone)

@@ -12,7 +12,7 @@ import torch
 from cases import (
     ALL_KERNELS,
     CASES,
-    CHILD,
+    PROMPT_CHILD,
     Batch,
     Case,
     adapter_parameters,
@@ -165,7 +165,7 @@ def test_unload_gives_the_base_model_back(case: Case, after: str) -> None:
     for name, tensor in tensors(base).items():
         if not name.startswith(heads or "?"):
             assert_equal(tensor, values[name], name)
-    assert not [name for name, _ in base.named_modules() if CHILD in name]
+    assert not [name for name, _ in base.named_modules() if PROMPT_CHILD in name]
     if not heads or after == "two-adapters":  # the second adapter's head was not trained
         assert_equal(predict(base, batch), expected, "logits of the base model before and after")
     again = case.model(base)
@@ -333,7 +333,7 @@ def test_model_and_layer_status(case: Case) -> None:
     assert status.enabled is True and status.active_adapters == ["default"] and status.merged_adapters == []
     assert status.requires_grad == {"default": True} and status.available_adapters == ["default"]
     assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers = [layer for layer in get_layer_status(model) if layer.name.endswith(CHILD)]
+    layers = [layer for layer in get_layer_status(model) if layer.name.endswith(PROMPT_CHILD)]
     assert len(layers) == len(prompted_base(model)) > 0
     assert all(layer.requires_grad == {"default": True} for layer in layers)
     with model.disable_adapter():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import (
     ALL_KERNELS,
-    CHILD,
+    PROMPT_CHILD,
     Batch,
     Case,
     adapter_parameters,
@@ -142,7 +142,9 @@ class AttentionCalls:
 
     def __init__(self, model: nn.Module) -> None:
         self.count = 0
-        self.layers = [module for module in model.modules() if hasattr(getattr(module, CHILD, None), "prompt_config")]
+        self.layers = [
+            module for module in model.modules() if hasattr(getattr(module, PROMPT_CHILD, None), "prompt_config")
+        ]
         for layer in self.layers:
             layer.register_forward_hook(self._hook)
 
@@ -272,7 +274,7 @@ def test_the_balance_loss_is_the_gradient_of_what_is_reported(case: Case) -> Non
     batch = case.batch()
     added = balance_gradients(case, batch)
     model = case.model(case.base().double(), **with_balance(case)).double()
-    root = getattr(model.get_base_model(), CHILD)
+    root = getattr(model.get_base_model(), PROMPT_CHILD)
     parameters = {name: p for name, p in model.named_parameters() if str(case.method.router) in name}
     norm = float(sum((added[name] ** 2).sum() for name in parameters)) ** 0.5
     values, step = [], 1e-4
@@ -327,12 +329,12 @@ def test_the_balance_loss_is_off_in_evaluation_and_for_one_expert(case: Case) ->
         loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert_same_gradients(grads[1], grads[0])
-    assert getattr(balanced.get_base_model(), CHILD).last_balance_loss is None
+    assert getattr(balanced.get_base_model(), PROMPT_CHILD).last_balance_loss is None
     single = case.method.single
     alone = case.model(**single, **with_balance(case))
     found = gradients(alone, batch)[1]
     assert_same_gradients(found, gradients(case.model(**single), batch)[1])
-    assert getattr(alone.get_base_model(), CHILD).last_balance_loss is None
+    assert getattr(alone.get_base_model(), PROMPT_CHILD).last_balance_loss is None
     assert not [name for name in found if str(case.method.router) in name]
 
 

@@ -15,10 +15,10 @@ from tiny import Family as Builder
 from torch import Tensor
 
 from peft_promptmoe import MEPTConfig
-from peft_promptmoe.families import FAMILIES as TABLE
-from peft_promptmoe.families import TIMM_FAMILIES, VISION_FAMILIES
-from peft_promptmoe.projection import harvest, project_directly, rotary_tables
-from peft_promptmoe.root import prompt_layers
+from peft_promptmoe.engine.model_hooks import prompt_layers
+from peft_promptmoe.engine.projection import harvest, project_directly, rotary_tables
+from peft_promptmoe.models.families import FAMILIES as TABLE
+from peft_promptmoe.models.families import TIMM_FAMILIES, VISION_FAMILIES
 
 P, TOKENS = 5, 7
 

@@ -24,7 +24,7 @@ from peft_promptmoe import VAPTConfig
 TOLERANCE = 1e-10
 PROMPTS_MATTER = 1e-2
 WIDTH, DEPTH, HEADS, PATCH, BATCH = 32, 3, 4, 8, 2
-CHILD = "promptmoe"
+PROMPT_CHILD = "promptmoe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,11 +230,13 @@ def block_tensors(trained: dict[str, Tensor], blocks: str) -> list[Block]:
         "vapt_up.default.weight": "up",
         "vapt_scale.default.weight": "scale",
     }
-    shared = {names[name.split(".", 3)[3]]: tensor for name, tensor in trained.items() if name.startswith(CHILD)}
+    shared = {
+        names[name.split(".", 3)[3]]: tensor for name, tensor in trained.items() if name.startswith(PROMPT_CHILD)
+    }
     found = []
     for index in range(DEPTH):
         own = {
-            names[name.split(f".{CHILD}.")[1]]: tensor
+            names[name.split(f".{PROMPT_CHILD}.")[1]]: tensor
             for name, tensor in trained.items()
             if name.startswith(f"{blocks}.{index}.")
         }

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every method refuses before the model is touched."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .config import PromptConfig
+from .engine.timm_attention import check_fused
+from .engine.transformers_attention import check_kernel
+from .models.sites import Site
+
+
+def no_match(model: nn.Module, config: PromptConfig) -> str:
+    """Why `target_modules` has no effect."""
+    message = f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}"
+    if config.layers_to_transform is not None:
+        message += f" within layers_to_transform={config.layers_to_transform!r}"
+    if config.modules_to_save:
+        message += f" outside modules_to_save={config.modules_to_save!r}"
+    return message + ". Leave target_modules unset, or name attention layers of this model."
+
+
+def check_layers(model: nn.Module, config: PromptConfig, sites: list[Site]) -> None:
+    """Refuse numbers of layers that there are not."""
+    asked = config.layers_to_transform
+    if asked is None:
+        return
+    missing = {asked} if isinstance(asked, int) else set(asked)
+    missing -= {site.index for site in sites}
+    if missing:
+        raise ValueError(
+            f"layers_to_transform names the layers {sorted(missing)}, which {type(model).__name__} does not "
+            "have or target_modules leaves out."
+        )
+
+
+def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site]) -> None:
+    """Refuse copies of what prompts pass through: the text would go through the copy, prompts through the old."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for site in sites:
+        parts = site.name.split(".")
+        touched = {".".join(parts[: end + 1]) for end in range(len(parts))} | {paths.get(id(site.norm), site.name)}
+        for name in config.modules_to_save or ():
+            if any(path == name or path.endswith(f".{name}") for path in touched):
+                raise ValueError(
+                    f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through. Leave "
+                    "it out of modules_to_save, or leave that layer out by exclude_modules."
+                )
+
+
+def check_attention(site: Site) -> None:
+    """Refuse attention kernels that rows cannot join."""
+    if site.is_timm:
+        check_fused(site.attention, site.name)
+    else:
+        check_kernel(site.attention.config._attn_implementation_internal)
+
+
+def refuse_task_type(config: PromptConfig) -> None:
+    """Raise ValueError where a config for images asks for one of PEFT's wrappers, which are for text."""
+    if config.task_type is not None:
+        raise ValueError(
+            f"task_type={config.task_type!r} wraps the model in a class of PEFT that passes text on. Leave "
+            "task_type unset for vision models; their heads are found without it."
+        )

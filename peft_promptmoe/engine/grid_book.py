@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which patch grids have come through a patch embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.inspection import parameter_names
+from ..models.patches import Grid, Patches
+
+
+class GridBook:
+    """The patch grids that have come through one patch embedding, by their number of patches.
+
+    A layer sees tokens in a row and asks here how many rows and columns they are. What is written is never changed, so
+    threads, checkpointed blocks that are run again and later forwards read the same.
+
+    Args:
+        patches: the tower's patch embedding.
+
+    Attributes:
+        grids: rows and columns by number of patches.
+        readers: the layers that may read here; nothing is written or changed while none of them does.
+    """
+
+    def __init__(self, patches: Patches) -> None:
+        self.patches = patches
+        self.grids: dict[int, Grid] = {}
+        self.readers: list[Any] = []
+        self._names = parameter_names(patches.owner)
+        self._handles: list[Any] = []
+
+    def attach(self) -> None:
+        self._handles = [
+            self.patches.embedding.register_forward_hook(self._after_embedding),
+            self.patches.owner.register_forward_pre_hook(self._before_owner, with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def of(self, tokens: int) -> Grid:
+        """Grid of a sequence of `tokens` tokens, prefix included.
+
+        Raises:
+            ValueError: no image of so many patches has come through the patch embedding: patches were dropped.
+        """
+        count = tokens - self.patches.prefix
+        grid = self.grids.get(count)
+        if grid is None:
+            raise ValueError(
+                f"The prompts are made from the whole patch grid, and this layer got {count} patches, which is the "
+                f"grid of none of the images so far ({sorted(self.grids.values())}): patches were dropped on the way. "
+                "Switch patch dropout and masking off."
+            )
+        return grid
+
+    def _is_read(self) -> bool:
+        return any(reader.uses_grid(name) for reader in self.readers for name in reader.working_adapters())
+
+    def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not self._is_read():
+            return
+        rows, columns = output.shape[-2:]
+        known = self.grids.get(rows * columns)
+        if known is None:
+            known = self.grids.setdefault(rows * columns, (rows, columns))
+        if known != (rows, columns):
+            raise ValueError(
+                f"This model has seen images of {known[0]} x {known[1]} patches and now gets {rows} x {columns}, as "
+                "many in another shape, which its layers cannot tell apart. Bring all images to one shape."
+            )
+
+    def _before_owner(
+        self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Keep the patches in order where the model would shuffle them (ViT-MAE)."""
+        if "noise" not in self._names or not self._is_read():
+            return None
+        bound = dict(zip(self._names, args, strict=False)) | kwargs
+        ratio = getattr(getattr(owner, "config", None), "mask_ratio", 0.0)
+        if ratio > 0.0 or bound.get("noise") is not None:
+            raise ValueError(
+                f"{type(owner).__name__} hides and shuffles patches, and these prompts are made from the whole patch "
+                "grid. Load the weights into ViTModel or ViTForImageClassification, or set config.mask_ratio=0 and "
+                "pass no noise."
+            )
+        pixels = bound["pixel_values"]
+        rows, columns = self.patches.grid(tuple(pixels.shape[-2:]))
+        noise = torch.arange(rows * columns, device=pixels.device).expand(pixels.shape[0], -1)
+        position = self._names.index("noise")
+        if len(args) > position:
+            return (*args[:position], noise, *args[position + 1 :]), kwargs
+        return args, {**kwargs, "noise": noise}

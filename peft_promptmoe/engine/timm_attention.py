@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extra key and value rows inside one frozen attention layer of timm.
+
+timm's layers call `torch.nn.functional.scaled_dot_product_attention` themselves. While a layer's own forward runs, a
+`TorchFunctionMode` puts the prompt rows into that call; the mode lives on the calling thread's stack only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .columns import Columns, Harvest, join_rows
+from .transformers_attention import COLUMNS
+
+
+class _RowsMode(TorchFunctionMode):
+    """Puts prompt rows into calls of `scaled_dot_product_attention`, or catches keys and values there."""
+
+    def __init__(self, columns: Columns | Harvest) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        columns = self.columns
+        if isinstance(columns, Harvest):
+            return _catch(columns, *args, **kwargs)
+        columns.arrived += 1
+        return _attend(columns, *args, **kwargs)
+
+
+def _catch(harvest: Harvest, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    harvest.key, harvest.value = key, value
+    # Of the shape that the output projection takes; heads may be narrower in values than in keys.
+    return query[..., :1].expand(-1, -1, -1, value.shape[-1])
+
+
+def _attend(
+    columns: Columns,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    if is_causal:
+        raise ValueError("Prompts join timm's bidirectional attention only, and this layer was called with is_causal.")
+    width = value.shape[-1]
+    # Keys and values are copied together with the rows; a query that stayed a view would keep all three of the fused
+    # projection alive for the backward pass.
+    query = query.clone() if query.requires_grad else query
+    query, key, value, attn_mask, scale = join_rows(columns, query, key, value, attn_mask, scale)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)[..., :width]
+
+
+class JoinedForward:
+    """A timm attention layer's forward that takes prompt rows; without any it is the layer's own.
+
+    Args:
+        forward: the layer's forward as found.
+        replaced: whether it was an attribute of the layer itself (a wrapper's) and not of its class.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor], replaced: bool) -> None:
+        self.forward = forward
+        self.replaced = replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        columns = kwargs.pop(COLUMNS, None)
+        if columns is None:
+            return self.forward(*args, **kwargs)
+        with _RowsMode(columns):
+            return self.forward(*args, **kwargs)
+
+
+def open_forward(attention: nn.Module) -> None:
+    """Let the layer's forward take prompt rows."""
+    attention.forward = JoinedForward(attention.forward, "forward" in vars(attention))
+
+
+def close_forward(attention: nn.Module) -> None:
+    """Give the layer its own forward back; one that something else has wrapped since stays, and passes through."""
+    joined = vars(attention).get("forward")
+    if not isinstance(joined, JoinedForward):
+        return
+    del attention.forward
+    if joined.replaced:
+        attention.forward = joined.forward
+
+
+def check_fused(attention: Any, path: str) -> None:
+    """Refuse layers that compute attention by hand, past the call by which prompts join."""
+    if not getattr(attention, "fused_attn", True):
+        raise ValueError(
+            f"{path!r} computes attention without scaled_dot_product_attention, by which prompts join. Call "
+            "timm.layers.set_fused_attn(True) before the model is made."
+        )

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token form: the prompts of the last encoder block as real tokens, for the decoder that reads its output.
+
+In an encoder-decoder the decoder attends to everything the last encoder block puts out. There the prompt rows are
+prepended to the block's input and nothing is dropped behind it; the decoder's mask grows by the same number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import PromptConfig
+from ..models.call_arguments import first_real, real_tokens
+from ..models.inspection import parameter_names
+from ..models.sites import Site
+from .key_value import KeyValueLayer, no_call
+from .projection import bias_at, relative_bias
+from .prompt_layer import PROMPT_CALL
+
+
+class TokenForm:
+    """Hooks on the last encoder block and on the decoder stack of one encoder-decoder.
+
+    Args:
+        layer: the prompt layer of the last encoder block.
+        decoder: the decoder stack.
+    """
+
+    def __init__(self, layer: KeyValueLayer, decoder: nn.Module) -> None:
+        self.layer = layer
+        self.site = layer.site
+        self.decoder = decoder
+        self._names = parameter_names(layer.site.block)
+
+    def attach(self) -> None:
+        """Let the layer's rows be real tokens of its whole block for the adapters that ask for it."""
+        handles = [
+            self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+        ]
+        self.layer.hold_token_form(handles)
+
+    def _before_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        layer = self.layer
+        working = layer.working_adapters()
+        adapters = [name for name in working if layer.as_tokens(name)]
+        if not adapters:
+            return None
+        if len(adapters) < len(working):
+            raise ValueError(
+                "Of the active adapters some have decoder_sees_prompts=True and some False; activate adapters that "
+                "agree."
+            )
+        bound = dict(zip(self._names, args, strict=False)) | kwargs
+        x, mask, call = bound["hidden_states"], bound.get("attention_mask"), bound.get(PROMPT_CALL)
+        real = real_tokens(mask, x.shape[1])
+        rows = []
+        for name in adapters:
+            if call is None and layer.needs_call(name):
+                raise ValueError(no_call(block))
+            rows.append(layer.rows(name, x, real, call).to(x.dtype).expand(x.shape[0], -1, -1))
+        prompts = torch.cat(rows, dim=1)
+        bound["hidden_states"] = torch.cat([prompts, x], dim=1)
+        bound["attention_mask"] = extend_both_ways(mask, prompts.shape[1])
+        if self.site.bias_owner is not None:
+            slots = torch.cat([_positions(layer.prompt_config[name], x.device) for name in adapters])
+            bias = bound.get("position_bias")
+            if bias is None:
+                bias = self.site.bias_owner.compute_bias(x.shape[1], x.shape[1], device=x.device)
+            bound["position_bias"] = extend_bias(self.site, bias, slots, first_real(real))
+        # What came by position goes on by position: re-entrant checkpointing gives gradients to nothing else.
+        positional = tuple(bound.pop(name) for name in self._names[: len(args)])
+        return positional, bound
+
+    def _before_decoder(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Open the decoder's mask for the slots that stand in front of the encoder's output."""
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+        layer = self.layer
+        working = [name for name in layer.working_adapters() if layer.as_tokens(name)]
+        more = sum(layer.prompt_config[name].num_virtual_tokens for name in working)
+        if states is None or mask is None or not more or states.shape[1] != mask.shape[-1] + more:
+            return None
+        return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (more, 0), value=1)}
+
+
+def _positions(config: PromptConfig, device: torch.device) -> Tensor:
+    """(P,) positions of an adapter's prompts relative to the first real token."""
+    before = torch.arange(-config.num_virtual_tokens, 0, device=device)
+    return before if config.prompt_positions == "prefix" else torch.zeros_like(before)
+
+
+def takes_bias(site: Site) -> bool:
+    """Whether relative positions, if the layer has any, can be given to its block from outside (T5, not UMT5)."""
+    return site.bias_owner is None or "position_bias" in parameter_names(site.block)
+
+
+def extend_both_ways(mask: Tensor | None, slots: int) -> Tensor | None:
+    """Mask of a bidirectional block with `slots` prompt tokens in front, which everyone sees and which see all text.
+
+    Args:
+        mask: (B, 1, T or 1, T) boolean or additive, or None.
+    """
+    if mask is None:
+        return None
+    value = True if mask.dtype == torch.bool else 0.0
+    mask = F.pad(mask, (slots, 0), value=value)
+    if mask.shape[2] == 1:
+        return mask
+    # Without causality every query has the same mask, so any row will do for the prompts'.
+    return torch.cat([mask[:, :, -1:].expand(-1, -1, slots, -1), mask], dim=2)
+
+
+def extend_bias(site: Site, bias: Tensor, slots: Tensor, first: Tensor | None) -> Tensor:
+    """T5 bias of a block with prompt tokens in front.
+
+    Args:
+        bias: (1, heads, T, T) among the text.
+        slots: (R,) positions of the prompts relative to the first real token.
+        first: (B,) column of the first real token; None for column 0 of all.
+
+    Returns:
+        (B or 1, heads, R + T, R + T).
+    """
+    owner = site.bias_owner
+    assert owner is not None
+    length = bias.shape[-1]
+    to_prompts = relative_bias(site, first, slots, length)  # (b, heads, T, R)
+    assert to_prompts is not None
+    batch = to_prompts.shape[0]
+    start = first if first is not None else torch.zeros(1, dtype=torch.long, device=slots.device)
+    text = torch.arange(length, device=slots.device)[None] - start[:, None]  # (b, T)
+    memory = torch.cat([slots.expand(batch, -1), text], dim=1)
+    from_prompts = bias_at(owner, memory[:, None, :] - slots[None, :, None])
+    from_text = torch.cat([to_prompts, bias.expand(batch, -1, -1, -1)], dim=-1)
+    return torch.cat([from_prompts, from_text], dim=2)

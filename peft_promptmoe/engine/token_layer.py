@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts as real tokens of a vision transformer's block, for blocks whose prompt outputs the next block reads.
+
+They stand behind the prefix tokens and are taken out behind the block, so that the model sees no more tokens than
+before.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.inspection import parameter_names
+from ..models.patches import Patches
+from ..models.sites import Site
+from .prompt_layer import PromptLayer
+
+CARRIED = "_promptmoe_carried"
+
+
+class TokenLayer(PromptLayer):
+    """Prompts that pass through the whole block of a vision transformer as real tokens behind its prefix tokens."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._names = parameter_names(site.block)
+
+    @abstractmethod
+    def tokens(self, adapter: str, patches: Tensor, carried: Tensor | None) -> Tensor:
+        """Prompt tokens of the block's input.
+
+        Args:
+            patches: (B, N, D) the block's input at the patches.
+            carried: (B, P, D) what the block before has made of its prompts; None if it had none or they are dropped.
+
+        Returns:
+            (B, P, D).
+        """
+
+    @abstractmethod
+    def takes_over(self, adapter: str) -> bool:
+        """Whether the prompts that come out of the block before are read here."""
+
+    def hook(self) -> list[Any]:
+        block = self.site.block
+        return [
+            block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            # Before all others: those that transformers captures hidden states by see tokens without prompts.
+            block.register_forward_hook(self._after_block, prepend=True),
+        ]
+
+    def working_adapter(self) -> str | None:
+        """The active adapter that has prompts here.
+
+        Raises:
+            ValueError: there are several.
+        """
+        working = self.working_adapters()
+        if len(working) > 1:
+            raise ValueError(
+                f"{self.method} works with one active adapter at a time, and {working} are active. Activate one with "
+                "set_adapter()."
+            )
+        return working[0] if working else None
+
+    def _before_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        adapter = self.working_adapter()
+        if adapter is None:
+            return None
+        x = args[0] if args else kwargs[self._names[0]]
+        carried = None
+        if self.takes_over(adapter):
+            # A note on the tensor itself: another thread or another call cannot pick it up, unlike one on a module.
+            carried = getattr(x, CARRIED, None)
+            if carried is None:
+                raise RuntimeError(
+                    f"The input of {self.site.name!r} is not what the block before it put out, so its prompts cannot "
+                    "be carried on. If the model checkpoints activations, do so with use_reentrant=False; if FSDP "
+                    "shards it, train with DDP; otherwise set carry_prompts=False."
+                )
+        patches = self._patches()
+        prompts = self.tokens(adapter, x[:, patches.prefix :], carried).to(x.dtype)
+        x = torch.cat([x[:, : patches.prefix], prompts, x[:, patches.prefix :]], dim=1)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, self._names[0]: x})
+
+    def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        adapter = self.working_adapter()
+        if adapter is None:
+            return None
+        x = output[0] if isinstance(output, tuple) else output
+        start = self._patches().prefix
+        stop = start + self.prompt_config[adapter].num_virtual_tokens
+        kept = torch.cat([x[:, :start], x[:, stop:]], dim=1)
+        setattr(kept, CARRIED, x[:, start:stop])
+        return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+    def _patches(self) -> Patches:
+        assert self.site.patches is not None
+        return self.site.patches

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vision transformers have and text models have not: a patch grid, prefix tokens, heads that PEFT cannot name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+
+
+Grid = tuple[int, int]
+
+
+@dataclass
+class Patches:
+    """How a vision tower makes tokens of an image.
+
+    Attributes:
+        embedding: the convolution that makes one token of each patch.
+        prefix: tokens in front of the patches: class, distillation, registers.
+        size: pixels of a patch, (rows, columns).
+        image_size: pixels of the model's own images, (rows, columns); None where it takes any.
+        owner: the module that adds prefix tokens and positions.
+        pads: whether images are padded to whole patches, not cropped.
+    """
+
+    embedding: nn.Conv2d
+    prefix: int
+    size: Grid
+    image_size: Grid | None
+    owner: nn.Module
+    pads: bool = False
+
+    def grid(self, image_size: Grid) -> Grid:
+        """Rows and columns of patches in an image of `image_size` pixels."""
+        more = (self.size[0] - 1, self.size[1] - 1) if self.pads else (0, 0)
+        return (image_size[0] + more[0]) // self.size[0], (image_size[1] + more[1]) // self.size[1]
+
+
+def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
+    """The patch embedding of the tower that the attention layer at `path` belongs to.
+
+    Returns:
+        None where there is no single one of the attention layer's width: text, windows, pyramids, patches of another
+        network's features, tokens behind the patches.
+    """
+    attention: Any = model.get_submodule(path)
+    config = getattr(attention, "config", None)
+    if config is not None and (not hasattr(config, "patch_size") or hasattr(config, "depths")):
+        return None
+    if hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"):
+        return None
+    tower = path
+    found: tuple[str, nn.Module] | None = None
+    while tower and found is None:
+        tower = tower.rpartition(".")[0]
+        modules = model.get_submodule(tower).named_modules(prefix=tower)
+        found = next(((name, module) for name, module in modules if isinstance(module, nn.Conv2d)), None)
+    if found is None or not _is_patch_embedding(found[1], width):
+        return None
+    embedding_path = found[0]
+    embedding: Any = model.get_submodule(embedding_path)
+    owners = [model.get_submodule(name) for name in _ancestors(embedding_path, tower)]
+    if any("detection_tokens" in owner._parameters for owner in owners):
+        return None
+    owner = next((module for module in owners if count_prefix(module) is not None), owners[0])
+    return Patches(
+        embedding=embedding,
+        prefix=count_prefix(owner) or 0,
+        size=tuple(embedding.kernel_size),
+        image_size=_image_size([*owners, config]),
+        owner=owner,
+        pads=any(getattr(module, "dynamic_img_pad", False) for module in owners),
+    )
+
+
+def _is_patch_embedding(module: nn.Module, width: int) -> bool:
+    if not isinstance(module, nn.Conv2d) or module.out_channels != width:
+        return False
+    return tuple(module.kernel_size) == tuple(module.stride) and min(module.kernel_size) > 1
+
+
+def _ancestors(path: str, top: str) -> Iterator[str]:
+    while path != top:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def count_prefix(module: nn.Module) -> int | None:
+    """Tokens that a module puts in front of the patches; None if it is not the one that does."""
+    known = getattr(module, "num_prefix_tokens", None)  # timm
+    if isinstance(known, int):
+        return known
+    found = [module._parameters.get(name) for name in PREFIX_TOKENS]
+    counts = [token.shape[-2] if token.ndim > 1 else 1 for token in found if token is not None]
+    return sum(counts) if counts else None
+
+
+def _image_size(owners: list[Any]) -> Grid | None:
+    """Size as the innermost of the modules and configs that knows one has it; timm says `img_size`."""
+    for owner in owners:
+        for name in ("img_size", "image_size"):
+            found = getattr(owner, name, None)
+            if found is not None:
+                return (found, found) if isinstance(found, int) else tuple(found)
+    return None

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What routers chose in a forward pass, for whoever asks afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .router import spread_gates
+
+
+class Chosen(NamedTuple):
+    """What a router chose for the one token of each sample.
+
+    Attributes:
+        log_gates: (B, 1, K), best first.
+        experts: (B, 1, K).
+        of: number of experts, E.
+    """
+
+    log_gates: Tensor
+    experts: Tensor
+    of: int
+
+
+@dataclass
+class RoutingRecord:
+    """What one router chose in one forward pass.
+
+    Attributes:
+        gates: log-gates (B, E) or (B, T, E), or what was chosen for one token of each sample.
+        real: (B, T) which tokens are real; None for all. Of no meaning to sample routing.
+        training: whether the layer was in training mode.
+    """
+
+    gates: Tensor | Chosen
+    real: Tensor | None
+    training: bool
+
+    @property
+    def log_gates(self) -> Tensor:
+        """(B, E) or (B, T, E), minus infinity for experts that were not chosen."""
+        if isinstance(self.gates, Tensor):
+            return self.gates
+        return spread_gates(self.gates.log_gates, self.gates.experts, self.gates.of)
+
+
+# Called with the path of the attention layer, the adapter and the record.
+Observer = Callable[[str, str, RoutingRecord], None]
