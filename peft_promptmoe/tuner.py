@@ -92,8 +92,8 @@ class PromptTuner(BaseTuner):
         except Exception:
             unread.take_back()
             raise
-        root: Any = getattr(model, PROMPT_CHILD)
-        root.watch(model, unread)
+        hooks: Any = getattr(model, PROMPT_CHILD)
+        hooks.watch(model, unread)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         if peft_config.target_modules is None:
@@ -181,13 +181,13 @@ class PromptTuner(BaseTuner):
 
     def _share(self, layer: PromptLayer, adapter_name: str, config: Any) -> None:
         """Give the layer what it shares with the model's other layers."""
-        root: Any = getattr(self.model, PROMPT_CHILD)
+        hooks: Any = getattr(self.model, PROMPT_CHILD)
         if layer.uses_grid(adapter_name) and layer.grids is None:
-            layer.grids = root.grid_book(layer.site.patches)
+            layer.grids = hooks.grid_book(layer.site.patches)
             layer.grids.readers.append(layer)
         if self.shared_layer_cls is None or not layer.wants_shared(adapter_name):
             return
-        shared = root.shared_layer(self.shared_layer_cls, self.method, layer.site)
+        shared = hooks.shared_layer(self.shared_layer_cls, self.method, layer.site)
         layer.shared = (shared,)
         shared.join(layer)
         if adapter_name not in shared.prompt_config:
@@ -210,10 +210,10 @@ class PromptTuner(BaseTuner):
         own = [layer for layer in layers if isinstance(layer, self.prompt_layer_cls)]
         for layer in own:
             layer.detach()
-        root: Any = getattr(self.model, PROMPT_CHILD)
-        root.disown(self.method, own)
+        hooks: Any = getattr(self.model, PROMPT_CHILD)
+        hooks.disown(self.method, own)
         if len(own) == len(layers):
-            root.detach(self.model)
+            hooks.detach(self.model)
         return self.model
 
     def _check_merge_allowed(self) -> None:

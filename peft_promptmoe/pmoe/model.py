@@ -72,8 +72,8 @@ class PMoEModel(PromptTuner):
         return shared.fusion if shared is not None else None
 
     def _shared(self) -> PMoEShared | None:
-        root: Any = getattr(self.model, PROMPT_CHILD, None)
-        return root.shared[self.method] if root is not None and self.method in root.shared else None
+        hooks: Any = getattr(self.model, PROMPT_CHILD, None)
+        return hooks.shared[self.method] if hooks is not None and self.method in hooks.shared else None
 
     def resolve(self, config: PMoEConfig, sites: list[Site]) -> None:
         refuse_task_type(config)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +14,12 @@ from transformers import PreTrainedModel
 
 from ...models.sites import Site
 from .encoders import build_skeleton, load_encoder
+from .identity import check_weights, compare, is_told_apart
 from .records import ExpertRecord, describe, hash_bytes, hash_weights, pixels_of, read_tensors
-from .sources import HAND_OVER, Source, check_stored_name, locate, pixels_from, read_folder, stored_size
+from .sources import Source, check_stored_name, locate, pixels_from, read_folder, stored_size
 from .towers import check_free, check_tower, find_encoder, find_tower
 
 __all__ = ["Expert", "ExpertRecord", "check_tower", "gather_experts", "pixels_of"]
-
-# What must be the same of an expert when an adapter comes back to it.
-COMPARED = ("library", "type", "width", "depth", "patch", "size")
 
 
 @dataclass
@@ -150,8 +147,8 @@ def _find(
     name = _name_of(item)
     if isinstance(item, str) and stored:
         check_stored_name(item)
-    if record is not None and record.key in known and _is_told_apart(record):
-        _compare(known[record.key].record, record)
+    if record is not None and record.key in known and is_told_apart(record):
+        compare(known[record.key].record, record)
         return replace(known[record.key], record=record)
     if isinstance(item, nn.Module):
         encoder = find_encoder(item, name)
@@ -172,7 +169,7 @@ def _find(
     sites = find_tower(encoder, name)
     about = describe(name, revision, encoder, sites, pixels)
     if record is not None:
-        _compare(about, record)
+        compare(about, record)
     return _Candidate(Expert(about, encoder, sites), source, record)
 
 
@@ -181,8 +178,8 @@ def _again(expert: Expert, about: ExpertRecord, record: ExpertRecord | None) -> 
     about = replace(about, weights=expert.record.weights, quantised=expert.record.quantised)
     if record is None:
         return replace(expert, record=about)
-    _compare(about, record)
-    _check_weights(about, record)
+    compare(about, record)
+    check_weights(about, record)
     if record.key != expert.key:
         raise ValueError(
             f"Expert {record.name!r} is quantised, in another way than the model's own. Load the adapter into a model "
@@ -200,7 +197,7 @@ def _as_known(expert: Expert, known: Mapping[str, Expert]) -> Expert:
     there = known.get(expert.key)
     if there is None or there.module is expert.module:
         return expert
-    if not _is_told_apart(expert.record):
+    if not is_told_apart(expert.record):
         raise ValueError(
             f"Expert {expert.record.name!r} and one of the model's own have weights that keep their bytes to "
             "themselves, and cannot be told apart. Hand over the same module again, or use a model of its own."
@@ -208,22 +205,8 @@ def _as_known(expert: Expert, known: Mapping[str, Expert]) -> Expert:
     return replace(there, record=expert.record)
 
 
-def _is_told_apart(record: ExpertRecord) -> bool:
-    return record.weights is not None or record.quantised is not None
-
-
 def _name_of(item: str | nn.Module) -> str:
     return item if isinstance(item, str) else type(item).__name__
-
-
-def _compare(found: ExpertRecord, stored: ExpertRecord) -> None:
-    for field in COMPARED:
-        new, old = getattr(found, field), getattr(stored, field)
-        if new != old:
-            raise ValueError(
-                f"Expert {found.name!r} is not the one that the adapter was trained with, {stored.name!r}: its "
-                f"{field} is {new} and was {old}. Give it the expert that it was trained with."
-            )
 
 
 def _check_apart(new: Iterable[_Candidate], base: nn.Module) -> None:
@@ -283,7 +266,7 @@ def _complete(item: _Candidate, base: nn.Module) -> None:
     quantised = hash_bytes(expert.module) if weights is None else None
     expert.record = replace(expert.record, weights=weights, quantised=quantised)
     if item.stored is not None:
-        _check_weights(expert.record, item.stored)
+        check_weights(expert.record, item.stored)
         # Names in the adapter's file, and pixels as in training, follow the record.
         expert.record = item.stored
 
@@ -292,22 +275,6 @@ def _device(base: nn.Module) -> torch.device:
     """Where an expert that was loaded joins the base model."""
     devices = {parameter.device for parameter in base.parameters() if not parameter.is_meta}
     return devices.pop() if len(devices) == 1 else torch.device("cpu")
-
-
-def _check_weights(found: ExpertRecord, stored: ExpertRecord) -> None:
-    if found.weights is None or stored.weights is None:
-        if found.quantised is None or found.quantised != stored.quantised:
-            warnings.warn(
-                f"The weights of expert {found.name!r} are quantised or spread over processes, so nobody can tell "
-                f"whether they are those of {stored.name!r} that the adapter was trained with.",
-                stacklevel=2,
-            )
-    elif found.weights != stored.weights:
-        raise ValueError(
-            f"Expert {found.name!r} is not the one that the adapter was trained with, {stored.name!r}: its weights "
-            f"are others (hash {found.weights[:12]}, recorded {stored.weights[:12]}; a cast to float16 changes them, "
-            f"too). Give it the weights that it was trained with; {HAND_OVER}."
-        )
 
 
 def freeze(encoder: Any) -> None:

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an expert is the one that an adapter was trained with."""
+
+from __future__ import annotations
+
+import warnings
+
+from .records import ExpertRecord
+from .sources import HAND_OVER
+
+# What must be the same of an expert when an adapter comes back to it.
+COMPARED = ("library", "type", "width", "depth", "patch", "size")
+
+
+def is_told_apart(record: ExpertRecord) -> bool:
+    """Whether a hash tells this expert from others of its type."""
+    return record.weights is not None or record.quantised is not None
+
+
+def compare(found: ExpertRecord, stored: ExpertRecord) -> None:
+    """Raise ValueError where an expert is of another type or size than the one in the adapter's config."""
+    for field in COMPARED:
+        new, old = getattr(found, field), getattr(stored, field)
+        if new != old:
+            raise ValueError(
+                f"Expert {found.name!r} is not the one that the adapter was trained with, {stored.name!r}: its "
+                f"{field} is {new} and was {old}. Give it the expert that it was trained with."
+            )
+
+
+def check_weights(found: ExpertRecord, stored: ExpertRecord) -> None:
+    """Raise ValueError where an expert's weights are others than those the adapter was trained with.
+
+    Weights that cannot be compared get a warning.
+    """
+    if found.weights is None or stored.weights is None:
+        if found.quantised is None or found.quantised != stored.quantised:
+            warnings.warn(
+                f"The weights of expert {found.name!r} are quantised or spread over processes, so nobody can tell "
+                f"whether they are those of {stored.name!r} that the adapter was trained with.",
+                stacklevel=2,
+            )
+    elif found.weights != stored.weights:
+        raise ValueError(
+            f"Expert {found.name!r} is not the one that the adapter was trained with, {stored.name!r}: its weights "
+            f"are others (hash {found.weights[:12]}, recorded {stored.weights[:12]}; a cast to float16 changes them, "
+            f"too). Give it the weights that it was trained with; {HAND_OVER}."
+        )
