@@ -100,8 +100,9 @@ def test_reload_of_package_and_submodules() -> None:
         importlib.reload(peft_promptmoe)
         assert forward()
         # Everything, dependencies first, as an interactive session does after an edit.
-        names = "inspection sites projection attention routing config state layer key_value tokens root tuner " \\
-                "registration mept.config mept.layer mept.model mept".split()
+        names = "adapter_state models.inspection models.sites routing.router config registration engine.projection " \\
+                "engine.transformers_attention engine.prompt_layer engine.key_value engine.token_form " \\
+                "engine.model_hooks checks tuner mept.config mept.layer mept.model mept".split()
         for name in names:
             importlib.reload(sys.modules[f"peft_promptmoe.{name}"])
         importlib.reload(peft_promptmoe)
