@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from _reading import NAMES, results
+from harness.reading import NAMES, results
 
 WITHIN = "within the spread"
 

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from claims import claims
-
-from _reading import NAMES, exact_records, exact_row, results, time_ratio, times
+from harness.reading import NAMES, exact_records, exact_row, results, time_ratio, times
 from targets import targets
 
 HERE = Path(__file__).resolve().parent

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from _reading import exact_records, exact_row, time_ratio, times
+from harness.reading import exact_records, exact_row, time_ratio, times
 
 IMAGE_MODELS = ("vit-b16-hf", "vit-b16-timm")
 MODELS = ("bert-base", "t5-base", "llama-1b", *IMAGE_MODELS)

@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import plots
 import times
 from claims import WITHIN, claims, scores, sizes, verdict
-
-from _search import admitted, spread
-from _training import Results
+from harness.search import admitted, spread
+from harness.training import Results
 from targets import Target, targets
 
 

@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTModel
 
 from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
 
-from _shapes import SHAPES, SMALL, Shape
+from .shapes import SHAPES, SMALL, Shape
 
 PROMPTS, EXPERTS = (10, 20, 50, 100), (4, 16, 64)
 DISPATCHERS = ("token", "expert", "attention", "mean", "none")
