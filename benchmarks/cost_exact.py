@@ -35,10 +35,11 @@ from harness.counting import (
     stored,
     train_flops,
 )
-from harness.methods import Row, backbones, build, frozen_backbones, grid, is_head
-from harness.reading import FOLDER
+from harness.methods import backbones, build, frozen_backbones, grid, is_head
+from harness.reading import FOLDER, row_of
 from harness.records import provenance, write
 from harness.refusals import MAY_BE_REFUSED
+from harness.rows import Row
 from harness.shapes import SHAPES, quiet
 
 RESULTS = FOLDER / "cost_exact.json"
@@ -146,7 +147,7 @@ def moved(committed: list[Record], found: list[Record]) -> list[str]:
     """What differs: figures by more than the tolerance, anything else at all; records that only one side has."""
 
     def key(each: Record) -> str:
-        return f"{each['model']} {Row(each['method'], each['prompts'], each['experts'])}"
+        return f"{each['model']} {row_of(each)}"
 
     before, after = ({key(each): each for each in records} for records in (committed, found))
     lines = [f"{name}: only {'before' if name in before else 'now'}" for name in sorted(before.keys() ^ after.keys())]

@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import assets
 import causal_lm
-from harness.methods import Row, config
+from harness.methods import config
 from harness.reading import FOLDER
+from harness.rows import Row
 from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps
 from harness.shapes import SHAPES
 from harness.training import Budget, Results, Stopwatch, train

@@ -35,13 +35,13 @@ import assets
 import digits_on_photos
 import small_experts
 from harness.reading import FOLDER
+from harness.rows import DISPATCHERS
 from harness.search import HEADINGS, line, ranking, run_method, time_steps
 from harness.training import Budget, Results, Stopwatch, predict_logits, train
 from harness.vision_tasks import Features, Images, pixels_of
 
 PROMPTS = 5  # per block; those of pMoE stay, so its last block has sixty
 BACKBONES = ("dinov2", "digits", "photos")
-DISPATCHERS = ("token", "expert", "attention", "mean", "none")
 RATES = (3e-3, 1e-2)
 METHODS = (
     *(f"{tuner} {backbone}" for tuner in ("head", "vpt-deep", "vapt") for backbone in BACKBONES),

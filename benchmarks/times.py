@@ -26,9 +26,10 @@ import torch._dynamo
 from torch import nn
 
 from harness.counting import graphs
-from harness.methods import DISPATCHERS, Row, build, config, frozen_backbones
+from harness.methods import build, config, frozen_backbones
 from harness.reading import FOLDER
 from harness.refusals import refusal
+from harness.rows import DISPATCHERS, Row
 from harness.shapes import SHAPES, Shape, quiet
 from harness.timing import (
     Batch,
