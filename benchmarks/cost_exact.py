@@ -6,8 +6,9 @@
     python benchmarks/cost_exact.py --models bert-base    # prints the rows of some models only
 
 FLOPs of a forward in evaluation and of a training step, bytes that a training forward keeps for its backward pass,
-trained and active parameters, bytes on disk, graph breaks. `_shapes.py` has the models, `_methods.py` the methods,
-and `_counting.py` says how it is counted. A method that its library refuses for a model has the reason in its record.
+trained and active parameters, bytes on disk, graph breaks. Of `harness/`, `shapes.py` has the models, `methods.py` the
+methods, and `counting.py` says how it is counted. A method that its library refuses for a model has the reason in its
+record.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from _refusals import MAY_BE_REFUSED
 from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers.initialization import no_init_weights
 
-from _counting import (
+from harness.counting import (
     active_parameters,
     at_depth,
     counted,
@@ -36,11 +35,14 @@ from _counting import (
     stored,
     train_flops,
 )
-from _methods import Row, backbones, build, frozen_backbones, grid, is_head
-from _records import provenance, write
-from _shapes import SHAPES, quiet
+from harness.methods import backbones, build, frozen_backbones, grid, is_head
+from harness.reading import FOLDER, row_of
+from harness.records import provenance, write
+from harness.refusals import MAY_BE_REFUSED
+from harness.rows import Row
+from harness.shapes import SHAPES, quiet
 
-RESULTS = Path(__file__).resolve().parent / "results" / "cost_exact.json"
+RESULTS = FOLDER / "cost_exact.json"
 MODELS = ("bert-base", "t5-base", "llama-1b", "vit-b16-hf", "vit-b16-timm")
 BATCH = 8
 TOLERANCE = 0.01
@@ -145,7 +147,7 @@ def moved(committed: list[Record], found: list[Record]) -> list[str]:
     """What differs: figures by more than the tolerance, anything else at all; records that only one side has."""
 
     def key(each: Record) -> str:
-        return f"{each['model']} {Row(each['method'], each['prompts'], each['experts'])}"
+        return f"{each['model']} {row_of(each)}"
 
     before, after = ({key(each): each for each in records} for records in (committed, found))
     lines = [f"{name}: only {'before' if name in before else 'now'}" for name in sorted(before.keys() ^ after.keys())]

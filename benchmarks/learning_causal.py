@@ -28,15 +28,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from peft_promptmoe import record_routing
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import assets  # noqa: E402
-import causal_lm  # noqa: E402
-from _methods import Row, config  # noqa: E402
-from _search import HEADINGS, admitted, line, ranking, run_method, time_steps  # noqa: E402
-from _shapes import SHAPES  # noqa: E402
-from _training import Budget, Results, Stopwatch, train  # noqa: E402
+import assets
+import causal_lm
+from harness.methods import config
+from harness.reading import FOLDER
+from harness.rows import Row
+from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps
+from harness.shapes import SHAPES
+from harness.training import Budget, Results, Stopwatch, train
 
 SIZES = {"train": 256, "dev": 128, "test": 320}
 
@@ -158,7 +159,7 @@ def parse_args() -> argparse.Namespace:
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size, help=f"texts of the {name} split")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "learning_causal.json")
+    parser.add_argument("--results", type=Path, default=FOLDER / "learning_causal.json")
     parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()

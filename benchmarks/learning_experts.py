@@ -29,19 +29,19 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_promptmoe import PMoEConfig, VAPTConfig, parameter_report, routing_report
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import assets  # noqa: E402
-import digits_on_photos  # noqa: E402
-import small_experts  # noqa: E402
-from _search import HEADINGS, line, ranking, run_method, time_steps  # noqa: E402
-from _training import Budget, Results, Stopwatch, predict_logits, train  # noqa: E402
-from _vision_tasks import Features, Images, pixels_of  # noqa: E402
+import assets
+import digits_on_photos
+import small_experts
+from harness.reading import FOLDER
+from harness.rows import DISPATCHERS
+from harness.search import HEADINGS, line, ranking, run_method, time_steps
+from harness.training import Budget, Results, Stopwatch, predict_logits, train
+from harness.vision_tasks import Features, Images, pixels_of
 
 PROMPTS = 5  # per block; those of pMoE stay, so its last block has sixty
 BACKBONES = ("dinov2", "digits", "photos")
-DISPATCHERS = ("token", "expert", "attention", "mean", "none")
 RATES = (3e-3, 1e-2)
 METHODS = (
     *(f"{tuner} {backbone}" for tuner in ("head", "vpt-deep", "vapt") for backbone in BACKBONES),
@@ -257,7 +257,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--results", type=Path, default=HERE / "results" / "learning_experts.json")
+    parser.add_argument("--results", type=Path, default=FOLDER / "learning_experts.json")
     parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()

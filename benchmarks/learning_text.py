@@ -26,14 +26,14 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig,
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import _text_tasks as text_tasks  # noqa: E402
-import assets  # noqa: E402
-from _search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step  # noqa: E402
-from _training import Budget, Results, Stopwatch, predict, prediction_order, train  # noqa: E402
-from pooling import pool_by_mean  # noqa: E402
+import assets
+from harness import text_tasks
+from harness.reading import FOLDER
+from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step
+from harness.training import Budget, Results, Stopwatch, predict, prediction_order, train
+from pooling import pool_by_mean
 
 SIZES = {
     "sentiment": {"train": 2000, "dev": 800, "test": 2000},
@@ -246,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
         "budget": asdict(budget),
     }
     suffix = "" if args.task == "sentiment" else f"_{args.task}"
-    results = Results(args.results or HERE / "results" / f"learning_text{suffix}.json", config)
+    results = Results(args.results or FOLDER / f"learning_text{suffix}.json", config)
     methods = args.methods or DEFAULTS[args.task]
     if args.times:
         time_steps(bench, results, methods)

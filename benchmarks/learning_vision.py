@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import _vision_tasks as vision_tasks  # noqa: E402
-import assets  # noqa: E402
-from _search import HEADINGS, line, ranking, run_method, spread, time_steps  # noqa: E402
-from _training import Budget, Results, Split, Stopwatch, predict, train  # noqa: E402
+import assets
+from harness import vision_tasks
+from harness.reading import FOLDER
+from harness.search import HEADINGS, line, ranking, run_method, spread, time_steps
+from harness.training import Budget, Results, Split, Stopwatch, predict, train
 
 SIZES = {"cifar10": 98, "mnist": 56}  # pixels, grids of 7 x 7 and 4 x 4 patches
 TEST = 2000
@@ -239,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
         "prompts": PROMPTS,
         "budget": asdict(budget),
     }
-    results = Results(args.results or HERE / "results" / f"learning_vision_{args.task}.json", config)
+    results = Results(args.results or FOLDER / f"learning_vision_{args.task}.json", config)
     if args.times:
         time_steps(bench, results, args.methods)
         return

@@ -25,7 +25,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from _reading import FOLDER, results
+from harness.reading import FOLDER, results
 
 PICTURES = {
     "learning_text": ("Sentiment of review snippets, MiniLM", "test accuracy"),

@@ -14,35 +14,34 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from claims import claims
-
-from _reading import NAMES, exact_records, exact_row, results, time_ratio, times
-from targets import targets
+from harness.claims import claims
+from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
+from harness.rows import Row
+from harness.targets import targets
 
 HERE = Path(__file__).resolve().parent
 READMES = (HERE.parent / "README.md", HERE / "README.md")
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-Row = tuple[str, int | None, int | None]
-TEXT: tuple[Row, ...] = (
-    ("head", None, None),
-    ("full", None, None),
-    ("lora_r8", None, None),
-    ("prompt_tuning", 20, None),
-    ("prefix_tuning", 20, None),
-    ("p_tuning", 20, None),
-    ("static", 20, 1),
-    ("mept_sample", 20, 4),
-    ("mept_sample", 20, 64),
-    ("mept_token", 20, 4),
-    ("mept_token", 20, 64),
+TEXT = (
+    Row("head"),
+    Row("full"),
+    Row("lora_r8"),
+    Row("prompt_tuning", 20),
+    Row("prefix_tuning", 20),
+    Row("p_tuning", 20),
+    Row("static", 20, 1),
+    Row("mept_sample", 20, 4),
+    Row("mept_sample", 20, 64),
+    Row("mept_token", 20, 4),
+    Row("mept_token", 20, 64),
 )
-IMAGES: tuple[Row, ...] = (
-    ("head", None, None),
-    ("full", None, None),
-    ("lora_r8", None, None),
-    *((method, prompts, None) for prompts in (10, 50) for method in ("vpt_deep", "vapt")),
-    *(("mept_sample", prompts, 4) for prompts in (10, 50)),
-    ("mept_token", 10, 4),
+IMAGES = (
+    Row("head"),
+    Row("full"),
+    Row("lora_r8"),
+    *(Row(method, prompts) for prompts in (10, 50) for method in ("vpt_deep", "vapt")),
+    *(Row("mept_sample", prompts, 4) for prompts in (10, 50)),
+    Row("mept_token", 10, 4),
 )
 
 
@@ -89,18 +88,12 @@ def low_data(name: str) -> str:
     return table(["method", *(f"{number} images" for number in numbers)], rows)
 
 
-def name_of(method: str, prompts: int | None, experts: int | None) -> str:
+def name_of(row: Row) -> str:
     """A row's name: method, prompts, and experts if there are several."""
-    name = NAMES.get({"static": "static_sized"}.get(method, method), method)
-    sizes = [] if prompts is None else [f"{prompts}"]
-    sizes += [f"{experts} experts"] if experts and experts > 1 else []
+    name = NAMES.get({"static": "static_sized"}.get(row.method, row.method), row.method)
+    sizes = [] if row.prompts is None else [f"{row.prompts}"]
+    sizes += [f"{row.experts} experts"] if row.experts and row.experts > 1 else []
     return ", ".join([name, *sizes])
-
-
-def key_of(method: str, prompts: int | None, experts: int | None) -> str:
-    """A row's name in the files of the time tier."""
-    sizes = ("" if prompts is None else f"_{prompts}") + (f"_E{experts}" if experts and experts > 1 else "")
-    return f"{method}{sizes}"
 
 
 def number(value: float | None) -> str:
@@ -131,10 +124,10 @@ def cost(rows: tuple[Row, ...], models: dict[str, str], timed: list[tuple[str, s
         found = exact_row(first, *row)
         if not found:  # a language model has no head of its own
             continue
-        line = [name_of(*row), f"{found['trainable']:,}" if "trainable" in found else ""]
+        line = [name_of(row), f"{found['trainable']:,}" if "trainable" in found else ""]
         for model in models:
             line += figures(model, row)
-        line += [number(time_ratio(group, kind, key_of(*row), to)) for _, group, kind, to in timed]
+        line += [number(time_ratio(group, kind, str(row), to)) for _, group, kind, to in timed]
         lines.append(line)
     headings = ["", f"trained, {models[first]}"]
     headings += [f"{name}: {what}" for name in models.values() for what in ("forward", "train", "saved")]
@@ -165,10 +158,7 @@ def cost_experts() -> str:
     group = "several backbones forward"
     for row in exact_records():
         if row["method"].startswith("pmoe"):
-            dispatcher, key = (
-                row["method"].removeprefix("pmoe_"),
-                key_of(row["method"], row["prompts"], row["experts"]),
-            )
+            dispatcher = row["method"].removeprefix("pmoe_")
             rows.append(
                 [
                     f"{row['experts']}, `{dispatcher}`, {row['prompts']}",
@@ -176,7 +166,7 @@ def cost_experts() -> str:
                     f"{row['file_bytes'] / 1e6:.1f} MB",
                     number(row["forward_flops"] / row["frozen_flops"]),
                     f"{row['saved_bytes'] / 1e6:,.0f} MB",
-                    number(time_ratio(group, "forward", key, "frozen")),
+                    number(time_ratio(group, "forward", str(row_of(row)), "frozen")),
                 ]
             )
     headings = ["backbones, dispatcher, prompts", "trained", "file", "forward FLOPs", "saved bytes", "forward time"]

@@ -23,15 +23,15 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from _refusals import refusal
 from torch import nn
 
-from peft_promptmoe import cached_prompts
-
-from _counting import graphs
-from _methods import DISPATCHERS, Row, build, config, frozen_backbones
-from _shapes import SHAPES, Shape, quiet
-from _timing import (
+from harness.counting import graphs
+from harness.methods import build, config, frozen_backbones
+from harness.reading import FOLDER
+from harness.refusals import refusal
+from harness.rows import DISPATCHERS, Row
+from harness.shapes import SHAPES, Shape, quiet
+from harness.timing import (
     Batch,
     Device,
     Run,
@@ -46,9 +46,9 @@ from _timing import (
     prepended,
     step,
 )
-from _training import Results
+from harness.training import Results
+from peft_promptmoe import cached_prompts
 
-RESULTS = Path(__file__).resolve().parent / "results"
 FROZEN = (Row("base"), Row("lora_r8"))
 BASELINES = (Row("head"), Row("full"), Row("lora_r8"))
 TEXT = (
@@ -261,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
     batch = {name: args.scale * size for name, size in BATCH.items()}
     setting = Setting(device, args.repeats, batch, args.tokens, args.small)
     suffix = "".join(f"_{part}" for part in ("bf16", "compile") if getattr(args, part))
-    path = args.results or RESULTS / f"times_{args.device}{suffix}.json"
+    path = args.results or FOLDER / f"times_{args.device}{suffix}.json"
     results = Results(path, asdict(setting) | {"threads": args.threads})
     # Models of one class share compiled code, and beyond the default limit of variants torch falls back to eager.
     with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):

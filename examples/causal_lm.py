@@ -22,9 +22,8 @@ from transformers import (
     set_seed,
 )
 
-from peft_promptmoe import MEPTConfig, RoutingCallback, record_routing
-
 import assets
+from peft_promptmoe import MEPTConfig, RoutingCallback, record_routing
 
 INSTRUCTION = "Is this sentence from a film review positive or negative? Answer with one word.\n\n{text}"
 ANSWERS = ("negative", "positive")

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
-from peft_promptmoe import PMoEConfig, patch_maps
-
 import assets
 import small_experts
+from peft_promptmoe import PMoEConfig, patch_maps
 
 WINDOW, PATCH = 196, 14  # pixels
 GRID = WINDOW // PATCH

@@ -35,10 +35,9 @@ from transformers import (
     set_seed,
 )
 
-from peft_promptmoe import VAPTConfig
-
 import assets
 from metrics import score
+from peft_promptmoe import VAPTConfig
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 DINOV2_SIZE = 98  # a grid of 7 x 7 patches: DINOv2 takes any size, and small images are quick on a CPU

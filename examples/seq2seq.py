@@ -28,9 +28,8 @@ from transformers import (
     set_seed,
 )
 
-from peft_promptmoe import MEPTConfig, RoutingCallback, routing_report
-
 import assets
+from peft_promptmoe import MEPTConfig, RoutingCallback, routing_report
 
 ANSWERS = ("negative", "positive")
 Collator = Callable[[list[Any]], dict[str, Tensor]]

@@ -22,13 +22,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import Trainer, TrainingArguments, set_seed
 
-from peft_promptmoe import PMoEConfig, parameter_report, routing_report
-
 import assets
 import digits_on_photos
 import small_experts
 from image_classification import add_data_arguments, base_model, collator, load_splits, preparation, save_pictures
 from metrics import score
+from peft_promptmoe import PMoEConfig, parameter_report, routing_report
 
 
 def train(data: datasets.Dataset, args: argparse.Namespace) -> Trainer:

@@ -27,10 +27,9 @@ from transformers import (
     set_seed,
 )
 
-from peft_promptmoe import MEPTConfig, RoutingCallback, routing_report
-
 import assets
 from metrics import score
+from peft_promptmoe import MEPTConfig, RoutingCallback, routing_report
 from pooling import pool_by_mean
 
 SENTENCES = [

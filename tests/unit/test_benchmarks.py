@@ -18,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plots
 import times
-from claims import WITHIN, claims, scores, sizes, verdict
-
-from _search import admitted, spread
-from _training import Results
-from targets import Target, targets
+from harness.claims import WITHIN, claims, scores, sizes, verdict
+from harness.search import admitted, spread
+from harness.targets import Target, targets
+from harness.training import Results
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def test_a_claim_is_compared_with_the_best_and_sizes_without_the_head(monkeypatc
     means = {"head": 0.3, "vapt": 0.8, "vpt-deep": 0.7, "full": 0.9}
     trained = {"head": 100, "vapt": 150, "vpt-deep": 190, "full": 1000}
     summary = {n: {"mean": m, "sd": 0.0, "test": [m] * 3, "trainable": trained[n]} for n, m in means.items()}
-    monkeypatch.setattr("claims.results", lambda name: {"summary": summary})
+    monkeypatch.setattr("harness.claims.results", lambda name: {"summary": summary})
     found = scores("VAPT", "beats all", "learning_vision_mnist", "vapt", "vpt-deep", "full")
     assert (found.found, found.verdict) == ("VAPT 0.800, full fine-tuning 0.900", "does not hold")
     found = sizes("VAPT", "is smaller", "learning_vision_mnist", "vapt", "vpt-deep")

@@ -13,10 +13,11 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from _counting import active_parameters, at_depth, fake, safetensors_bytes, saved_bytes, stored
-from _methods import Row, build
-from _shapes import SHAPES
 from cost_exact import RESULTS, counts, moved, record
+from harness.counting import active_parameters, at_depth, fake, safetensors_bytes, saved_bytes, stored
+from harness.methods import build
+from harness.rows import Row
+from harness.shapes import SHAPES
 
 COMMITTED = json.loads(RESULTS.read_text())["records"]
 SUBSET = [

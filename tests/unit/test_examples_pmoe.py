@@ -18,11 +18,10 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import disparity
-import several_experts
-
 import assets
 import digits_on_photos
+import disparity
+import several_experts
 import small_experts
 
 KINDS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

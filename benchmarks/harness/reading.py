@@ -8,7 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent / "results"
+from .rows import DISPATCHERS, Row
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
 NAMES = {
     "base": "frozen",
     "head": "head only",
@@ -37,10 +39,7 @@ NAMES = {
             ("ensemble", "on each, mean of the three's probabilities"),
         )
     },
-    **{
-        f"pmoe-{dispatcher}": f'pMoE, `dispatcher="{dispatcher}"`'
-        for dispatcher in ("token", "expert", "attention", "mean", "none")
-    },
+    **{f"pmoe-{dispatcher}": f'pMoE, `dispatcher="{dispatcher}"`' for dispatcher in DISPATCHERS},
     "lora_r8": "LoRA r8",
     "prompt_tuning": "PEFT prompt tuning",
     "prefix_tuning": "PEFT prefix tuning",
@@ -66,15 +65,19 @@ def exact_records() -> list[dict[str, Any]]:
     return records
 
 
+def row_of(record: dict[str, Any]) -> Row:
+    """What a record of the exact tier is of, beside its model."""
+    return Row(record["method"], record["prompts"], record["experts"])
+
+
 @lru_cache
-def _by_row() -> dict[tuple[Any, ...], dict[str, Any]]:
-    keys = ("model", "method", "prompts", "experts")
-    return {tuple(each[key] for key in keys): each for each in exact_records()}
+def _by_row() -> dict[tuple[str, Row], dict[str, Any]]:
+    return {(each["model"], row_of(each)): each for each in exact_records()}
 
 
 def exact_row(model: str, method: str, prompts: int | None = None, experts: int | None = None) -> dict[str, Any]:
     """One record of the exact tier; empty if a model has no such row."""
-    return _by_row().get((model, method, prompts, experts), {})
+    return _by_row().get((model, Row(method, prompts, experts)), {})
 
 
 def times(file: str = "times_cpu") -> dict[str, dict[str, Any]]:

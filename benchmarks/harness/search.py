@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from _refusals import refusal
 from torch import nn
 
-from _timing import Run, interleaved
-from _training import Budget, Results, Split, Stopwatch
+from .refusals import refusal
+from .timing import Run, interleaved
+from .training import Budget, Results, Split, Stopwatch
 
 
 class Bench(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
-from _records import provenance
+from .records import provenance
 
 HEAD_NAMES = ("classifier", "score", "head", "pmoe_fusion")
 

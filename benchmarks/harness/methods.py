@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -19,22 +19,10 @@ from transformers import ViTConfig, ViTModel
 
 from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
 
-from _shapes import SHAPES, SMALL, Shape
+from .rows import DISPATCHERS, Row
+from .shapes import SHAPES, SMALL, Shape
 
 PROMPTS, EXPERTS = (10, 20, 50, 100), (4, 16, 64)
-DISPATCHERS = ("token", "expert", "attention", "mean", "none")
-
-
-class Row(NamedTuple):
-    """A method with its sizes: active prompts, and routed experts (of pMoE: backbones)."""
-
-    method: str
-    prompts: int | None = None
-    experts: int | None = None
-
-    def __str__(self) -> str:
-        prompts = "" if self.prompts is None else f"_{self.prompts}"
-        return f"{self.method}{prompts}" + ("" if self.experts in (None, 1) else f"_E{self.experts}")
 
 
 def config(shape: Shape, row: Row, further: list[nn.Module] | None = None) -> PeftConfig:
