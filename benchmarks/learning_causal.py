@@ -21,7 +21,6 @@ from typing import Any
 
 import datasets
 import torch
-import transformers
 from peft import PeftModel, get_peft_model, initialize_kv_prefix_from_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
@@ -32,12 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import assets
 import causal_lm
+from harness import search
 from harness.methods import config
 from harness.reading import FOLDER
+from harness.records import rounded
 from harness.rows import Row
 from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps
 from harness.shapes import SHAPES
-from harness.training import Budget, Results, Stopwatch, train
+from harness.training import Budget, Results, Stopwatch, train_cell
 
 SIZES = {"train": 256, "dev": 128, "test": 320}
 
@@ -96,23 +97,12 @@ class Bench:
         """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
         torch.manual_seed(seed)
         model, data = self.ready(name)
-        with Stopwatch() as watch:
-            loss = train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+        cell = train_cell(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
         split = "test" if final else "dev"
         routed = name.startswith("mept")
         with Stopwatch() as scoring, record_routing(model) if routed else nullcontext() as record:
             accuracy = self.exact_match(model, split)
-        cell = {
-            "method": name,
-            "lr": lr,
-            "seed": seed,
-            "split": split,
-            "train_loss": round(loss, 4),
-            "train_seconds": round(watch.seconds, 1),
-            "score_seconds": round(scoring.seconds, 1),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "accuracy": round(accuracy, 5),
-        }
+        cell |= {"score_seconds": round(scoring.seconds, 1), "accuracy": round(accuracy, 5)}
         return cell | ({"load_entropy": rounded(record.report().entropy)} if record else {})
 
     def ready(self, name: str) -> tuple[PeftModel, Questions]:
@@ -120,7 +110,7 @@ class Bench:
 
     def exact_match(self, model: torch.nn.Module, split: str) -> float:
         data = self.splits[split]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.budget.bf16):
+        with self.budget.autocast():
             answers = causal_lm.generate(model, self.tokenizer, list(data["text"]))
         return causal_lm.exact_match(answers, data)
 
@@ -147,28 +137,19 @@ class Bench:
         return {"load_entropy": rounded(torch.tensor([cell["load_entropy"] for cell in cells]).mean(dim=0))}
 
 
-def rounded(values: Tensor) -> list[float]:
-    return [round(value, 3) for value in values.tolist()]
-
-
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = search.parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
     parser.add_argument("--model", help="local folder or Hub id of a chat model (default: packaged SmolLM2-135M)")
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size, help=f"texts of the {name} split")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=FOLDER / "learning_causal.json")
-    parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    transformers.logging.set_verbosity_error()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    search.prepare(args)
     folder, sizes = args.model or assets.smollm2(), {name: getattr(args, name) for name in SIZES}
     budget = Budget(epochs=args.epochs, batch_size=4)
     tokenizer = AutoTokenizer.from_pretrained(folder)

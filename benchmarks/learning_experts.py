@@ -21,11 +21,9 @@ from typing import Any
 import datasets
 import timm
 import torch
-import transformers
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
-from transformers.modeling_outputs import ImageClassifierOutput
 
 from peft_promptmoe import PMoEConfig, VAPTConfig, parameter_report, routing_report
 
@@ -34,11 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import assets
 import digits_on_photos
 import small_experts
+from harness import search
 from harness.reading import FOLDER
+from harness.records import rounded
 from harness.rows import DISPATCHERS
-from harness.search import HEADINGS, line, ranking, run_method, time_steps
-from harness.training import Budget, Results, Stopwatch, predict_logits, train
-from harness.vision_tasks import Features, Images, pixels_of
+from harness.search import HEADINGS, cell_key, line, ranking, run_method, time_steps
+from harness.training import Budget, Results, predict_logits, train_cell
+from harness.vision_tasks import Classifier, Features, Images, head_alone, pixels_of
 
 PROMPTS = 5  # per block; those of pMoE stay, so its last block has sixty
 BACKBONES = ("dinov2", "digits", "photos")
@@ -53,21 +53,6 @@ METHODS = (
 )
 MEAN, STD = (torch.tensor(each)[:, None, None] for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 HALF = torch.full((3, 1, 1), 0.5)
-
-
-class Classifier(nn.Module):
-    """A model that gives logits or transformers' output, with the loss that `train` asks for."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> ImageClassifierOutput:
-        (inputs_only,) = inputs.values()
-        output = self.model(inputs_only)
-        logits = (output if isinstance(output, Tensor) else output.logits).float()
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 @dataclass(frozen=True)
@@ -111,16 +96,15 @@ class Bench:
             chances = self.logits[name, seed, split]
         labels = self.images["dinov2"][split].labels
         right = (chances.argmax(-1) == labels).double().mean().item()
-        return {"method": name, "lr": lr, "seed": seed, "split": split, "accuracy": round(right, 5), **cell}
+        return {"accuracy": round(right, 5), **cell}
 
     def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         return {key: cells[0][key] for key in ("held", "decided", "shares") if key in cells[0]}
 
     def _made(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
         """A member's cell, with its logits in `logits`: of a cell that an earlier run finished, they are gone."""
-        split = "test" if final else "dev"
-        key = f"{name} lr={lr:g} seed={seed} {split}"
-        if (name, seed, split) in self.logits and key in self.results.cells:
+        key = cell_key(name, lr, seed, final)
+        if (name, seed, "test" if final else "dev") in self.logits and key in self.results.cells:
             return self.results.cells[key]
         return self._train(name, lr, seed, final)
 
@@ -129,25 +113,16 @@ class Bench:
         torch.manual_seed(seed)
         model, data = self.ready(name, trained)
         held_out = self._data(name, scored)
-        with Stopwatch() as watch:
-            loss = train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+        cell = train_cell(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
         self.logits[name, seed, scored] = predict_logits(model, held_out, self.budget)
-        cell: dict[str, Any] = {
-            "train_loss": round(loss, 4),
-            "train_seconds": round(watch.seconds, 1),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        }
         return cell | (self._routes(model.model) if name.startswith("pmoe") else {})
 
     def ready(self, name: str, split: str = "train") -> tuple[Classifier, Images | Features]:
         tuner, _, of = name.partition(" ")
         data = self._data(name, split)
         if isinstance(data, Features):
-            model: nn.Module = nn.Sequential()
-            model.add_module("classifier", nn.Linear(data.features.shape[1], len(digits_on_photos.CLASSES)))
-        else:
-            model = self._pmoe(tuner) if tuner.startswith("pmoe") else self._prompted(tuner, of)
-        return Classifier(model), data
+            return head_alone(nn.Linear(data.features.shape[1], len(digits_on_photos.CLASSES))), data
+        return Classifier(self._pmoe(tuner) if tuner.startswith("pmoe") else self._prompted(tuner, of)), data
 
     def _data(self, name: str, split: str) -> Images | Features:
         """What a method is trained on or scored with: a head alone on features, which are there at once."""
@@ -212,11 +187,6 @@ def backbone(name: str, classes: int) -> nn.Module:
     return model
 
 
-def rounded(values: Tensor | None) -> list[float]:
-    assert values is not None
-    return [round(value, 3) for value in values.tolist()]
-
-
 def prepared(splits: datasets.DatasetDict) -> dict[str, dict[str, Images]]:
     """The splits, and `both` of those to train on, as every backbone wants them."""
     splits["both"] = datasets.concatenate_datasets([splits["train"], splits["dev"]])
@@ -253,20 +223,15 @@ def print_table(results: Results) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = search.parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--results", type=Path, default=FOLDER / "learning_experts.json")
-    parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    transformers.logging.set_verbosity_error()  # every cell makes a new head, and would be warned of it
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    search.prepare(args)
     budget = Budget(epochs=args.epochs, batch_size=16)
     images = prepared(digits_on_photos.splits())
     config = {

@@ -21,18 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from peft_promptmoe import MEPTConfig, record_routing
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import assets
-from harness import text_tasks
+from harness import search, text_tasks
+from harness.methods import config
 from harness.reading import FOLDER
+from harness.records import rounded
+from harness.rows import Row
 from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step
-from harness.training import Budget, Results, Stopwatch, predict, prediction_order, train
+from harness.shapes import SHAPES
+from harness.training import Budget, Results, predict, prediction_order, train, train_cell
 from pooling import pool_by_mean
 
 SIZES = {
@@ -47,31 +52,13 @@ def head_only(model: nn.Module) -> nn.Module:
     return model
 
 
-def peft(config: Callable[[], PeftConfig]) -> Callable[[nn.Module], nn.Module]:
-    return lambda model: get_peft_model(model, config())
+def peft(row: Row) -> Callable[[nn.Module], nn.Module]:
+    """A method of PEFT's own; MiniLM is a BERT."""
+    return lambda model: get_peft_model(model, config(SHAPES["bert-base"], row))
 
 
 def mept(**options: Any) -> Callable[[nn.Module], nn.Module]:
-    def build(model: nn.Module) -> nn.Module:
-        from peft_promptmoe import MEPTConfig  # here, so that the baselines run without the package
-
-        return get_peft_model(model, MEPTConfig(task_type="SEQ_CLS", **options))
-
-    return build
-
-
-def lora() -> LoraConfig:
-    # "LoRA r8" here always means the query, key, value and output projections of attention.
-    targets = r".*attention\.(self\.(query|key|value)|output\.dense)"
-    return LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=targets)
-
-
-def prompt_tuning() -> PromptTuningConfig:
-    return PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20, prompt_tuning_init="SAMPLE_VOCAB")
-
-
-def prefix_tuning() -> PrefixTuningConfig:
-    return PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20)
+    return lambda model: get_peft_model(model, MEPTConfig(task_type="SEQ_CLS", **options))
 
 
 @dataclass(frozen=True)
@@ -87,9 +74,9 @@ MATRICES = (3e-4, 1e-3, 3e-3)
 PROMPTS = (1e-2, 3e-2, 1e-1)
 METHODS = {
     "head": Method(head_only, (3e-3, 1e-2, 3e-2)),
-    "lora": Method(peft(lora), MATRICES),
-    "prompt": Method(peft(prompt_tuning), PROMPTS),
-    "prefix": Method(peft(prefix_tuning), (3e-3, 1e-2, 3e-2)),
+    "lora": Method(peft(Row("lora_r8")), MATRICES),
+    "prompt": Method(peft(Row("prompt_tuning", 20)), PROMPTS),
+    "prefix": Method(peft(Row("prefix_tuning", 20)), (3e-3, 1e-2, 3e-2)),
     "static": Method(mept(num_experts=1, num_shared_experts=0), MATRICES),
     "mept-sample": Method(mept(routing="sample"), MATRICES, routed=True),
     "mept-centered": Method(mept(routing="sample", router_centering=True), MATRICES, routed=True),
@@ -122,19 +109,8 @@ class Bench:
         """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
         torch.manual_seed(seed)
         model, data = self.ready(name)
-        with Stopwatch() as watch:
-            loss = train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
-        split = self.data.splits["test" if final else "dev"]
-        cell = {
-            "method": name,
-            "lr": lr,
-            "seed": seed,
-            "split": "test" if final else "dev",
-            "train_loss": round(loss, 4),
-            "train_seconds": round(watch.seconds, 1),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        }
-        return cell | self._scores(model, split, METHODS[name].routed)
+        cell = train_cell(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+        return cell | self._scores(model, self.data.splits["test" if final else "dev"], METHODS[name].routed)
 
     def draw_pathways(self, name: str, lr: float, seed: int, path: Path) -> float:
         """Train a routed method as its cell of the test split, and draw each task's way through the experts.
@@ -142,8 +118,6 @@ class Bench:
         Returns:
             Accuracy, which should be that of the cell.
         """
-        from peft_promptmoe import record_routing
-
         torch.manual_seed(seed)
         model, data = self.ready(name)
         train(model, data, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
@@ -169,8 +143,6 @@ class Bench:
         """
         if not routed:
             return self._accuracies(predict(model, split, self.budget), split)
-        from peft_promptmoe import record_routing
-
         with record_routing(model, labels=split.tasks[prediction_order(split)]) as record:
             scores = self._accuracies(predict(model, split, self.budget), split)
         scores["load_entropy"] = rounded(record.report().entropy)
@@ -198,10 +170,6 @@ class Bench:
         return row
 
 
-def rounded(values: Tensor) -> list[float]:
-    return [round(value, 3) for value in values.tolist()]
-
-
 def print_table(results: Results) -> None:
     print(f"\n{HEADINGS}  load entropy by layer")
     for name, row in ranking(results):
@@ -211,34 +179,29 @@ def print_table(results: Results) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = search.parser(__doc__)
     parser.add_argument("--task", choices=sorted(SIZES), default="sentiment")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all that are for the task")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
     parser.add_argument("--model", help="local folder or Hub id of an encoder (default: packaged MiniLM)")
     parser.add_argument(
         "--results", type=Path, help="JSON file (default: benchmarks/results/learning_text[_TASK].json)"
     )
-    parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
     parser.add_argument(
         "--pathways",
         choices=[name for name, method in METHODS.items() if method.routed],
         help="only draw one routed method's pathways, of the first seed, beside the results",
     )
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    transformers.logging.set_verbosity_error()  # every cell makes a new head, and would be warned of it
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    search.prepare(args)
     folder, budget, max_length = args.model or assets.minilm(), Budget(), 64
     tokenizer = AutoTokenizer.from_pretrained(folder)
     make = {"sentiment": text_tasks.sentiment, "mixture": text_tasks.mixture}[args.task]
     data = make(tokenizer, SIZES[args.task], max_length)
     bench = Bench(folder, data, budget)
-    config = {
+    settings = {
         "task": args.task,
         "model": args.model or "all-MiniLM-L6-v2",
         "texts": SIZES[args.task],
@@ -246,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
         "budget": asdict(budget),
     }
     suffix = "" if args.task == "sentiment" else f"_{args.task}"
-    results = Results(args.results or FOLDER / f"learning_text{suffix}.json", config)
+    results = Results(args.results or FOLDER / f"learning_text{suffix}.json", settings)
     methods = args.methods or DEFAULTS[args.task]
     if args.times:
         time_steps(bench, results, methods)

@@ -21,19 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutput
+
+from peft_promptmoe import MEPTConfig, VAPTConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import assets
-from harness import vision_tasks
+from harness import search, vision_tasks
+from harness.methods import config
 from harness.reading import FOLDER
-from harness.search import HEADINGS, line, ranking, run_method, spread, time_steps
-from harness.training import Budget, Results, Split, Stopwatch, predict, train
+from harness.rows import Row
+from harness.search import HEADINGS, line, ranking, run_cell, run_method, spread, time_steps
+from harness.shapes import SHAPES
+from harness.training import Budget, Results, Split, predict, train_cell
 
 SIZES = {"cifar10": 98, "mnist": 56}  # pixels, grids of 7 x 7 and 4 x 4 patches
 TEST = 2000
@@ -47,28 +50,19 @@ def everything(model: nn.Module, size: int) -> nn.Module:
     return model
 
 
-def adapted(config: Callable[[int], PeftConfig]) -> Callable[[nn.Module, int], nn.Module]:
-    return lambda model, size: get_peft_model(model, config(size))
+def adapted(make: Callable[[int], PeftConfig]) -> Callable[[nn.Module, int], nn.Module]:
+    return lambda model, size: get_peft_model(model, make(size))
 
 
-def lora(size: int) -> LoraConfig:
-    # "LoRA r8" here always means the query, key, value and output projections of attention.
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=["classifier"])
+def lora(size: int) -> PeftConfig:
+    return config(SHAPES["vit-b16-hf"], Row("lora_r8"))  # DINOv2's modules have ViT's names
 
 
 def vapt(**options: Any) -> Callable[[int], PeftConfig]:
-    def config(size: int) -> PeftConfig:
-        from peft_promptmoe import VAPTConfig  # here, so that the baselines run without the package
-
-        return VAPTConfig(num_virtual_tokens=PROMPTS, image_size=size, **options)
-
-    return config
+    return lambda size: VAPTConfig(num_virtual_tokens=PROMPTS, image_size=size, **options)
 
 
 def mept(size: int) -> PeftConfig:
-    from peft_promptmoe import MEPTConfig
-
     return MEPTConfig(num_virtual_tokens=PROMPTS, routing="sample")
 
 
@@ -93,19 +87,6 @@ METHODS = {
     "vapt": Method(adapted(vapt()), MATRICES),
     "mept-sample": Method(adapted(mept), MATRICES),
 }
-
-
-class Head(nn.Module):
-    """A model's head on features that are already there."""
-
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        logits = self.classifier(features)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
-        return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 @dataclass(frozen=True)
@@ -138,26 +119,15 @@ class Bench:
             data = data.select(vision_tasks.subset(data.labels, round(share * len(data)), seed))
             epochs = math.ceil(FEWEST_STEPS / math.ceil(len(data) / budget.batch_size))
             budget = replace(budget, epochs=max(budget.epochs, epochs))
-        with Stopwatch() as watch:
-            loss = train(model, data, lr, seed, budget, f"{name} lr={lr:g} seed={seed} share={share:g}")
-        return {
-            "method": name,
-            "lr": lr,
-            "seed": seed,
-            "split": scored,
-            "images": len(data),
-            "epochs": budget.epochs,
-            "train_loss": round(loss, 4),
-            "train_seconds": round(watch.seconds, 1),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "accuracy": self._accuracy(model, held_out),
-        }
+        cell = train_cell(model, data, lr, seed, budget, f"{name} lr={lr:g} seed={seed} share={share:g}")
+        accuracy = self._accuracy(model, held_out)
+        return {**cell, "images": len(data), "epochs": budget.epochs, "accuracy": accuracy}
 
     def ready(self, name: str, split: str = "train") -> tuple[nn.Module, Any]:
         base, build = self._base(), METHODS[name].build
-        return (
-            (build(base, self.size), self.images[split]) if build else (Head(base.classifier), self._features(split))
-        )
+        if build is None:
+            return vision_tasks.head_alone(base.classifier), self._features(split)
+        return build(base, self.size), self.images[split]
 
     def _base(self) -> PreTrainedModel:
         # Eager attention: the fused bf16 backward pass on CPU takes as long as the whole rest of the step.
@@ -182,12 +152,7 @@ def run_low_data(bench: Bench, results: Results, name: str, seeds: list[int]) ->
     row = results.summaries[name]
     curve = {}
     for share in SHARES:
-        cells = []
-        for seed in seeds:
-            key = f"{name} lr={row['lr']:g} seed={seed} test share={share:g}"
-            if key not in results.cells:
-                results.add(key, bench.run(name, row["lr"], seed, True, share))
-            cells.append(results.cells[key])
+        cells = [run_cell(bench, results, name, row["lr"], seed, final=True, share=share) for seed in seeds]
         curve[str(cells[0]["images"])] = spread(cells)
     curve[str(len(bench.images["both"]))] = {key: row[key] for key in ("test", "mean", "sd")}
     results.data.setdefault("low_data", {})[name] = curve
@@ -204,10 +169,9 @@ def print_tables(results: Results) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = search.parser(__doc__)
     parser.add_argument("--task", choices=sorted(vision_tasks.TASKS), default="cifar10")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument(
         "--bf16",
@@ -219,19 +183,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="JSON file (default: benchmarks/results/learning_vision_TASK.json)"
     )
-    parser.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    transformers.logging.set_verbosity_error()  # every cell makes a new head, and would be warned of it
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    search.prepare(args)
     folder, budget = assets.dinov2_small(), Budget(epochs=args.epochs, batch_size=16, head_lr=1e-2, bf16=args.bf16)
     size = SIZES[args.task]
     bench = Bench(folder, size, vision_tasks.load(args.task, folder, size, TEST), budget)
-    config = {
+    settings = {
         "task": args.task,
         "model": Path(folder).name,
         "images": {name: len(split) for name, split in bench.images.items()},
@@ -239,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
         "prompts": PROMPTS,
         "budget": asdict(budget),
     }
-    results = Results(args.results or FOLDER / f"learning_vision_{args.task}.json", config)
+    results = Results(args.results or FOLDER / f"learning_vision_{args.task}.json", settings)
     if args.times:
         time_steps(bench, results, args.methods)
         return

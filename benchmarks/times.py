@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +267,7 @@ def main(args: argparse.Namespace) -> None:
     # Models of one class share compiled code, and beyond the default limit of variants torch falls back to eager.
     with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
         for name in args.groups:
-            if name not in results.cells:
-                results.add(name, GROUPS[name](setting))
+            results.cell(name, partial(GROUPS[name], setting))
     show(results)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PACKAGES = ("torch", "transformers", "peft", "timm", "peft-promptmoe")
 
@@ -33,6 +34,11 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def rounded(values: Tensor) -> list[float]:
+    """Numbers as they are kept, with three decimals."""
+    return [round(value, 3) for value in values.tolist()]
 
 
 def write(path: Path, head: dict[str, Any], records: list[dict[str, Any]]) -> None:

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a method is scored: its learning rate is searched on the development split, then tested with several seeds."""
+"""How a method is scored: its learning rate is searched on the development split, then tested with several seeds.
 
+Besides: what the command lines and the tables of all learning benchmarks have in common.
+"""
+
+import argparse
 import statistics
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import nn
 
 from .refusals import refusal
-from .timing import Run, interleaved
-from .training import Budget, Results, Split, Stopwatch
+from .timing import Device, Run, interleaved, step
+from .training import Budget, Results, Split
 
 
 class Bench(Protocol):
@@ -72,11 +77,17 @@ def admitted(results: Results, name: str, work: Callable[[], object]) -> bool:
     return reason is None
 
 
-def run_cell(bench: Bench, results: Results, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
-    key = f"{name} lr={lr:g} seed={seed} {'test' if final else 'dev'}"
-    if key not in results.cells:
-        results.add(key, bench.run(name, lr, seed, final))
-    return results.cells[key]
+def run_cell(
+    bench: Bench, results: Results, name: str, lr: float, seed: int, final: bool, **options: float
+) -> dict[str, Any]:
+    """A cell with what it is of; `options` are what `bench.run` takes besides, and part of the cell's key."""
+    key = " ".join([cell_key(name, lr, seed, final), *(f"{option}={value:g}" for option, value in options.items())])
+    of = {"method": name, "lr": lr, "seed": seed, "split": "test" if final else "dev"}
+    return results.cell(key, lambda: of | bench.run(name, lr, seed, final, **options))
+
+
+def cell_key(name: str, lr: float, seed: int, final: bool) -> str:
+    return f"{name} lr={lr:g} seed={seed} {'test' if final else 'dev'}"
 
 
 def time_steps(bench: Bench, results: Results, names: list[str], turns: int = 5) -> None:
@@ -104,18 +115,7 @@ def training_step(bench: Bench, name: str) -> Run:
     (model, data), budget = bench.ready(name), bench.budget
     middle = len(data) // 2 - budget.batch_size // 2
     chosen = sorted(range(len(data)), key=data.length)[middle : middle + budget.batch_size]
-    batch = data.batch(chosen)
-
-    def run() -> dict[str, float]:
-        model.train()
-        with Stopwatch() as watch:
-            with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
-                loss = model(**batch).loss
-            loss.backward()
-        model.zero_grad()
-        return {"step": watch.seconds}
-
-    return run
+    return step(model, data.batch(chosen), Device(bf16=budget.bf16))
 
 
 def spread(cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -141,3 +141,19 @@ def line(name: str, row: dict[str, Any]) -> str:
     deviation = "-" if row["sd"] is None else f"{row['sd']:.4f}"
     numbers = f"{row['mean']:9.4f} {deviation:>7} {row['lr']:7g} {row['trainable']:11,} {row['train_seconds']:8.0f}"
     return f"{name:14} {numbers}"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A learning benchmark's parser, with what all of them can be asked for."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds scored on the test split")
+    made.add_argument("--times", action="store_true", help="only time a training step of each method, in turns")
+    made.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    return made
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """What comes before all else: threads, and no word from transformers of the new head that every cell makes."""
+    transformers.logging.set_verbosity_error()
+    if args.threads:
+        torch.set_num_threads(args.threads)

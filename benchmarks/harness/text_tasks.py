@@ -60,8 +60,7 @@ class Data:
 
 
 def sentiment(tokenizer: PreTrainedTokenizerBase, sizes: dict[str, int], max_length: int) -> Data:
-    snippets = assets.rotten_tomatoes(**sizes)
-    texts = {name: list(zip(data["text"], data["label"], strict=True)) for name, data in snippets.items()}
+    texts = _sentiment(**sizes)
     return Data({name: _encode({"sentiment": texts[name]}, tokenizer, max_length) for name in SPLITS}, ("sentiment",))
 
 
@@ -99,8 +98,9 @@ def _balanced(rows: Labelled, count: int, task: str) -> Labelled:
     return chosen
 
 
-def _sentiment() -> dict[str, Labelled]:
-    return {name: list(zip(d["text"], d["label"], strict=True)) for name, d in assets.rotten_tomatoes().items()}
+def _sentiment(**sizes: int) -> dict[str, Labelled]:
+    snippets = assets.rotten_tomatoes(**sizes)
+    return {name: list(zip(data["text"], data["label"], strict=True)) for name, data in snippets.items()}
 
 
 def _plot() -> dict[str, Labelled]:

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +45,9 @@ class Budget:
     warmup: float = 0.06
     bf16: bool = True
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
 
 def batches(data: Split, size: int, generator: torch.Generator) -> list[list[int]]:
     """A random order of random batches; samples of like length share one, which saves texts a third of the padding."""
@@ -76,7 +81,7 @@ def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, l
     model.train()
     order = (chosen for _ in range(budget.epochs) for chosen in batches(data, budget.batch_size, generator))
     for chosen in tqdm(order, total=steps, desc=label, mininterval=5.0):
-        with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
+        with budget.autocast():
             loss = model(**data.batch(chosen)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -85,6 +90,17 @@ def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, l
         optimizer.zero_grad()
         losses.append(loss.item())
     return sum(losses[-50:]) / len(losses[-50:])
+
+
+def train_cell(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, label: str) -> dict[str, Any]:
+    """Train as `train` does, and return what a cell keeps of it."""
+    with Stopwatch() as watch:
+        loss = train(model, data, lr, seed, budget, label)
+    return {
+        "train_loss": round(loss, 4),
+        "train_seconds": round(watch.seconds, 1),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
 
 
 def _linear(step: int, steps: int, warmup: float) -> float:
@@ -112,7 +128,7 @@ def predict_logits(model: nn.Module, data: Split, budget: Budget) -> Tensor:
         chosen = order[start : start + 64]
         batch = data.batch(chosen)
         batch.pop("labels")
-        with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
+        with budget.autocast():
             found |= zip(chosen, model(**batch).logits.float(), strict=True)
     return torch.stack([found[i] for i in range(len(order))])
 
@@ -136,10 +152,13 @@ class Results:
     def summaries(self) -> dict[str, dict[str, Any]]:
         return self.data.setdefault("summary", {})
 
-    def add(self, key: str, cell: dict[str, Any]) -> None:
-        self.cells[key] = cell
-        self.data["made_with"] = provenance()
-        self.save()
+    def cell(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A cell, which is made now unless an earlier run finished it."""
+        if key not in self.cells:
+            self.cells[key] = make()
+            self.data["made_with"] = provenance()
+            self.save()
+        return self.cells[key]
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

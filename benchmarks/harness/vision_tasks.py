@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image classification tasks of VTAB-1k's form, made from packaged real images that are resized once."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ import datasets
 import numpy as np
 import torch
 from PIL.Image import Image, Resampling
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoImageProcessor
+from transformers.modeling_outputs import ImageClassifierOutput
 
 import assets
 
@@ -57,6 +59,26 @@ class Features:
 
     def select(self, chosen: list[int]) -> "Features":
         return Features(self.features[chosen], self.labels[chosen])
+
+
+class Classifier(nn.Module):
+    """A model that gives logits or transformers' output, with the loss that `train` asks for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> ImageClassifierOutput:
+        (inputs_only,) = inputs.values()
+        output = self.model(inputs_only)
+        logits = (output if isinstance(output, Tensor) else output.logits).float()
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def head_alone(head: nn.Module) -> Classifier:
+    """A model of nothing but a head, on features that are already there."""
+    return Classifier(nn.Sequential(OrderedDict(classifier=head)))
 
 
 def load(task: str, model: str, size: int, test: int) -> dict[str, Images]:
