@@ -15,6 +15,7 @@ from torch import nn
 from .adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
 from .checks import check_attention, check_layers, check_saved_modules, no_match
 from .config import PromptConfig
+from .engine.choice import join_all, join_what_can_be
 from .engine.key_value import KeyValueLayer
 from .engine.model_hooks import ModelHooks, prompt_layers
 from .engine.prompt_layer import PromptLayer, no_merge
@@ -22,7 +23,7 @@ from .engine.token_form import TokenForm
 from .models.families import FAMILIES, VISION_FAMILIES
 from .models.heads import vision_heads
 from .models.patches import Patches
-from .models.sites import Site, find_site
+from .models.sites import Site
 from .models.targets import check_at_hand, default_targets, is_encoder_decoder, model_type
 from .sharing.adapter_names import check_adapter_name, check_apart
 from .sharing.model_card import base_model_card
@@ -96,7 +97,8 @@ class PromptTuner(BaseTuner):
         hooks.watch(model, unread)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
-        if peft_config.target_modules is None:
+        chosen = peft_config.target_modules is None
+        if chosen:
             found = self.default_targets()
             peft_config.target_modules = found if isinstance(found, str) else set(found)
         paths = [path for path, _ in self.model.named_modules() if path and f"{PROMPT_CHILD}." not in f"{path}."]
@@ -105,7 +107,10 @@ class PromptTuner(BaseTuner):
             raise ValueError(no_match(self.model, peft_config))
         for path in paths:
             check_at_hand(self.model.get_submodule(path), path)
-        sites = [find_site(self.model, path) for path in paths]
+        join = join_what_can_be if chosen else join_all
+        sites = join(self.model, paths, issubclass(self.prompt_layer_cls, KeyValueLayer))
+        if len(sites) < len(paths):
+            peft_config.target_modules = {site.name for site in sites}
         check_layers(self.model, peft_config, sites)
         for site in sites:
             if issubclass(self.prompt_layer_cls, KeyValueLayer):

@@ -59,6 +59,12 @@ class Harvest:
     def __init__(self) -> None:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
+        self.arrived = 0
+
+    def catch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Keep keys and values, and give (B, Hq, R, dv) zeros that the rest of the layer can run on."""
+        self.key, self.value, self.arrived = key, value, self.arrived + 1
+        return value.new_zeros(*query.shape[:3], value.shape[-1])
 
 
 def merge_columns(parts: list[Columns]) -> Columns:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..models.call_arguments import first_real, real_tokens
 from ..models.inspection import parameter_names
+from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from .columns import Columns, MaskWithRows, expert_table, merge_columns, open_columns
-from .projection import project_rows, relative_bias, rotary_tables
+from .positions import relative_bias, row_positions
+from .projection import project_rows
 from .prompt_layer import PROMPT_CALL, PromptLayer
 from .row_cache import cached_rows
 from .timm_attention import close_forward, open_forward
@@ -78,7 +80,7 @@ class KeyValueLayer(PromptLayer):
         ]
         if self.site.norm is not None:
             handles.append(self.site.norm.register_forward_hook(self._after_norm, with_kwargs=True))
-        if self.site.family is None:
+        if self.site.family is None and self._takes_block_input():
             handles.append(self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True))
         return handles
 
@@ -117,7 +119,7 @@ class KeyValueLayer(PromptLayer):
             setattr(output, LAYER_INPUT, layer_input)
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Mark the block's input, so that a wrong guess of the generic rule about norms cannot go unnoticed."""
+        """Mark the block's input, so that a norm which the generic rule has overlooked cannot go unnoticed."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
             setattr(hidden, BLOCK_INPUT, id(block))
@@ -141,7 +143,7 @@ class KeyValueLayer(PromptLayer):
         real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
         parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
         columns = merge_columns(parts)
-        if self.site.family is not None and self.site.family.rows_by_mask:
+        if self.site.rows_by_mask:
             return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
         kwargs[COLUMNS] = columns
         return args, kwargs
@@ -158,23 +160,25 @@ class KeyValueLayer(PromptLayer):
                 "defined. This architecture (or this option of it) is not supported; unload the adapter."
             )
 
+    def _takes_block_input(self) -> bool:
+        return self.site.norm is None or isinstance(self.site.norm, nn.Identity)
+
     def layer_input(self, hidden: Tensor) -> Tensor:
-        layer_input: Tensor | None = hidden
-        if self.site.norm is not None and not isinstance(self.site.norm, nn.Identity):
-            layer_input = getattr(hidden, LAYER_INPUT, None)
-            if layer_input is None:
-                raise RuntimeError(
-                    f"The input of {self.site.name!r} is not the output of {type(self.site.norm).__name__}, so the "
-                    "router cannot see the layer's input. This architecture is not supported."
+        """(B, T, D) what the attention layer's input (B, T, D) was before the norm."""
+        name = self.site.name
+        if self._takes_block_input():
+            check = self.site.family is None and not torch.compiler.is_compiling()
+            if check and getattr(hidden, BLOCK_INPUT, None) != id(self.site.block):
+                raise CannotJoin(
+                    name, self.site.attention, "between its block's input and its own stands no known norm"
                 )
-        check = self.site.family is None and not torch.compiler.is_compiling()
-        if check and getattr(layer_input, BLOCK_INPUT, None) != id(self.site.block):
-            raise RuntimeError(
-                f"More than one norm stands between the input of {type(self.site.block).__name__} and "
-                f"{self.site.name!r}, so prompts would not pass through what the text passes through. This "
-                "architecture is not supported."
+            return hidden
+        layer_input: Tensor | None = getattr(hidden, LAYER_INPUT, None)
+        if layer_input is None or layer_input.shape != hidden.shape:
+            norm = type(self.site.norm).__name__
+            raise CannotJoin(
+                name, self.site.attention, f"its input is not the output of {norm}, whose input rows replace"
             )
-        assert layer_input is not None
         return layer_input
 
     def _columns(
@@ -215,8 +219,8 @@ class KeyValueLayer(PromptLayer):
         self, adapter: str, x: Tensor, real: Tensor | None, bound: dict[str, Any], call: PromptCall | None
     ) -> Columns:
         """The adapter's key and value rows, or those kept from the last time where they would be the same."""
-        config, positions = self.prompt_config[adapter], bound.get("position_embeddings")
-        turned = positions is not None and self.site.patches is None  # by angles that each call brings along
+        config = self.prompt_config[adapter]
+        turned = self.site.is_rotary and self.site.patches is None  # by angles that each call brings along
         anew = turned or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         kept = None if anew or self.reads_input(adapter) else self.kept
         # Asked only where rows are kept: of the meta device there is no autocast to ask for.
@@ -226,7 +230,7 @@ class KeyValueLayer(PromptLayer):
         rows = self.rows(adapter, x, real, call).to(x.dtype)
         prefix = config.prompt_positions == "prefix"
         offsets = _offsets(rows.shape[1], config.num_virtual_tokens, x.device) if prefix else None
-        columns = project_rows(self.site, rows, rotary_tables(self.site, positions, first_real(real), offsets), bound)
+        columns = project_rows(self.site, rows, row_positions(self.site, bound, first_real(real), offsets))
         if kept is not None:
             kept[key] = Columns(columns.key, columns.value)
         return columns

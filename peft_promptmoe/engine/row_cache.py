@@ -28,21 +28,33 @@ def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[st
     cache = given_cache(bound)
     if cache is None or not hasattr(cache, "get_seq_length"):
         return None, False
-    length = cache.get_seq_length(site.attention.layer_idx)
+    slot = cache_slot(site, bound)
+    length = cache.get_seq_length(slot)
     if isinstance(length, Tensor):
         # A static cache counts on the device. Compiled code cannot ask; there, single tokens are decoding steps.
-        past = _continues(site, cache, tokens) if torch.compiler.is_compiling() else bool(length > 0)
+        past = _continues((site.name, slot), cache, tokens) if torch.compiler.is_compiling() else bool(length > 0)
     else:
         past = length > 0
     rows = cache.__dict__.setdefault(CACHE_ROWS, {})
     if not past:
-        rows[site.name] = {}
-    return rows.setdefault(site.name, {}), past
+        rows[site.name, slot] = {}
+    return rows.setdefault((site.name, slot), {}), past
 
 
-def _continues(site: Site, cache: Any, tokens: int) -> bool:
+# What layers that run several times in a forward add to their number, for the cache to tell the runs apart.
+SLOT_OFFSETS = ("cycle_offset", "cache_offset")
+
+
+def cache_slot(site: Site, bound: dict[str, Any]) -> int:
+    """Number of the cache's layer that this run of the attention layer writes to."""
+    number = bound.get("layer_idx")  # Zamba's one layer stands at many places
+    number = number if number is not None else site.attention.layer_idx
+    return int(number + sum(bound.get(name) or 0 for name in SLOT_OFFSETS))
+
+
+def _continues(run: tuple[str, int], cache: Any, tokens: int) -> bool:
     """Whether compiled code is to go on with the cache's rows, told by there being any."""
-    kept = bool(cache.__dict__.get(CACHE_ROWS, {}).get(site.name))
+    kept = bool(cache.__dict__.get(CACHE_ROWS, {}).get(run))
     if kept and tokens > 1:
         raise ValueError(
             "Compiled code cannot tell a further chunk of a static cache from a new text. Give the text in one piece "

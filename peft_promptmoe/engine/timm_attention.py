@@ -37,9 +37,7 @@ class _RowsMode(TorchFunctionMode):
 
 
 def _catch(harvest: Harvest, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    harvest.key, harvest.value = key, value
-    # Of the shape that the output projection takes; heads may be narrower in values than in keys.
-    return query[..., :1].expand(-1, -1, -1, value.shape[-1])
+    return harvest.catch(query, key, value)
 
 
 def _attend(

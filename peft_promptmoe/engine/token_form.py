@@ -18,7 +18,7 @@ from ..models.call_arguments import first_real, real_tokens
 from ..models.inspection import parameter_names
 from ..models.sites import Site
 from .key_value import KeyValueLayer, no_call
-from .projection import bias_at, relative_bias
+from .positions import bias_at, relative_bias, row_positions
 from .prompt_layer import PROMPT_CALL
 
 

@@ -67,9 +67,7 @@ def promptmoe_attention(
     if columns is None:
         return kernel(module, query, key, value, attention_mask, **kwargs)
     if isinstance(columns, Harvest):
-        columns.key, columns.value = key, value
-        # Of the shape that the output projection takes; heads may be narrower in values than in keys.
-        return query.transpose(1, 2)[..., :1].expand(-1, -1, -1, value.shape[-1]), None
+        return columns.catch(query, key, value).transpose(1, 2).contiguous(), None
     check_kernel(kernel_name)
     columns.arrived += 1
     return _attend(kernel, kernel_name, module, query, key, value, attention_mask, columns, kwargs)
@@ -141,4 +139,4 @@ def _attend(
         kwargs = {**kwargs, "scaling": scaling}
     output, weights = kernel(module, query, key, value, mask, **kwargs)
     # What was padded to the width comes back as zeros; the prompt columns of the weights have no token to belong to.
-    return output[:, blank:, :, :width], None if weights is None else weights[..., rows:]
+    return output[:, blank:, :, :width].contiguous(), None if weights is None else weights[..., rows:]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..models.inspection import parameter_names
 from ..models.targets import is_encoder_decoder
+from .eval_mode import eval_mode
 from .key_value import KeyValueLayer
 from .model_hooks import prompt_layers
 
@@ -58,21 +59,17 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
     layers = [layer for layer in prompt_layers(model) if isinstance(layer, KeyValueLayer)]
     found: dict[str, Tensor] = {}
     handles = [_listen(layer, found) for layer in layers]
-    modes = {module: module.training for module in model.modules()}
     disabled = {layer: layer.disable_adapters for layer in layers}
     try:
-        model.eval()
         for layer in layers:
             layer._disable_adapters = True  # enable_adapters() would also touch what trains
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             reader(input_ids=ids)
     finally:
         for handle in handles:
             handle.remove()
         for layer, was in disabled.items():
             layer._disable_adapters = was
-        for module, mode in modes.items():
-            module.training = mode
     return found
 
 

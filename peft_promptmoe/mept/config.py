@@ -39,9 +39,11 @@ class MEPTConfig(PromptConfig):
         router_dropout: probability of dropping a router logit in training (official code: 0.2 where noise is off).
         balance_loss_weight: weight of the load-balance term of every router; off in evaluation (not in the paper).
         prompt_positions: where prompt keys stand for rotary embeddings and T5 biases: "prefix" right before the text
-            (official code), "unrotated" at the first token's position, for models whose rotary table is out of reach.
+            (official code), "unrotated" at the first token's position. "auto" is "prefix" but for models whose rotary
+            angles are out of reach or follow from the text's length (longrope, dynamic).
         decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder
-            block (official code: yes). Needs routing="sample".
+            block (official code: yes). Needs routing="sample" and relative positions, if the model has any, that can
+            be given to a block (UMT5's cannot). "auto" is True where it can be.
         prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. Rows
             want about 2.5e-2, which the default makes of an ordinary 1e-3.
         prompt_init: "sample_vocab" starts experts as the layer's own inputs on a row of random vocabulary tokens, for
@@ -68,10 +70,10 @@ class MEPTConfig(PromptConfig):
     router_dropout: float = field(default=0.0, metadata={"help": "Dropout of router logits in training."})
     balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the load-balance term."})
     prompt_positions: str = field(  # type: ignore[misc]
-        default="prefix", metadata={"help": "Positions of prompt keys: 'prefix' or 'unrotated'."}
+        default="auto", metadata={"help": "Positions of prompt keys: 'prefix', 'unrotated', or 'auto' by the model."}
     )
-    decoder_sees_prompts: bool = field(
-        default=True, metadata={"help": "Whether a decoder attends to the last encoder block's prompts."}
+    decoder_sees_prompts: bool | str = field(
+        default="auto", metadata={"help": "Whether a decoder attends to the last encoder block's prompts, or 'auto'."}
     )
     prompt_scale: float = field(default=25.0, metadata={"help": "Rows are this times the trained tensor."})
     prompt_init: str = field(
@@ -92,10 +94,14 @@ class MEPTConfig(PromptConfig):
                 f"{MAX_SLOTS_PER_LAYER} are allowed. Lower one of the three."
             )
         check_choice("routing", self.routing, ("auto", "sample", "token"))
-        check_choice("prompt_positions", self.prompt_positions, ("prefix", "unrotated"))
+        check_choice("prompt_positions", self.prompt_positions, ("auto", "prefix", "unrotated"))
         check_choice("prompt_init", self.prompt_init, ("auto", "sample_vocab", "random"))
-        for name in ("router_norm", "router_centering", "renormalize_top_k", "decoder_sees_prompts"):
+        for name in ("router_norm", "router_centering", "renormalize_top_k"):
             check_bool(name, getattr(self, name))
+        if isinstance(self.decoder_sees_prompts, str):
+            check_choice("decoder_sees_prompts", self.decoder_sees_prompts, ("auto",))
+        else:
+            check_bool("decoder_sees_prompts", self.decoder_sees_prompts)
         check_number("router_noise", self.router_noise, 0.0)
         check_number("router_dropout", self.router_dropout, 0.0, 1.0)
         check_number("balance_loss_weight", self.balance_loss_weight, 0.0)

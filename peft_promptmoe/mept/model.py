@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from ..engine.model_hooks import prompt_layers
-from ..engine.projection import LENGTH_DEPENDENT, rotary_kind
+from ..engine.positions import can_stand_before, no_angles
 from ..engine.token_form import takes_bias
 from ..engine.vocabulary_start import can_read_vocabulary, vocabulary_inputs
 from ..models.sites import Site, caps_scores
@@ -44,6 +44,11 @@ class MEPTModel(PromptTuner):
         if config.routing == "auto":
             config.routing = "token" if any(site.generates for site in sites) else "sample"
             config._check_dead_settings()
+        if config.prompt_positions == "auto":
+            config.prompt_positions = "prefix" if all(map(can_stand_before, sites)) else "unrotated"
+        if config.decoder_sees_prompts == "auto":
+            hidden = config.routing == "token" or not all(map(takes_bias, sites))
+            config.decoder_sees_prompts = not (is_encoder_decoder(self.model) and hidden)
 
     def initialize(self, config: MEPTConfig, adapter_name: str) -> None:
         if not config.init_weights or config.prompt_init == "random":
@@ -74,13 +79,8 @@ class MEPTModel(PromptTuner):
                 f"decoder_sees_prompts=True needs to place prompt tokens in the relative positions of "
                 f"{type(site.attention).__name__}, which keeps them to itself. Set decoder_sees_prompts=False."
             )
-        lengthens = site.rotary is not None and site.patches is None and rotary_kind(site) in LENGTH_DEPENDENT
-        if config.prompt_positions == "prefix" and lengthens:
-            raise ValueError(
-                f"prompt_positions='prefix' needs the rotary angles of the positions before the text, and those of "
-                f"{type(site.attention).__name__} depend on the text's length ({rotary_kind(site)!r}). Set "
-                "prompt_positions='unrotated'."
-            )
+        if config.prompt_positions == "prefix" and not can_stand_before(site):
+            raise ValueError(no_angles(site))
         if site.is_timm and config.num_experts > 1 and (config.balance_loss_weight > 0.0 or config.router_centering):
             raise ValueError(
                 "balance_loss_weight and router_centering need the model to hand an argument on to its layers, and "
