@@ -19,6 +19,7 @@ from .engine.choice import join_all, join_what_can_be
 from .engine.key_value import KeyValueLayer
 from .engine.model_hooks import ModelHooks, prompt_layers
 from .engine.prompt_layer import PromptLayer, no_merge
+from .engine.rehearsal import rehearse
 from .engine.token_form import TokenForm
 from .models.families import FAMILIES, VISION_FAMILIES
 from .models.heads import vision_heads
@@ -87,8 +88,10 @@ class PromptTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
             # An adapter that is loaded for inference gets its values from a file.
-            tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
-            if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
+            layers = prompt_layers(model)
+            if not config.inference_mode and not any(p.is_meta for layer in layers for p in layer.parameters()):
+                if any(layer.site.family is None for layer in layers):
+                    rehearse(model)
                 self.initialize(config, adapter_name)
         except Exception:
             unread.take_back()

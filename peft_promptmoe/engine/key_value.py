@@ -22,7 +22,7 @@ from .projection import project_rows
 from .prompt_layer import PROMPT_CALL, PromptLayer
 from .row_cache import cached_rows
 from .timm_attention import close_forward, open_forward
-from .transformers_attention import COLUMNS, ConfigView
+from .transformers_attention import COLUMNS, config_view
 
 LAYER_INPUT = "_promptmoe_layer_input"
 BLOCK_INPUT = "_promptmoe_block_input"
@@ -73,7 +73,7 @@ class KeyValueLayer(PromptLayer):
         if self.site.is_timm:
             open_forward(attention)
         else:
-            attention.config = ConfigView(attention.config)
+            attention.config = config_view(self.site)
         handles = [
             attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attention.register_forward_hook(self._after_attention, with_kwargs=True),
@@ -169,16 +169,14 @@ class KeyValueLayer(PromptLayer):
         if self._takes_block_input():
             check = self.site.family is None and not torch.compiler.is_compiling()
             if check and getattr(hidden, BLOCK_INPUT, None) != id(self.site.block):
-                raise CannotJoin(
-                    name, self.site.attention, "between its block's input and its own stands no known norm"
-                )
+                reason = "its input is not its block's, and no norm was found that stands between the two"
+                raise CannotJoin(name, self.site.attention, reason)
             return hidden
         layer_input: Tensor | None = getattr(hidden, LAYER_INPUT, None)
         if layer_input is None or layer_input.shape != hidden.shape:
             norm = type(self.site.norm).__name__
-            raise CannotJoin(
-                name, self.site.attention, f"its input is not the output of {norm}, whose input rows replace"
-            )
+            reason = f"its input is not the output of {norm}, through which prompts pass"
+            raise CannotJoin(name, self.site.attention, reason)
         return layer_input
 
     def _columns(

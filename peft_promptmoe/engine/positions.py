@@ -66,15 +66,11 @@ def row_positions(site: Site, bound: dict[str, Any], first: Tensor | None, offse
     if not site.is_rotary or site.patches is not None:
         return Positions()
     if given is None:
-        ids = bound.get("position_ids")
-        return (
-            Positions(ids=_first_column(ids, first)) if offsets is None else Positions(ids=_ids(ids, first, offsets))
-        )
+        start = _first_column(bound.get("position_ids"), first)
+        return Positions(ids=start if start is None or offsets is None else start + offsets[None])
     pair = as_pair(given, site.sine_first)
     if pair is None:
-        raise ValueError(
-            f"{type(site.attention).__name__} takes rotary tables of a form that prompts cannot be given."
-        )
+        raise ValueError(unknown_form(site))
     is_complex = isinstance(given, Tensor)
     cos, sin = (_first_column(table, first) for table in pair)
     if offsets is None:
@@ -97,11 +93,6 @@ def _first_column(table: Any, first: Tensor | None) -> Any:
     return table.expand(first.shape[0], *table.shape[1:]).gather(1, index)
 
 
-def _ids(ids: Any, first: Tensor | None, offsets: Tensor) -> Tensor | None:
-    start = _first_column(ids, first)
-    return None if start is None else start + offsets[None]
-
-
 def as_pair(given: Any, sine_first: bool) -> tuple[Tensor, Tensor] | None:
     """(cos, sin), each (B or 1, T, r), of what a layer is given as position embeddings; None for other forms."""
     if isinstance(given, Tensor):
@@ -122,10 +113,13 @@ def tables_at(site: Site, positions: Tensor, like: Tensor) -> tuple[Tensor, Tens
     named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
     pair = as_pair(site.rotary(like, positions, **named), site.sine_first)
     if pair is None:
-        raise ValueError(
-            f"{type(site.attention).__name__} takes rotary tables of a form that prompts cannot be given."
-        )
+        raise ValueError(unknown_form(site))
     return pair
+
+
+def unknown_form(site: Site) -> str:
+    """Why rows cannot be placed: of rotary tables only pairs and complex ones (B or 1, T, r) are known."""
+    return f"{type(site.attention).__name__} takes rotary tables of a form that prompts cannot be given."
 
 
 def can_stand_before(site: Site) -> bool:

@@ -109,7 +109,7 @@ def _arguments(site: Site, rows: Tensor, positions: Positions) -> dict[str, Any]
         given["position_ids"] = torch.zeros(batch, count, dtype=torch.long, device=rows.device)
     if reads_into(forward, "attention_mask"):  # DeepSeek's indexer: everything is open
         given["attention_mask"] = rows.new_zeros(batch, 1, count, count)
-    arguments = {parameter_names(site.attention)[0]: rows}
+    arguments: dict[str, Any] = {parameter_names(site.attention)[0]: rows}
     for name, parameter in list(inspect.signature(forward).parameters.items())[2:]:
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             continue

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..models.inspection import unwrapped_forward
+from ..models.inspection import compares, unwrapped_forward
+from ..models.sites import Site
 from .columns import Columns, Harvest, MaskWithRows, join_rows
 
 INTERFACE = "promptmoe"
@@ -24,15 +25,42 @@ COLUMNS = "promptmoe_columns"
 KERNELS = ("sdpa", "eager")
 
 
-class ConfigView:
-    """A layer's config with the attention interface replaced; everything else reads and writes the real one."""
+class KernelName(str):
+    """The interface's name for who looks a kernel up, and equal to the real kernel's for who compares names.
 
-    def __init__(self, real: Any) -> None:
+    DeepSeek's sparse attention builds its mask under the kernels that it knows by name.
+    """
+
+    real: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or self.real == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+class ConfigView:
+    """A layer's config with the attention interface replaced; everything else reads and writes the real one.
+
+    Args:
+        real: the config.
+        compared: whether the layer compares the name of its kernel, which compiled code cannot follow.
+    """
+
+    def __init__(self, real: Any, compared: bool = False) -> None:
         object.__setattr__(self, "real", real)
+        object.__setattr__(self, "compared", compared)
 
     @property
     def _attn_implementation(self) -> str:
-        return INTERFACE
+        if not self.compared:
+            return INTERFACE
+        name = KernelName(INTERFACE)
+        name.real = self.real._attn_implementation
+        return name
 
     def __getattr__(self, name: str) -> Any:
         if name == "real" or name.startswith("__"):  # not there yet while copying or unpickling
@@ -42,8 +70,14 @@ class ConfigView:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.real, name, value)
 
-    def __reduce__(self) -> tuple[type[ConfigView], tuple[Any]]:
-        return ConfigView, (self.real,)
+    def __reduce__(self) -> tuple[type[ConfigView], tuple[Any, bool]]:
+        return ConfigView, (self.real, self.compared)
+
+
+def config_view(site: Site) -> ConfigView:
+    """The view of an attention layer's config that opens its way to the kernel for prompt rows."""
+    compared = site.family is None and compares(unwrapped_forward(site.attention), "_attn_implementation")
+    return ConfigView(site.attention.config, compared)
 
 
 def promptmoe_attention(

@@ -9,26 +9,15 @@ import torch
 from torch import Tensor
 
 from ..models.inspection import parameter_names
-from ..models.reachable import CannotJoin
+from ..models.reachable import TROUBLE, CannotJoin
 from ..models.sites import Site
 from .columns import Columns
 from .eval_mode import eval_mode
 from .positions import Positions, row_positions
 from .projection import harvest
 from .timm_attention import close_forward, open_forward
-from .transformers_attention import ConfigView
+from .transformers_attention import config_view
 
-# What the code of a layer that is run on rows alone may run into.
-TROUBLE = (
-    AttributeError,
-    AssertionError,
-    IndexError,
-    KeyError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 ROWS = 3
 CLOSE = 1e-3
 
@@ -52,7 +41,7 @@ def try_on_rows(site: Site) -> None:
         trouble = f"run on prompt rows alone, to make keys and values of them, it ends in {type(error).__name__}"
         raise CannotJoin(site.name, site.attention, f"{trouble} ({str(error).rstrip('.')})") from error
     parts = ((first.key, second.key), (first.value, second.value))
-    if not device.type == "meta" and any(_differ(one[:, :, 1:], two[:, :, 1:]) for one, two in parts):
+    if device.type != "meta" and any(_differ(one[:, :, 1:], two[:, :, 1:]) for one, two in parts):
         neighbours = "its keys and values are made of neighbouring tokens as well (by a convolution, for example)"
         raise CannotJoin(site.name, site.attention, f"{neighbours}, and prompts have none")
 
@@ -63,7 +52,7 @@ def _harvest(site: Site, rows: Tensor) -> Columns:
     if site.is_timm:
         open_forward(attention)
     else:
-        attention.config = ConfigView(attention.config)
+        attention.config = config_view(site)
     try:
         with eval_mode(attention):
             return harvest(site, rows, _where_the_text_starts(site, rows))

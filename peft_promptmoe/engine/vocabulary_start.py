@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..models.inspection import parameter_names
 from ..models.targets import is_encoder_decoder
-from .eval_mode import eval_mode
-from .key_value import KeyValueLayer
-from .model_hooks import prompt_layers
+from .rehearsal import listening
 
 
 def can_read_vocabulary(model: nn.Module, length: int) -> bool:
@@ -56,28 +51,6 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     ids = torch.randint(embeddings.num_embeddings, (rows, length)).to(embeddings.weight.device)
     reader = model.get_encoder() if is_encoder_decoder(model) else getattr(model, "base_model", model)  # type: ignore
-    layers = [layer for layer in prompt_layers(model) if isinstance(layer, KeyValueLayer)]
-    found: dict[str, Tensor] = {}
-    handles = [_listen(layer, found) for layer in layers]
-    disabled = {layer: layer.disable_adapters for layer in layers}
-    try:
-        for layer in layers:
-            layer._disable_adapters = True  # enable_adapters() would also touch what trains
-        with torch.no_grad(), eval_mode(model):
-            reader(input_ids=ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for layer, was in disabled.items():
-            layer._disable_adapters = was
-    return found
-
-
-def _listen(layer: KeyValueLayer, found: dict[str, Tensor]) -> Any:
-    names = parameter_names(layer.site.attention)
-
-    def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = dict(zip(names, args, strict=False)) | kwargs
-        found[layer.site.name] = layer.layer_input(bound[names[0]]).detach()
-
-    return layer.site.attention.register_forward_pre_hook(hear, with_kwargs=True)
+    with listening(model) as heard:
+        reader(input_ids=ids)
+    return {name: inputs[-1] for name, inputs in heard.items()}

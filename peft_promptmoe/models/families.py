@@ -21,6 +21,7 @@ class Family:
         stem_norm: end of the path of the norm behind the embeddings, whose output is the first block's input
             (post-norm).
         direct: whether the projections named here give keys and values; otherwise the layer itself is run on the rows.
+        rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
     """
 
     attention: str
@@ -33,6 +34,7 @@ class Family:
     input_norm: str | None = None
     stem_norm: str | None = None
     direct: bool = True
+    rows_by_mask: bool = False
 
 
 _BERT = Family(
@@ -92,7 +94,7 @@ VISION_FAMILIES: dict[str, Family] = {
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": Family(r"(.*\.)?layer\.\d+\.attention", norm="norm1"),
     "clip_vision_model": Family(_CLIP_PATH, norm="layer_norm1"),
-    "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1"),
+    "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1", rows_by_mask=True),
 }
 
 TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.attn"

@@ -71,6 +71,14 @@ def reads_into(function: Callable[..., Any], argument: str) -> bool:
 
 
 @lru_cache(maxsize=256)
+def compares(function: Callable[..., Any], attribute: str) -> bool:
+    """Whether a function compares an attribute of that name with anything."""
+    comparisons = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Compare))
+    parts = (part for comparison in comparisons for part in ast.walk(comparison))
+    return any(isinstance(part, ast.Attribute) and part.attr == attribute for part in parts)
+
+
+@lru_cache(maxsize=256)
 def divides_its_loss(forward: Callable[..., Any]) -> bool:
     """Whether a model hands keyword arguments on to its loss function, which divides by `num_items_in_batch` then."""
     parameters = inspect.signature(forward).parameters.values()

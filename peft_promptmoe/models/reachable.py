@@ -15,6 +15,9 @@ from .patches import Patches
 ROWS_HAVE = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
 PACKED = ("cu_seqlens", "cu_seq_lens", "cu_window_seqlens")
 
+# What a model's own code may run into when a part of it is run on less than it expects.
+TROUBLE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
 
 class CannotJoin(ValueError):
     """Prompts cannot join an attention layer; others of the same model they may be able to.

@@ -11,7 +11,7 @@ from torch import nn
 from .families import Family
 from .inspection import calls_attention_interface, parameter_names
 from .patches import Patches, find_patches
-from .reachable import CannotJoin, check_reachable, hands_on_its_mask_only
+from .reachable import check_reachable, hands_on_its_mask_only
 from .surroundings import bias_owner, block_of, input_norm, input_std, rotary_embedding, rotary_type, sine_first
 from .targets import (
     decoder_modules,
@@ -111,6 +111,10 @@ def find_site(model: nn.Module, path: str) -> Site:
     if family is None and not timm:
         check_reachable(model, path, patches, rotary)
     names = () if timm else parameter_names(attention)
+    by_mask = family.rows_by_mask if family is not None else not timm and hands_on_its_mask_only(attention)
+    kind = rotary_type(rotary, attention, block)
+    if kind is not None and not hasattr(rotary, f"{kind}_inv_freq"):  # Beam turns in some kinds of layers only
+        rotary, kind, names = None, None, ()
     causal = bool(getattr(attention, "is_causal", False))
     return Site(
         name=path,
@@ -124,12 +128,12 @@ def find_site(model: nn.Module, path: str) -> Site:
         generates=causal and has_language_model_head(model),
         is_rotary="position_embeddings" in names or (rotary is not None and "position_ids" in names),
         rotary=rotary,
-        rotary_type=rotary_type(rotary, attention, block),
+        rotary_type=kind,
         sine_first=sine_first(rotary),
         bias_owner=bias_owner(model, path, attention),
         input_std=input_std(model, path, index, family),
         patches=patches,
-        rows_by_mask=not timm and hands_on_its_mask_only(attention),
+        rows_by_mask=by_mask,
     )
 
 

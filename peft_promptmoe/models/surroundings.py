@@ -87,7 +87,7 @@ def rotary_type(rotary: nn.Module | None, attention: nn.Module, block: nn.Module
             return found
     config: Any = attention.config
     types = getattr(config, "layer_types", None)
-    return types[attention.layer_idx] if types is not None else None  # type: ignore[index]
+    return types[attention.layer_idx] if types is not None else None
 
 
 def bias_owner(model: nn.Module, path: str, attention: nn.Module) -> nn.Module | None:

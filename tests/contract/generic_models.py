@@ -19,13 +19,10 @@ WORKS = "works"
 NOT_ON_INTERFACE = "no attention layer that peft_promptmoe can reach"
 KEEPS_KEYWORDS = "does not pass keyword arguments on"
 OTHER_INPUTS = "takes queries, keys and values from different inputs"
-# An error at the first forward.
-ROTARY_FORM = "rotary tables of a form peft_promptmoe does not know"
-ROTARY_ANGLES = "needs the rotary angles of the positions before the text"
-WINDOWS = "is not the output of LayerNorm"
+WINDOWS = "attends within windows or over several resolutions"
+NEIGHBOURS = "made of neighbouring tokens as well"
 
-AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS)
-AT_FORWARD = (ROTARY_FORM, ROTARY_ANGLES, WINDOWS)
+AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS, WINDOWS, NEIGHBOURS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,7 @@ class Arch:
         config: model type of the config, where it is not the entry's name.
         tolerance: of the comparison in float64, which a model leaves where it computes in float32.
         mept: settings that MEPTConfig needs for this architecture.
+        says: what attaching says beside the warning of the generic rule.
     """
 
     outcome: str
@@ -47,6 +45,7 @@ class Arch:
     config: str | None = None
     tolerance: float = 1e-10
     mept: dict[str, Any] = field(default_factory=dict)
+    says: str | None = None
 
 
 _LM: dict[str, Any] = {
@@ -81,8 +80,9 @@ _GPT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# transformers 5.24 put them on the attention interface, with tables of (sin, cos) that no rotary module can extend.
+# transformers 5.24 put them on the attention interface, with tables of (sin, cos) stored by position.
 _NEW_GPTJ = hasattr(transformers.models.gptj.modeling_gptj, "GPTJRotaryEmbedding")
+_TWO_KINDS = ["sliding_attention", "full_attention"]
 _MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _BERT: dict[str, Any] = {
     "vocab_size": 64,
@@ -225,14 +225,16 @@ ARCHITECTURES: dict[str, Arch] = {
     "deepseek_v3": Arch(EXACT, _CAUSAL, _LM | _MLA),
     "qwen3_next": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS | _MOE | _DELTA),
     "lfm2": Arch(EXACT, _CAUSAL, _LM | {"full_attn_idxs": [1], "block_multiple_of": 8}),
-    "llama4_text": Arch(ROTARY_FORM, _CAUSAL, _LM_WIDE_HEADS | {"num_local_experts": 2, "intermediate_size_mlp": 48}),
+    "llama4_text": Arch(  # turns in float32
+        EXACT, _CAUSAL, _LM_WIDE_HEADS | {"num_local_experts": 2, "intermediate_size_mlp": 48}, tolerance=1e-5
+    ),
+    "deepseek_v2": Arch(EXACT, _CAUSAL, _LM | _MLA, tolerance=1e-5),  # turns in float32
     "gptj": Arch(
         EXACT if _NEW_GPTJ else NOT_ON_INTERFACE,
         _CAUSAL,
         _GPT | {"rotary_dim": 4},
-        mept={"prompt_positions": "unrotated"},
     ),
-    "codegen": Arch(ROTARY_ANGLES if _NEW_GPTJ else NOT_ON_INTERFACE, _CAUSAL, _GPT | {"rotary_dim": 4}),
+    "codegen": Arch(EXACT if _NEW_GPTJ else NOT_ON_INTERFACE, _CAUSAL, _GPT | {"rotary_dim": 4}),
     "gpt_neo": Arch(
         NOT_ON_INTERFACE,
         _CAUSAL,
@@ -247,6 +249,22 @@ ARCHITECTURES: dict[str, Arch] = {
     "bloom": Arch(NOT_ON_INTERFACE, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "falcon": Arch(NOT_ON_INTERFACE, _CAUSAL, _NEOX),
     "mpt": Arch(NOT_ON_INTERFACE, _CAUSAL, {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}),
+    "ministral3": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS),
+    "afmoe": Arch(
+        EXACT,
+        _CAUSAL,
+        _LM_WIDE_HEADS | _MOE | {"num_experts": 4, "sliding_window": 4, "layer_types": _TWO_KINDS},
+    ),
+    "jetmoe": Arch(EXACT, _CAUSAL, _LM | {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "recurrent_gemma": Arch(
+        WORKS, _CAUSAL, _LM | {"num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 4}
+    ),
+    "deepseek_v32": Arch(
+        WORKS,
+        _CAUSAL,
+        _LM | _MLA | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "num_key_value_heads": 4},
+    ),
+    "zaya": Arch(NEIGHBOURS, _CAUSAL, _LM | {"num_experts": 2}),
     "mamba": Arch(
         NOT_ON_INTERFACE, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
     ),
@@ -257,9 +275,12 @@ ARCHITECTURES: dict[str, Arch] = {
     "ernie": Arch(EXACT, _CLASSIFIER, _BERT),
     "layoutlm": Arch(EXACT, _CLASSIFIER, _BERT),
     "electra": Arch(EXACT, _CLASSIFIER, _BERT | {"embedding_size": 16}),
-    "albert": Arch(
-        EXACT, _CLASSIFIER, _BERT | {"embedding_size": 16, "num_hidden_layers": 3}
-    ),  # one block, three times
+    "albert": Arch(  # one block, three times
+        EXACT,
+        _CLASSIFIER,
+        _BERT | {"embedding_size": 16, "num_hidden_layers": 3},
+        says="one set of prompts, which serves all of its depths",
+    ),
     "roberta-prelayernorm": Arch(EXACT, _CLASSIFIER, _BERT),
     "xlm-roberta-xl": Arch(EXACT, _CLASSIFIER, _BERT),
     "esm": Arch(
@@ -280,7 +301,7 @@ ARCHITECTURES: dict[str, Arch] = {
     "nystromformer": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
     # Encoder-decoders
     "mt5": Arch(EXACT, _SEQ2SEQ, _T5),
-    "umt5": Arch(EXACT, _SEQ2SEQ, _T5, mept=_DROPPED),
+    "umt5": Arch(EXACT, _SEQ2SEQ, _T5),
     "switch_transformers": Arch(EXACT, _SEQ2SEQ, _T5),
     "mbart": Arch(EXACT, _SEQ2SEQ, _BART),
     "pegasus": Arch(EXACT, _SEQ2SEQ, _BART),

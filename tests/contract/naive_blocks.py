@@ -66,21 +66,34 @@ def _prepend(site: Any, rows: Tensor | Rows, count: int) -> Hook:
             if mask.shape[2] > 1:  # a prompt sees what the first token sees; padding is on the right
                 mask = torch.cat([mask[:, :, :1].expand(-1, -1, count, -1), mask], dim=2)
             given["attention_mask"] = mask
+        positions = given.get("position_ids")
+        if isinstance(positions, Tensor):  # Ministral scales queries by them, and those of the rows nobody sees
+            given["position_ids"] = F.pad(positions, (count, 0))
         tables = given.get("position_embeddings")
         if tables is not None:
             kind = {"layer_type": site.rotary_type} if site.rotary_type else {}
             # The text starts at position 0 here: these tests pad on the right.
-            if site.rotary is None:  # prompts turned like the first token, which is "unrotated"
-                before = tuple(table[:, :1].expand(batch, count, -1) for table in tables)
-            else:
-                before = site.rotary(x, torch.arange(-count, 0)[None].expand(batch, -1), **kind)
-            given["position_embeddings"] = tuple(
-                torch.cat([front, table.expand(batch, -1, -1)], dim=1)
-                for front, table in zip(before, tables, strict=True)
-            )
+            before = _tables_before(site, x, tables, count, kind)
+            given["position_embeddings"] = _joined(before, tables, batch)
         return (), given
 
     return hook
+
+
+def _tables_before(site: Any, x: Tensor, tables: Any, count: int, kind: dict[str, Any]) -> Any:
+    """Rotary tables of positions -count..-1."""
+    positions = torch.arange(-count, 0)[None].expand(len(x), -1)
+    if site.sine_first:  # GPT-J, which has a table by position and none below zero
+        pairs = tables[0].shape[-1]
+        angles = positions[..., None] * 10000.0 ** (-torch.arange(pairs) / pairs)
+        return torch.sin(angles).to(x.dtype), torch.cos(angles).to(x.dtype)
+    return site.rotary(x, positions, **kind)
+
+
+def _joined(before: Any, tables: Any, batch: int) -> Any:
+    if isinstance(tables, Tensor):
+        return torch.cat([before, tables.expand(batch, -1, -1)], dim=1)
+    return tuple(_joined(front, table, batch) for front, table in zip(before, tables, strict=True))
 
 
 def _drop(count: int) -> Hook:
