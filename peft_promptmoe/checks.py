@@ -53,8 +53,8 @@ def check_attention(site: Site) -> None:
     """Refuse attention kernels that rows cannot join."""
     if site.is_timm:
         check_fused(site.attention, site.name)
-    else:
-        check_kernel(site.attention.config._attn_implementation_internal)
+    elif (config := getattr(site.attention, "config", None)) is not None:
+        check_kernel(config._attn_implementation_internal)
 
 
 def refuse_task_type(config: PromptConfig) -> None:

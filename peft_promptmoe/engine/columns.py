@@ -32,6 +32,8 @@ class Columns:
         slots: rows of one gate, of columns that have gates and no owner.
         table: of `expert_table`, to gather from; None where nothing is gathered.
         bias: (B or 1, query heads, T, R) relative position bias, for models that have one.
+        offsets: (R,) positions relative to the first real token, and
+        first: (B,) its column (None for column 0 of all), for layers that compute attention themselves.
         arrived: how often the attention interface has seen these rows.
     """
 
@@ -42,6 +44,8 @@ class Columns:
     slots: int = 0
     table: Tensor | None = None
     bias: Tensor | None = None
+    offsets: Tensor | None = None
+    first: Tensor | None = None
     arrived: int = 0
 
 
@@ -82,6 +86,7 @@ def merge_columns(parts: list[Columns]) -> Columns:
         gates.append(part.log_gates)
         count += part.log_gates.shape[-1]
     biases = [part.bias for part in parts if part.bias is not None]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
     bias_batch = max((bias.shape[0] for bias in biases), default=1)
     return Columns(
         key=torch.cat([part.key.expand(batch, -1, -1, -1) for part in parts], dim=2),
@@ -89,6 +94,8 @@ def merge_columns(parts: list[Columns]) -> Columns:
         log_gates=torch.cat(gates, dim=-1) if gates else None,
         owner=torch.cat(owners) if gates else None,
         bias=torch.cat([bias.expand(bias_batch, -1, -1, -1) for bias in biases], dim=-1) if biases else None,
+        offsets=torch.cat(offsets) if offsets else None,
+        first=parts[0].first,
     )
 
 

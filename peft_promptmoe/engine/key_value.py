@@ -70,8 +70,8 @@ class KeyValueLayer(PromptLayer):
     def hook(self) -> list[Any]:
         """Hook the attention layer and its norm, and open the layer's way to the kernel for prompt rows."""
         attention = self.site.attention
-        if self.site.is_timm:
-            open_forward(attention)
+        if self.site.is_called:
+            open_forward(self.site)
         else:
             attention.config = config_view(self.site)
         handles = [
@@ -87,7 +87,7 @@ class KeyValueLayer(PromptLayer):
     def unhook(self) -> None:
         super().unhook()
         self.has_token_form = False
-        if self.site.is_timm:
+        if self.site.is_called:
             close_forward(self.site.attention)
         else:
             self.site.attention.config = self.site.attention.config.real
@@ -139,6 +139,8 @@ class KeyValueLayer(PromptLayer):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
         mask = bound.get("attention_mask", bound.get("mask"))
+        if self.site.own is not None and mask is not None:
+            mask = self.site.own.opens(mask)
         # Images have no padding; what BEiT passes as a mask are its relative positions.
         real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
         parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
@@ -200,17 +202,20 @@ class KeyValueLayer(PromptLayer):
                     "adapter was off, by another model, or by code that copies caches. Start from a new cache."
                 )
             columns = Columns(cached[adapter].key, cached[adapter].value, table=cached[adapter].table)
+            first = cached[adapter].first
         else:
             columns = self._project(adapter, x, real, bound, call)
             if cached is not None:
-                cached[adapter] = Columns(columns.key, columns.value)
+                cached[adapter] = Columns(columns.key, columns.value, first=first)
                 if log_gates is not None:
                     cached[adapter].table = expert_table(columns, slots)
         if log_gates is not None:
             columns = open_columns(columns, log_gates, slots)
-        if self.site.bias_owner is not None:
+        if self.site.bias_owner is not None or self.site.own is not None:
             offsets = _offsets(columns.key.shape[2], slots, x.device)
-            columns.bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
+            columns.offsets, columns.first = (offsets if prefix else offsets * 0), first
+        if self.site.bias_owner is not None and columns.offsets is not None:
+            columns.bias = relative_bias(self.site, first, columns.offsets, x.shape[1])
         return columns
 
     def _project(

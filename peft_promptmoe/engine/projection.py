@@ -37,6 +37,9 @@ def project_directly(site: Site, normed: Tensor, positions: Positions) -> Column
     """Key and value rows through the projections that the family's table entry names."""
     family, attention = site.family, site.attention
     assert family is not None
+    if family.own is not None:
+        key, value = family.own.project(attention, normed)
+        return Columns(_turned(site, key, positions), value)
     width = getattr(attention, family.head_dim)
     if family.fused is not None:
         key, value = _fused_projection(getattr(attention, family.fused), normed)
@@ -46,11 +49,18 @@ def project_directly(site: Site, normed: Tensor, positions: Positions) -> Column
     value = value.unflatten(-1, (-1, width)).transpose(1, 2)
     if family.key_norm is not None:
         key = getattr(attention, family.key_norm)(key)
-    if positions.cos is not None and positions.sin is not None:
-        rotate = unwrapped_forward(attention).__globals__["apply_rotary_pos_emb"]
-        # The function rotates a query and a key; the key stands in for both.
-        key = rotate(key, key, positions.cos.to(key.dtype), positions.sin.to(key.dtype))[1]
+    key = _turned(site, key, positions)
     return Columns(key, value.expand(key.shape[0], -1, -1, -1))
+
+
+def _turned(site: Site, key: Tensor, positions: Positions) -> Tensor:
+    """Keys (B or 1, H, R, d) turned by the rows' angles, where there are any."""
+    if positions.cos is None or positions.sin is None:
+        return key
+    rotate = unwrapped_forward(site.attention).__globals__["apply_rotary_pos_emb"]
+    # The function rotates a query and a key; the key stands in for both.
+    turned: Tensor = rotate(key, key, positions.cos.to(key.dtype), positions.sin.to(key.dtype))[1]
+    return turned
 
 
 def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Tensor]:

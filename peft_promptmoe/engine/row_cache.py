@@ -48,7 +48,10 @@ SLOT_OFFSETS = ("cycle_offset", "cache_offset")
 def cache_slot(site: Site, bound: dict[str, Any]) -> int:
     """Number of the cache's layer that this run of the attention layer writes to."""
     number = bound.get("layer_idx")  # Zamba's one layer stands at many places
-    number = number if number is not None else site.attention.layer_idx
+    if number is None:
+        number = (
+            site.attention.layer_idx if hasattr(site.attention, "layer_idx") else site.attention.layer_id
+        )  # GPT-Neo
     return int(number + sum(bound.get(name) or 0 for name in SLOT_OFFSETS))
 
 

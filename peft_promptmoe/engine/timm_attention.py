@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..models.inspection import parameter_names
+from ..models.sites import Site
 from .columns import Columns, Harvest, join_rows
+from .own_attention import OwnSteps
 from .transformers_attention import COLUMNS
 
 
@@ -61,28 +64,38 @@ def _attend(
 
 
 class JoinedForward:
-    """A timm attention layer's forward that takes prompt rows; without any it is the layer's own.
+    """An attention layer's forward that takes prompt rows; without any it is the layer's own.
 
     Args:
         forward: the layer's forward as found.
         replaced: whether it was an attribute of the layer itself (a wrapper's) and not of its class.
+        site: the layer, if it computes attention step by step; None for timm's, which calls a kernel.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], replaced: bool) -> None:
+    def __init__(self, forward: Callable[..., Any], replaced: bool, site: Site | None = None) -> None:
         self.forward = forward
         self.replaced = replaced
+        self.site = site
+        self._names = parameter_names(site.attention) if site is not None else ()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         columns = kwargs.pop(COLUMNS, None)
         if columns is None:
             return self.forward(*args, **kwargs)
-        with _RowsMode(columns):
+        with self._mode(columns, dict(zip(self._names, args, strict=False)) | kwargs):
             return self.forward(*args, **kwargs)
 
+    def _mode(self, columns: Columns | Harvest, bound: dict[str, Any]) -> TorchFunctionMode:
+        if self.site is None or self.site.own is None or isinstance(columns, Harvest):
+            return _RowsMode(columns)
+        return OwnSteps(columns, self.site.own, self.site.attention, bound)
 
-def open_forward(attention: nn.Module) -> None:
+
+def open_forward(site: Site) -> None:
     """Let the layer's forward take prompt rows."""
-    attention.forward = JoinedForward(attention.forward, "forward" in vars(attention))
+    attention = site.attention
+    own = site if site.own is not None else None
+    attention.forward = JoinedForward(attention.forward, "forward" in vars(attention), own)
 
 
 def close_forward(attention: nn.Module) -> None:

@@ -49,15 +49,15 @@ def try_on_rows(site: Site) -> None:
 @torch.no_grad()
 def _harvest(site: Site, rows: Tensor) -> Columns:
     attention: Any = site.attention
-    if site.is_timm:
-        open_forward(attention)
+    if site.is_called:
+        open_forward(site)
     else:
         attention.config = config_view(site)
     try:
         with eval_mode(attention):
             return harvest(site, rows, _where_the_text_starts(site, rows))
     finally:
-        if site.is_timm:
+        if site.is_called:
             close_forward(attention)
         else:
             attention.config = attention.config.real

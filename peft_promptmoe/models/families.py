@@ -5,6 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .alibi import BLOOM, FALCON, MPT
+from .disentangled import DEBERTA, DEBERTA_V2
+from .own_attention import OwnAttention, by_two_projections, not_scaled
+
+FOUND = "?"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -12,7 +18,8 @@ class Family:
 
     Attributes:
         attention: regular expression that fully matches the paths of the attention layers to prompt.
-        norm: sibling of the attention layer that normalises its input; None for post-norm blocks.
+        norm: sibling of the attention layer that normalises its input, or several of which a block has the first or
+            the next; None for post-norm blocks, FOUND where it is to be read from the block.
         key, value: the key and value projections, attributes of the attention layer.
         key_norm: norm applied to each head's keys, if the layer has one.
         fused: the projection that makes queries, keys and values at once, instead of `key` and `value`.
@@ -21,11 +28,12 @@ class Family:
         stem_norm: end of the path of the norm behind the embeddings, whose output is the first block's input
             (post-norm).
         direct: whether the projections named here give keys and values; otherwise the layer itself is run on the rows.
+        own: how the layer computes attention itself, past transformers' AttentionInterface; None where it does not.
         rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
     """
 
     attention: str
-    norm: str | None = None
+    norm: str | tuple[str, ...] | None = None
     key: str = "k_proj"
     value: str = "v_proj"
     key_norm: str | None = None
@@ -35,6 +43,7 @@ class Family:
     stem_norm: str | None = None
     direct: bool = True
     rows_by_mask: bool = False
+    own: OwnAttention | None = None
 
 
 _BERT = Family(
@@ -45,6 +54,12 @@ _BERT = Family(
     input_norm="output.LayerNorm",
     stem_norm="embeddings.LayerNorm",
 )
+
+
+def _post_norm(own: OwnAttention) -> Family:
+    return Family(_BERT.attention, own=own, input_norm="output.LayerNorm", stem_norm="embeddings.LayerNorm")
+
+
 _LLAMA = Family(r"(.*\.)?layers\.\d+\.self_attn", norm="input_layernorm")
 _QK_NORM = Family(r"(.*\.)?layers\.\d+\.self_attn", norm="input_layernorm", key_norm="k_norm")
 
@@ -77,6 +92,16 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen3": _QK_NORM,
     "gemma3_text": _QK_NORM,
+    "bloom": Family(r"(.*\.)?h\.\d+\.self_attention", norm="input_layernorm", own=BLOOM),
+    "falcon": Family(r"(.*\.)?h\.\d+\.self_attention", norm=("ln_attn", "input_layernorm"), own=FALCON),
+    "mpt": Family(r"(.*\.)?blocks\.\d+\.attn", norm="norm_1", own=MPT),
+    "deberta": _post_norm(DEBERTA),
+    "deberta-v2": _post_norm(DEBERTA_V2),
+    "gpt_neo": Family(
+        r"(.*\.)?h\.\d+\.attn\.attention",
+        norm=FOUND,
+        own=OwnAttention(by_two_projections("k_proj", "v_proj"), scale=not_scaled, causal=lambda attention: True),
+    ),
 }
 
 _VIT = Family(r"(.*\.)?layers\.\d+\.attention", norm="layernorm_before")

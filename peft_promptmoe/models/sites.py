@@ -10,8 +10,9 @@ from torch import nn
 
 from .families import Family
 from .inspection import calls_attention_interface, parameter_names
+from .own_attention import OwnAttention
 from .patches import Patches, find_patches
-from .reachable import check_reachable, hands_on_its_mask_only
+from .reachable import CannotJoin, check_reachable, hands_on_its_mask_only
 from .surroundings import bias_owner, block_of, input_norm, input_std, rotary_embedding, rotary_type, sine_first
 from .targets import (
     decoder_modules,
@@ -66,6 +67,16 @@ class Site:
     rows_by_mask: bool = False
 
     @property
+    def own(self) -> OwnAttention | None:
+        """How the layer computes attention itself; None where it calls a kernel."""
+        return self.family.own if self.family is not None else None
+
+    @property
+    def is_called(self) -> bool:
+        """Whether rows join within the layer's own forward, and not at transformers' AttentionInterface."""
+        return self.own is not None or self.is_timm
+
+    @property
     def is_timm(self) -> bool:
         """Whether the attention layer is timm's, which does not go through transformers' AttentionInterface."""
         return is_timm_attention(self.attention, self.name)
@@ -80,7 +91,9 @@ def find_site(model: nn.Module, path: str) -> Site:
     """
     attention: Any = model.get_submodule(path)
     timm = is_timm_attention(attention, path)
-    if not timm and not calls_attention_interface(attention):
+    family = family_of(model, attention, path)
+    own = family.own if family is not None else None
+    if own is None and not timm and not calls_attention_interface(attention):
         raise ValueError(
             f"`target_modules` matched {path!r}, a {type(attention).__name__}, which is not an attention layer that "
             "calls transformers' AttentionInterface. Name the attention layers themselves (for example 'self_attn'), "
@@ -92,7 +105,8 @@ def find_site(model: nn.Module, path: str) -> Site:
             "only; its decoder sees them through what the encoder puts out. Name layers of the encoder, or leave "
             "`target_modules` unset."
         )
-    family = family_of(model, attention, path)
+    if own is not None and (reason := own.why_not(attention)) is not None:
+        raise CannotJoin(path, attention, reason)
     if getattr(attention, "reorder_and_upcast_attn", False):
         raise ValueError(
             f"{type(attention).__name__} with reorder_and_upcast_attn=True leaves out transformers' "
@@ -115,7 +129,9 @@ def find_site(model: nn.Module, path: str) -> Site:
     kind = rotary_type(rotary, attention, block)
     if kind is not None and not hasattr(rotary, f"{kind}_inv_freq"):  # Beam turns in some kinds of layers only
         rotary, kind, names = None, None, ()
-    causal = bool(getattr(attention, "is_causal", False))
+    causal = own.causal(attention) if own is not None else bool(getattr(attention, "is_causal", False))
+    if own is not None and not own.turns(attention):
+        rotary, kind, names = None, None, ()
     return Site(
         name=path,
         index=index,

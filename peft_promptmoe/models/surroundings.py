@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import Family
+from .families import FOUND, Family
 from .inspection import calls_in_order, parameter_names, unwrapped_forward
 
 
@@ -27,8 +27,10 @@ def input_norm(model: nn.Module, path: str, block_path: str, family: Family | No
     before it calls attention.
     """
     parent_path, _, name = path.rpartition(".")
-    if family is not None:
-        return getattr(model.get_submodule(parent_path), family.norm) if family.norm else None
+    if family is not None and family.norm != FOUND:
+        names = (family.norm,) if isinstance(family.norm, str) else family.norm or ()
+        here = dict(model.get_submodule(parent_path).named_children())
+        return next((here[each] for each in names if each in here), None)
     while True:
         parent = model.get_submodule(parent_path)
         number = None

@@ -36,6 +36,7 @@ class Arch:
         config: model type of the config, where it is not the entry's name.
         tolerance: of the comparison in float64, which a model leaves where it computes in float32.
         mept: settings that MEPTConfig needs for this architecture.
+        kernel: attention kernel, where the architecture has it.
         says: what attaching says beside the warning of the generic rule.
     """
 
@@ -46,6 +47,7 @@ class Arch:
     tolerance: float = 1e-10
     mept: dict[str, Any] = field(default_factory=dict)
     says: str | None = None
+    kernel: str = "sdpa"
 
 
 _LM: dict[str, Any] = {
@@ -83,6 +85,8 @@ _GPT = {
 # transformers 5.24 put them on the attention interface, with tables of (sin, cos) stored by position.
 _NEW_GPTJ = hasattr(transformers.models.gptj.modeling_gptj, "GPTJRotaryEmbedding")
 _TWO_KINDS = ["sliding_attention", "full_attention"]
+_FALCON = _NEOX | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+_DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "hidden_dropout_prob": 0.0}
 _MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _BERT: dict[str, Any] = {
     "vocab_size": 64,
@@ -235,8 +239,8 @@ ARCHITECTURES: dict[str, Arch] = {
         _GPT | {"rotary_dim": 4},
     ),
     "codegen": Arch(EXACT if _NEW_GPTJ else NOT_ON_INTERFACE, _CAUSAL, _GPT | {"rotary_dim": 4}),
-    "gpt_neo": Arch(
-        NOT_ON_INTERFACE,
+    "gpt_neo": Arch(  # scores in float32
+        EXACT,
         _CAUSAL,
         {
             "vocab_size": 64,
@@ -244,11 +248,20 @@ ARCHITECTURES: dict[str, Arch] = {
             "num_layers": 2,
             "num_heads": 4,
             "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
         },
+        tolerance=1e-5,
     ),
-    "bloom": Arch(NOT_ON_INTERFACE, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "falcon": Arch(NOT_ON_INTERFACE, _CAUSAL, _NEOX),
-    "mpt": Arch(NOT_ON_INTERFACE, _CAUSAL, {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}),
+    # Attention that the layers compute themselves, past the interface.
+    "bloom": Arch(  # softmax in float32
+        EXACT, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, tolerance=1e-5
+    ),
+    "falcon": Arch(EXACT, _CAUSAL, _FALCON),
+    "falcon_eager": Arch(EXACT, _CAUSAL, _FALCON, "falcon", kernel="eager"),
+    "falcon_new": Arch(EXACT, _CAUSAL, _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, "falcon"),
+    "falcon_alibi": Arch(WORKS, _CAUSAL, _FALCON | {"alibi": True}, "falcon"),
+    "falcon_alibi_eager": Arch(EXACT, _CAUSAL, _FALCON | {"alibi": True}, "falcon", kernel="eager"),
+    "mpt": Arch(EXACT, _CAUSAL, {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}, tolerance=1e-5),
     "ministral3": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS),
     "afmoe": Arch(
         EXACT,
@@ -292,8 +305,21 @@ ARCHITECTURES: dict[str, Arch] = {
     "clip_text_model": Arch(EXACT, _ANY, _BERT | {"projection_dim": 32, "eos_token_id": 2}),
     "mobilebert": Arch(OTHER_INPUTS, _CLASSIFIER, _BERT | {"embedding_size": 32, "intra_bottleneck_size": 32}),
     "mpnet": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
-    "deberta": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
-    "deberta-v2": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
+    "deberta": Arch(EXACT, _CLASSIFIER, _BERT | _DISENTANGLED | {"max_relative_positions": 16}),
+    "deberta_one_term": Arch(
+        EXACT, _CLASSIFIER, _BERT | _DISENTANGLED | {"max_relative_positions": 16, "pos_att_type": ["c2p"]}, "deberta"
+    ),
+    "deberta_absolute": Arch(EXACT, _CLASSIFIER, _BERT, "deberta"),
+    "deberta-v2": Arch(  # divides by a root in float32
+        EXACT, _CLASSIFIER, _BERT | _DISENTANGLED | {"max_relative_positions": 8}, tolerance=1e-7
+    ),
+    "deberta-v3": Arch(
+        EXACT,
+        _CLASSIFIER,
+        _BERT | _DISENTANGLED | {"position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+        "deberta-v2",
+        tolerance=1e-7,
+    ),
     "rembert": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
     "roformer": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
     "megatron-bert": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
@@ -350,7 +376,7 @@ def make_model(name: str) -> nn.Module:
     config._experts_implementation = "eager"  # the grouped kernel has no float64
     auto = getattr(transformers, arch.auto)
     try:
-        model = auto.from_config(config, attn_implementation="sdpa")
+        model = auto.from_config(config, attn_implementation=arch.kernel)
     except ValueError:  # has no sdpa
         model = auto.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(3)
