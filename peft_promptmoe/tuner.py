@@ -89,15 +89,27 @@ class PromptTuner(BaseTuner):
             config = self.peft_config[adapter_name]
             # An adapter that is loaded for inference gets its values from a file.
             layers = prompt_layers(model)
+            self._rehearse(model, layers)
             if not config.inference_mode and not any(p.is_meta for layer in layers for p in layer.parameters()):
-                if any(layer.site.family is None for layer in layers):
-                    rehearse(model)
                 self.initialize(config, adapter_name)
         except Exception:
             unread.take_back()
             raise
         hooks: Any = getattr(model, PROMPT_CHILD)
         hooks.watch(model, unread)
+
+    def _rehearse(self, model: nn.Module, layers: list[PromptLayer]) -> None:
+        """See that layers which only the generic rule found are what it takes them for; say where it is not seen."""
+        generic = {layer.site.name for layer in layers if layer.site.family is None}
+        if not generic or generic <= rehearse(model):
+            return
+        tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
+        warnings.warn(
+            f"{model_type(model) or type(model).__name__} is not among the architectures peft_promptmoe is tested "
+            f"with ({tested}); its attention layers were found by a generic rule, and what that makes of them could "
+            "not be tried out.",
+            stacklevel=3,
+        )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         chosen = peft_config.target_modules is None
@@ -127,13 +139,6 @@ class PromptTuner(BaseTuner):
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)
-        if any(site.family is None for site in sites):
-            tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
-            warnings.warn(
-                f"{model_type(self.model) or type(self.model).__name__} is not among the architectures peft_promptmoe "
-                f"is tested with ({tested}); its attention layers were found by a generic rule.",
-                stacklevel=2,
-            )
         self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
         self._sites = {site.name: site for site in sites}
         return peft_config

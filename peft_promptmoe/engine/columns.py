@@ -54,7 +54,7 @@ class MaskWithRows:
     """An attention mask with the prompt rows of its call, for layers that hand on their mask and nothing else."""
 
     mask: Tensor | None
-    columns: Columns | Harvest
+    columns: Columns | Harvest | Overheard
 
 
 class Harvest:
@@ -69,6 +69,14 @@ class Harvest:
         """Keep keys and values, and give (B, Hq, R, dv) zeros that the rest of the layer can run on."""
         self.key, self.value, self.arrived = key, value, self.arrived + 1
         return value.new_zeros(*query.shape[:3], value.shape[-1])
+
+
+class Overheard:
+    """Stands in for `Columns` to note the keys and values of a layer's own call, which goes on as if it were not."""
+
+    def __init__(self) -> None:
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
 
 
 def merge_columns(parts: list[Columns]) -> Columns:

@@ -16,7 +16,7 @@ from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
-from .columns import Columns, MaskWithRows, expert_table, merge_columns, open_columns
+from .columns import Columns, MaskWithRows, Overheard, expert_table, merge_columns, open_columns
 from .positions import relative_bias, row_positions
 from .projection import project_rows
 from .prompt_layer import PROMPT_CALL, PromptLayer
@@ -145,10 +145,16 @@ class KeyValueLayer(PromptLayer):
         real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
         parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
         columns = merge_columns(parts)
-        if self.site.rows_by_mask:
-            return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
-        kwargs[COLUMNS] = columns
-        return args, kwargs
+        return self.carry(args, kwargs, columns)
+
+    def carry(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], columns: Columns | Overheard
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The attention layer's arguments, with what is to arrive where its rows join."""
+        if not self.site.rows_by_mask:
+            return args, {**kwargs, COLUMNS: columns}
+        bound = dict(zip(self._names, args, strict=False)) | kwargs
+        return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
 
     def _after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -214,7 +220,7 @@ class KeyValueLayer(PromptLayer):
         if self.site.bias_owner is not None or self.site.own is not None:
             offsets = _offsets(columns.key.shape[2], slots, x.device)
             columns.offsets, columns.first = (offsets if prefix else offsets * 0), first
-        if self.site.bias_owner is not None and columns.offsets is not None:
+        if self.site.own is None and columns.offsets is not None:
             columns.bias = relative_bias(self.site, first, columns.offsets, x.shape[1])
         return columns
 

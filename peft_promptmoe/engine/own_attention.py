@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..models.own_attention import Asked, OwnAttention
+from ..models.own_attention import Asked
+from ..models.sites import Site
 from .columns import Columns, gates_by_row, join_rows
 
 PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__)
@@ -36,14 +37,14 @@ class OwnSteps(TorchFunctionMode):
 
     Args:
         columns: the rows.
-        own: what is known of the layer.
-        attention: the layer.
+        site: the layer.
         bound: the call's arguments by name.
     """
 
-    def __init__(self, columns: Columns, own: OwnAttention, attention: Any, bound: dict[str, Any]) -> None:
+    def __init__(self, columns: Columns, site: Site, bound: dict[str, Any]) -> None:
         super().__init__()
-        self.columns, self.own, self.attention, self.bound = columns, own, attention, bound
+        assert site.own is not None
+        self.columns, self.site, self.own, self.bound = columns, site, site.own, bound
         self.batch = next(iter(bound.values())).shape[0]
         self.query: Tensor | None = None
         self.weights: Tensor | None = None  # (B, H, T, R) of the rows
@@ -76,7 +77,7 @@ class OwnSteps(TorchFunctionMode):
         """Weights of the text (…, T, S); those of the rows are kept."""
         assert self.query is not None
         key = self.columns.key.to(self.query.dtype)
-        rows = self.query @ key.transpose(-1, -2) * self.own.scale(self.attention)
+        rows = self.query @ key.transpose(-1, -2) * self.own.scale(self.site.attention)
         bias = self._bias(self.query, scores.shape[-1])
         rows = rows if bias is None else rows + bias.to(rows.dtype)
         if self.columns.log_gates is not None:
@@ -92,9 +93,10 @@ class OwnSteps(TorchFunctionMode):
         """(B or 1, H or 1, T or 1, R or 1) what the layer would add to the rows' scores."""
         if self.own.bias is None or self.columns.offsets is None:
             return None
-        columns = self.columns
+        columns, site = self.columns, self.site
         assert columns.offsets is not None
-        asked = Asked(self.attention, self.bound, query, columns.key, columns.offsets, columns.first, keys)
+        place = (columns.offsets, columns.first, keys, site.bias_owner)
+        asked = Asked(site.attention, self.bound, query, columns.key, *place)
         return self.own.bias(asked)
 
     def _attend(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +15,37 @@ from torch import Tensor, nn
 from ..models.inspection import parameter_names
 from ..models.reachable import TROUBLE, CannotJoin
 from ..models.targets import is_encoder_decoder
+from .columns import Overheard
 from .eval_mode import eval_mode
 from .key_value import KeyValueLayer
 from .model_hooks import prompt_layers
+from .positions import can_stand_before, row_positions
+from .projection import project_rows
+
+TOKENS = 3
+CLOSE = 0.1  # of a key's size, which half precision and quantisers stay within and a wrong place or norm does not
+
+
+@dataclass
+class Heard:
+    """One run of an attention layer.
+
+    Attributes:
+        layer_input: (B, T, D) before the norm.
+        bound: the call's arguments by name.
+        kernel: the keys and values that its kernel was given.
+    """
+
+    layer_input: Tensor
+    bound: dict[str, Any]
+    kernel: Overheard
 
 
 @contextmanager
-def listening(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the block, note the layer inputs (B, T, D) of every run of prompted attention layers, by their paths."""
-    layers = [layer for layer in prompt_layers(model) if isinstance(layer, KeyValueLayer)]
-    heard: dict[str, list[Tensor]] = {}
+def listening(model: nn.Module) -> Iterator[dict[str, list[Heard]]]:
+    """Within the block, note the runs of prompted attention layers, by their paths."""
+    layers = _layers(model)
+    heard: dict[str, list[Heard]] = {}
     handles = [_listen(layer, heard) for layer in layers]
     disabled = {layer: layer.disable_adapters for layer in layers}
     try:
@@ -38,58 +60,90 @@ def listening(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
             layer._disable_adapters = was
 
 
-def _listen(layer: KeyValueLayer, heard: dict[str, list[Tensor]]) -> Any:
+def _layers(model: nn.Module) -> list[KeyValueLayer]:
+    return [layer for layer in prompt_layers(model) if isinstance(layer, KeyValueLayer)]
+
+
+def _listen(layer: KeyValueLayer, heard: dict[str, list[Heard]]) -> Any:
     names = parameter_names(layer.site.attention)
 
-    def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = dict(zip(names, args, strict=False)) | kwargs
-        heard.setdefault(layer.site.name, []).append(layer.layer_input(bound[names[0]]).detach())
+        run = Heard(layer.layer_input(bound[names[0]]).detach(), bound, Overheard())
+        heard.setdefault(layer.site.name, []).append(run)
+        return layer.carry(args, kwargs, run.kernel) if layer.site.own is None else None
 
     return layer.site.attention.register_forward_pre_hook(hear, with_kwargs=True)
 
 
-def rehearse(model: nn.Module) -> None:
-    """Run a model that only the generic rule knows once, to find out here and not in training what cannot work.
+def rehearse(model: nn.Module) -> set[str]:
+    """Run a model that only the generic rule knows once, and compare what it makes of prompt rows and of tokens.
 
-    Nothing is found out of models that want more than token ids or one image.
+    A row that is a token's layer input, at the token's position, must get the token's own key and value, in every
+    layer. Nothing is found out of models that want more than token ids or one image.
+
+    Returns:
+        Paths of the attention layers of which that is so.
 
     Raises:
-        CannotJoin: the input of a prompted attention layer is not what the rule takes it for.
+        CannotJoin: of one it is not, or its input is not what the rule takes it for.
     """
     feed = _feed(model)
     if feed is None:
-        return
+        return set()
     with listening(model) as heard, torch.random.fork_rng(devices=[]):
         try:
             feed()
         except CannotJoin:
             raise
         except TROUBLE:
-            return
+            return set()
+        layers = {layer.site.name: layer for layer in _layers(model)}
+        right = {name for name, runs in heard.items() if _compare(layers[name], runs[-1])}
     _say_what_repeats(heard)
+    return right
+
+
+def _compare(layer: KeyValueLayer, run: Heard) -> bool:
+    """Whether rows and tokens could be compared, and are alike."""
+    site, key, value = layer.site, run.kernel.key, run.kernel.value
+    x = run.layer_input
+    if key is None or value is None or x.shape[1] < 2 or key.shape[2] != x.shape[1]:
+        return False
+    first = torch.ones(x.shape[0], dtype=torch.long, device=x.device)  # as if column 0 were padding
+    places: list[tuple[int, Tensor | None]] = [(1, None)]
+    if can_stand_before(site):
+        places.append((0, torch.tensor([-1], device=x.device)))
+    for column, offsets in places:
+        rows = project_rows(site, x[:, column : column + 1], row_positions(site, run.bound, first, offsets))
+        for made, own in ((rows.key[:, :, 0], key[:, :, column]), (rows.value[:, :, 0], value[:, :, column])):
+            if (made - own).abs().mean() > CLOSE * own.abs().mean():
+                reason = "a prompt that is what a token is gets another key or value than the token"
+                raise CannotJoin(site.name, site.attention, reason)
+    return True
 
 
 def _feed(model: Any) -> Callable[[], Any] | None:
-    """What runs the model on a few tokens or on one black image; None if it reads neither."""
-    if any(parameter.is_meta for parameter in model.parameters()):
+    """What runs the model on a few tokens or on one image; None if it reads neither."""
+    if any(parameter.is_meta for name, parameter in model.named_parameters() if "promptmoe" not in name):
         return None
     name = getattr(model, "main_input_name", None)
     if name == "input_ids" and model.get_input_embeddings() is not None:
-        ids = torch.arange(5, 8, device=next(model.parameters()).device)[None]
+        ids = torch.arange(5, 5 + TOKENS, device=next(model.parameters()).device)[None]
         reader = model.get_encoder() if is_encoder_decoder(model) else getattr(model, "base_model", model)
         return lambda: reader(input_ids=ids)
     found = (layer.site.patches for layer in prompt_layers(model) if layer.site.patches is not None)
     patches = next((each for each in found if each.image_size is not None), None)
     if patches is None or patches.image_size is None:
         return None
-    weight = patches.embedding.weight
-    image = weight.new_zeros(1, patches.embedding.in_channels, *patches.image_size)
+    weight, sizes = patches.embedding.weight, (patches.embedding.in_channels, *patches.image_size)
+    image = torch.linspace(-1.0, 1.0, sizes[0] * sizes[1] * sizes[2]).reshape(1, *sizes).to(weight)
     return lambda: model(**{name: image}) if name else model(image)
 
 
-def _say_what_repeats(heard: dict[str, list[Tensor]]) -> None:
+def _say_what_repeats(heard: dict[str, list[Heard]]) -> None:
     """Tell the user of layers that run several times in one forward (ALBERT), with the same prompts each time."""
-    repeated = {name: len(inputs) for name, inputs in heard.items() if len(inputs) > 1}
+    repeated = {name: len(runs) for name, runs in heard.items() if len(runs) > 1}
     if repeated:
         name, times = next(iter(repeated.items()))
         warnings.warn(

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..models.inspection import parameter_names
 from ..models.sites import Site
-from .columns import Columns, Harvest, join_rows
+from .columns import Columns, Harvest, Overheard, join_rows
 from .own_attention import OwnSteps
 from .transformers_attention import COLUMNS
 
@@ -24,7 +24,7 @@ from .transformers_attention import COLUMNS
 class _RowsMode(TorchFunctionMode):
     """Puts prompt rows into calls of `scaled_dot_product_attention`, or catches keys and values there."""
 
-    def __init__(self, columns: Columns | Harvest) -> None:
+    def __init__(self, columns: Columns | Harvest | Overheard) -> None:
         super().__init__()
         self.columns = columns
 
@@ -35,6 +35,9 @@ class _RowsMode(TorchFunctionMode):
         columns = self.columns
         if isinstance(columns, Harvest):
             return _catch(columns, *args, **kwargs)
+        if isinstance(columns, Overheard):
+            columns.key, columns.value = kwargs.get("key", args[1]), kwargs.get("value", args[2])
+            return func(*args, **kwargs)
         columns.arrived += 1
         return _attend(columns, *args, **kwargs)
 
@@ -85,10 +88,10 @@ class JoinedForward:
         with self._mode(columns, dict(zip(self._names, args, strict=False)) | kwargs):
             return self.forward(*args, **kwargs)
 
-    def _mode(self, columns: Columns | Harvest, bound: dict[str, Any]) -> TorchFunctionMode:
-        if self.site is None or self.site.own is None or isinstance(columns, Harvest):
+    def _mode(self, columns: Columns | Harvest | Overheard, bound: dict[str, Any]) -> TorchFunctionMode:
+        if self.site is None or self.site.own is None or isinstance(columns, (Harvest, Overheard)):
             return _RowsMode(columns)
-        return OwnSteps(columns, self.site.own, self.site.attention, bound)
+        return OwnSteps(columns, self.site, bound)
 
 
 def open_forward(site: Site) -> None:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from ..models.inspection import compares, unwrapped_forward
 from ..models.sites import Site
-from .columns import Columns, Harvest, MaskWithRows, join_rows
+from .columns import Columns, Harvest, MaskWithRows, Overheard, join_rows
 
 INTERFACE = "promptmoe"
 COLUMNS = "promptmoe_columns"
@@ -98,6 +98,8 @@ def promptmoe_attention(
     view: Any = module.config
     kernel_name = view.real._attn_implementation
     kernel = _kernel(module, kernel_name)
+    if isinstance(columns, Overheard):
+        columns.key, columns.value, columns = key, value, None
     if columns is None:
         return kernel(module, query, key, value, attention_mask, **kwargs)
     if isinstance(columns, Harvest):

@@ -53,4 +53,4 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
     reader = model.get_encoder() if is_encoder_decoder(model) else getattr(model, "base_model", model)  # type: ignore
     with listening(model) as heard:
         reader(input_ids=ids)
-    return {name: inputs[-1] for name, inputs in heard.items()}
+    return {name: runs[-1].layer_input for name, runs in heard.items()}

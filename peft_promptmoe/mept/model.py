@@ -81,13 +81,21 @@ class MEPTModel(PromptTuner):
             )
         if config.prompt_positions == "prefix" and not can_stand_before(site):
             raise ValueError(no_angles(site))
-        if site.is_timm and config.num_experts > 1 and (config.balance_loss_weight > 0.0 or config.router_centering):
+        if site.is_called and config.num_experts > 1 and (told := _needs_to_be_told(config, site)):
             raise ValueError(
-                "balance_loss_weight and router_centering need the model to hand an argument on to its layers, and "
-                "timm's do not. Set balance_loss_weight=0 and router_centering=False."
+                f"{told} the model to hand an argument on to its layers, and {type(site.attention).__name__} is not "
+                "handed any. Set balance_loss_weight=0, router_centering=False and, for causal language models, "
+                "routing='token'."
             )
         if config.routing == "token" and config.num_experts > 1 and caps_scores(site):
             raise ValueError(
                 f"routing='token' adds its gates to the attention scores, and {type(site.attention).__name__} caps "
                 "them afterwards. Use routing='sample' with this model."
             )
+
+
+def _needs_to_be_told(config: MEPTConfig, site: Site) -> str:
+    """What of the config needs more than a layer's own input, as the start of a sentence; empty if nothing does."""
+    if config.balance_loss_weight > 0.0 or config.router_centering:
+        return "balance_loss_weight and router_centering need"
+    return "routing='sample' on a causal language model needs" if config.routing == "sample" and site.generates else ""

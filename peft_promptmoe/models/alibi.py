@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .own_attention import Asked, OwnAttention
+from .own_attention import Asked, OwnAttention, always
 
 
 def slopes(heads: int, device: torch.device) -> Tensor:
@@ -57,24 +57,20 @@ def _mpt_project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return key.transpose(1, 2), value.transpose(1, 2)
 
 
-def _always(attention: Any) -> bool:
-    return True
-
-
 BLOOM = OwnAttention(
-    _bloom_project, scale=lambda attention: attention.inv_norm_factor, bias=_bias_from_the_first_token, causal=_always
+    _bloom_project, scale=lambda attention: attention.inv_norm_factor, bias=_bias_from_the_first_token, causal=always
 )
 FALCON = OwnAttention(
     _falcon_project,
     scale=lambda attention: attention.inv_norm_factor,
     bias=_falcon_bias,
-    causal=_always,
+    causal=always,
     turns=lambda attention: not attention.config.alibi,
 )
 MPT = OwnAttention(
     _mpt_project,
     scale=lambda attention: attention.softmax_scale,
     bias=_mpt_bias,
-    causal=_always,
+    causal=always,
     opens=lambda mask: ~mask,
 )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from .alibi import BLOOM, FALCON, MPT
 from .disentangled import DEBERTA, DEBERTA_V2
-from .own_attention import OwnAttention, by_two_projections, not_scaled
+from .own_attention import OwnAttention
+from .written_out import BERT_LIKE, GPT_NEO, MPNET, OPENAI_GPT, VIDEOMAE, XGLM
 
 FOUND = "?"
 
@@ -97,11 +98,13 @@ FAMILIES: dict[str, Family] = {
     "mpt": Family(r"(.*\.)?blocks\.\d+\.attn", norm="norm_1", own=MPT),
     "deberta": _post_norm(DEBERTA),
     "deberta-v2": _post_norm(DEBERTA_V2),
-    "gpt_neo": Family(
-        r"(.*\.)?h\.\d+\.attn\.attention",
-        norm=FOUND,
-        own=OwnAttention(by_two_projections("k_proj", "v_proj"), scale=not_scaled, causal=lambda attention: True),
-    ),
+    "gpt_neo": Family(r"(.*\.)?h\.\d+\.attn\.attention", norm=FOUND, own=GPT_NEO),
+    "xglm": Family(r"(.*\.)?layers\.\d+\.self_attn", norm="self_attn_layer_norm", own=XGLM),
+    "openai-gpt": Family(r"(.*\.)?h\.\d+\.attn", own=OPENAI_GPT),
+    "megatron-bert": Family(_BERT.attention, norm=FOUND, own=BERT_LIKE),
+    "rembert": _post_norm(BERT_LIKE),
+    "tapas": _post_norm(BERT_LIKE),
+    "mpnet": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attn", own=MPNET),
 }
 
 _VIT = Family(r"(.*\.)?layers\.\d+\.attention", norm="layernorm_before")
@@ -118,6 +121,7 @@ VISION_FAMILIES: dict[str, Family] = {
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": Family(r"(.*\.)?layer\.\d+\.attention", norm="norm1"),
+    "videomae": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attention", norm=FOUND, own=VIDEOMAE),
     "clip_vision_model": Family(_CLIP_PATH, norm="layer_norm1"),
     "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1", rows_by_mask=True),
 }

@@ -29,6 +29,7 @@ class Asked:
         offsets: (R,) positions of the rows relative to the first real token.
         first: (B,) column of the first real token; None for column 0 of all.
         keys: columns of the text S, those before this call's tokens among them.
+        owner: the module that holds the model's table of relative positions; None if it has none.
     """
 
     attention: Any
@@ -38,6 +39,7 @@ class Asked:
     offsets: Tensor
     first: Tensor | None
     keys: int
+    owner: Any = None
 
     def columns(self) -> Tensor:
         """(B or 1, R) where the rows stand, in columns of the text; those in front of it have negative numbers."""
@@ -62,6 +64,16 @@ def not_scaled(attention: Any) -> float:
 def is_causal(attention: Any) -> bool:
     """Whether a query sees earlier positions only, as the layer says it."""
     return bool(getattr(attention, "is_causal", False))
+
+
+def always(attention: Any) -> bool:
+    """As all layers of a decoder's stack."""
+    return True
+
+
+def if_decoder(attention: Any) -> bool:
+    """Whether the config makes a decoder of what is an encoder otherwise."""
+    return bool(getattr(attention, "is_decoder", False))
 
 
 def as_it_is(mask: Tensor) -> Tensor:

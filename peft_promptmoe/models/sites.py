@@ -42,7 +42,7 @@ class Site:
         rotary: the model's rotary embedding, if it has one that can be asked, and
         rotary_type: the layer type it takes, for models that keep one table per type.
         sine_first: whether it gives (sin, cos), not (cos, sin).
-        bias_owner: the attention layer that holds the T5 table of relative position biases this layer adds.
+        bias_owner: the module that holds the table of relative position biases this layer adds.
         input_std: spread of the block's input where it is knowable without running the model, else None.
         patches: of vision towers that have one patch grid, how it is made; else None.
         rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.

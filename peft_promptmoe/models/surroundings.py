@@ -93,9 +93,10 @@ def rotary_type(rotary: nn.Module | None, attention: nn.Module, block: nn.Module
 
 
 def bias_owner(model: nn.Module, path: str, attention: nn.Module) -> nn.Module | None:
-    """T5 keeps one table in the first layer of a stack; UMT5 one in each layer."""
+    """T5 keeps one table in the first layer of a stack; UMT5 one in each layer; MPNet one in the stack itself."""
     if not hasattr(attention, "has_relative_attention_bias"):
-        return None
+        above = (model.get_submodule(path.rsplit(".", steps)[0]) for steps in range(1, path.count(".") + 1))
+        return next((module for module in above if hasattr(module, "relative_attention_bias")), None)
     if attention.has_relative_attention_bias:
         return attention
     first = re.sub(r"^((?:.*?\.)?)\d+(?=\.)", r"\g<1>0", path)

@@ -120,9 +120,10 @@ def family_of(model: nn.Module, attention: nn.Module, path: str) -> Family | Non
 
 def input_width(attention: Any) -> int:
     """Width D of the layer's input."""
-    taken = [module.in_features for module in attention.modules() if hasattr(module, "in_features")]
+    found = (getattr(module, "in_features", getattr(module, "nx", None)) for module in attention.modules())
+    taken = [width for width in found if isinstance(width, int)]  # `nx` is what GPT-2's Conv1D calls it
     named = getattr(getattr(attention, "config", None), "hidden_size", None)
-    # The first projection takes the layer's input; where it is no linear layer (Conv1D), the config has to say.
+    # The first projection takes the layer's input; where it is none of these, the config has to say.
     return int(named if isinstance(named, int) and (named in taken or not taken) else taken[0] if taken else 0)
 
 

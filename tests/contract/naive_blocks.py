@@ -72,16 +72,20 @@ def _prepend(site: Any, rows: Tensor | Rows, count: int) -> Hook:
         positions = given.get("position_ids")
         if isinstance(positions, Tensor):  # Ministral scales queries by them, and those of the rows nobody sees
             given["position_ids"] = F.pad(positions, (count, 0))
+        owner = site.bias_owner
+        if given.get("position_bias") is not None and hasattr(owner, "relative_position_bucket"):  # MPNet
+            columns = torch.arange(count + length)
+            buckets = owner.relative_position_bucket(columns[None, :] - columns[:, None])
+            given["position_bias"] = owner.relative_attention_bias(buckets).permute(2, 0, 1)[None]
         if given.get("alibi") is not None:
             given["alibi"] = _steeper(given["alibi"], count)
         if given.get("relative_pos") is not None:  # DeBERTa's, query minus key: those of a text that is longer
             columns = torch.arange(count + length)
             make = inspect.unwrap(type(site.attention).forward).__globals__["build_relative_position"]
-            made = {
-                "bucket_size": site.attention.position_buckets,
-                "max_position": site.attention.max_relative_positions,
-            }
-            settings = made if "bucket_size" in inspect.signature(make).parameters else {}
+            settings = {}
+            if hasattr(site.attention, "position_buckets"):
+                settings["bucket_size"] = site.attention.position_buckets
+                settings["max_position"] = site.attention.max_relative_positions
             given["relative_pos"] = make(columns[:, None], columns[:, None], **settings)
         tables = given.get("position_embeddings")
         if tables is not None:

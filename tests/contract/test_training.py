@@ -360,6 +360,6 @@ def test_logits_in_training_are_those_of_evaluation_when_nothing_is_random(case:
 def test_a_balance_loss_is_refused_where_it_cannot_reach_the_layers(case: Case) -> None:
     base = case.base()
     names = [name for name, _ in base.named_modules()]
-    with pytest.raises(ValueError, match=r"balance_loss_weight .* timm's do not"):
+    with pytest.raises(ValueError, match=r"balance_loss_weight .* is not handed any"):
         case.model(base, **with_balance(case))
     assert [name for name, _ in base.named_modules()] == names
