@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ class Columns:
         bias: (B or 1, query heads, T, R) relative position bias, for models that have one.
         offsets: (R,) positions relative to the first real token, and
         first: (B,) its column (None for column 0 of all), for layers that compute attention themselves.
+        calls: how many kernel calls the layer makes (differential attention: two), whose keys and values stand side by
+            side along d.
         arrived: how often the attention interface has seen these rows.
     """
 
@@ -46,7 +48,17 @@ class Columns:
     bias: Tensor | None = None
     offsets: Tensor | None = None
     first: Tensor | None = None
+    calls: int = 1
     arrived: int = 0
+
+    def arrive(self) -> Columns:
+        """The rows of the kernel call that comes next."""
+        self.arrived += 1
+        if self.calls == 1 or self.arrived > self.calls:
+            return self
+        which = self.arrived - 1
+        key, value = (part.chunk(self.calls, dim=-1)[which] for part in (self.key, self.value))
+        return replace(self, key=key, value=value)
 
 
 @dataclass
@@ -57,26 +69,30 @@ class MaskWithRows:
     columns: Columns | Harvest | Overheard
 
 
-class Harvest:
-    """Stands in for `Columns` when the attention layer itself is run on prompt rows to get their keys and values."""
+class Overheard:
+    """Stands in for `Columns` to note the keys and values of a layer's own call, which goes on as if it were not.
+
+    Those of several kernel calls stand side by side along d.
+    """
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
         self.arrived = 0
 
+    def note(self, key: Tensor, value: Tensor) -> None:
+        self.key = key if self.key is None else torch.cat([self.key, key], dim=-1)
+        self.value = value if self.value is None else torch.cat([self.value, value], dim=-1)
+        self.arrived += 1
+
+
+class Harvest(Overheard):
+    """Stands in for `Columns` when the attention layer itself is run on prompt rows to get their keys and values."""
+
     def catch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Keep keys and values, and give (B, Hq, R, dv) zeros that the rest of the layer can run on."""
-        self.key, self.value, self.arrived = key, value, self.arrived + 1
+        """Note keys and values, and give (B, Hq, R, dv) zeros that the rest of the layer can run on."""
+        self.note(key, value)
         return value.new_zeros(*query.shape[:3], value.shape[-1])
-
-
-class Overheard:
-    """Stands in for `Columns` to note the keys and values of a layer's own call, which goes on as if it were not."""
-
-    def __init__(self) -> None:
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
 
 
 def merge_columns(parts: list[Columns]) -> Columns:

@@ -26,6 +26,7 @@ from .transformers_attention import COLUMNS, config_view
 
 LAYER_INPUT = "_promptmoe_layer_input"
 BLOCK_INPUT = "_promptmoe_block_input"
+MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 
 
 class KeyValueLayer(PromptLayer):
@@ -138,13 +139,14 @@ class KeyValueLayer(PromptLayer):
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
-        mask = bound.get("attention_mask", bound.get("mask"))
+        mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
         # Images have no padding; what BEiT passes as a mask are its relative positions.
         real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
         parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
         columns = merge_columns(parts)
+        columns.calls = self.site.calls
         return self.carry(args, kwargs, columns)
 
     def carry(
@@ -161,11 +163,11 @@ class KeyValueLayer(PromptLayer):
     ) -> None:
         mask = kwargs.get("attention_mask")
         columns = mask.columns if isinstance(mask, MaskWithRows) else kwargs.get(COLUMNS)
-        if isinstance(columns, Columns) and columns.arrived != 1:
+        if isinstance(columns, Columns) and columns.arrived != columns.calls:
             raise RuntimeError(
                 f"{type(attention).__name__} at {self.site.name!r} reached its attention kernel "
-                f"{columns.arrived} times in one call instead of once, so the prompts did not join its attention as "
-                "defined. This architecture (or this option of it) is not supported; unload the adapter."
+                f"{columns.arrived} times in one call instead of {columns.calls}, so the prompts did not join its "
+                "attention as defined. This architecture (or this option of it) is not supported; unload the adapter."
             )
 
     def _takes_block_input(self) -> bool:

@@ -99,7 +99,9 @@ def harvest(site: Site, normed: Tensor, positions: Positions) -> Columns:
         carried, arguments["attention_mask"] = {}, MaskWithRows(None, caught)
     attention.forward(**arguments, **carried)
     made = [caught.key, caught.value]
-    if caught.arrived != 1 or any(part is None or part.shape[0] != batch or part.shape[2] != count for part in made):
+    if caught.arrived != site.calls or any(
+        part is None or part.shape[0] != batch or part.shape[2] != count for part in made
+    ):
         raise RuntimeError(
             f"{type(attention).__name__} does not make one key and one value of each prompt row when it is run on "
             "them; this architecture is not supported."

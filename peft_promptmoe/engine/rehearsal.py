@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,13 +133,22 @@ def _feed(model: Any) -> Callable[[], Any] | None:
         ids = torch.arange(5, 5 + TOKENS, device=next(model.parameters()).device)[None]
         reader = model.get_encoder() if is_encoder_decoder(model) else getattr(model, "base_model", model)
         return lambda: reader(input_ids=ids)
-    found = (layer.site.patches for layer in prompt_layers(model) if layer.site.patches is not None)
-    patches = next((each for each in found if each.image_size is not None), None)
-    if patches is None or patches.image_size is None:
+    sizes = _image(model)
+    if sizes is None:
         return None
-    weight, sizes = patches.embedding.weight, (patches.embedding.in_channels, *patches.image_size)
-    image = torch.linspace(-1.0, 1.0, sizes[0] * sizes[1] * sizes[2]).reshape(1, *sizes).to(weight)
+    image = torch.linspace(-1.0, 1.0, math.prod(sizes)).reshape(1, *sizes).to(next(model.parameters()))
     return lambda: model(**{name: image}) if name else model(image)
+
+
+def _image(model: Any) -> tuple[int, ...] | None:
+    """Channels, rows and columns of the images that the model takes; None if it does not say."""
+    found = (layer.site.patches for layer in prompt_layers(model) if layer.site.patches is not None)
+    for patches in found:
+        if patches.image_size is not None:
+            return (patches.embedding.in_channels, *patches.image_size)
+    timm = getattr(model, "timm_model", model)
+    size = getattr(timm, "pretrained_cfg", {}).get("input_size")
+    return tuple(size) if size else None
 
 
 def _say_what_repeats(heard: dict[str, list[Heard]]) -> None:

@@ -24,7 +24,7 @@ from .transformers_attention import COLUMNS
 class _RowsMode(TorchFunctionMode):
     """Puts prompt rows into calls of `scaled_dot_product_attention`, or catches keys and values there."""
 
-    def __init__(self, columns: Columns | Harvest | Overheard) -> None:
+    def __init__(self, columns: Columns | Overheard) -> None:
         super().__init__()
         self.columns = columns
 
@@ -36,10 +36,9 @@ class _RowsMode(TorchFunctionMode):
         if isinstance(columns, Harvest):
             return _catch(columns, *args, **kwargs)
         if isinstance(columns, Overheard):
-            columns.key, columns.value = kwargs.get("key", args[1]), kwargs.get("value", args[2])
+            columns.note(*args[1:3])
             return func(*args, **kwargs)
-        columns.arrived += 1
-        return _attend(columns, *args, **kwargs)
+        return _attend(columns.arrive(), *args, **kwargs)
 
 
 def _catch(harvest: Harvest, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -88,8 +87,8 @@ class JoinedForward:
         with self._mode(columns, dict(zip(self._names, args, strict=False)) | kwargs):
             return self.forward(*args, **kwargs)
 
-    def _mode(self, columns: Columns | Harvest | Overheard, bound: dict[str, Any]) -> TorchFunctionMode:
-        if self.site is None or self.site.own is None or isinstance(columns, (Harvest, Overheard)):
+    def _mode(self, columns: Columns | Overheard, bound: dict[str, Any]) -> TorchFunctionMode:
+        if self.site is None or self.site.own is None or isinstance(columns, Overheard):
             return _RowsMode(columns)
         return OwnSteps(columns, self.site, bound)
 

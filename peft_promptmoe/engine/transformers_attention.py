@@ -98,15 +98,15 @@ def promptmoe_attention(
     view: Any = module.config
     kernel_name = view.real._attn_implementation
     kernel = _kernel(module, kernel_name)
-    if isinstance(columns, Overheard):
-        columns.key, columns.value, columns = key, value, None
     if columns is None:
         return kernel(module, query, key, value, attention_mask, **kwargs)
     if isinstance(columns, Harvest):
         return columns.catch(query, key, value).transpose(1, 2).contiguous(), None
+    if isinstance(columns, Overheard):
+        columns.note(key, value)
+        return kernel(module, query, key, value, attention_mask, **kwargs)
     check_kernel(kernel_name)
-    columns.arrived += 1
-    return _attend(kernel, kernel_name, module, query, key, value, attention_mask, columns, kwargs)
+    return _attend(kernel, kernel_name, module, query, key, value, attention_mask, columns.arrive(), kwargs)
 
 
 AttentionInterface.register(INTERFACE, promptmoe_attention)

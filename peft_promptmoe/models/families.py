@@ -126,7 +126,7 @@ VISION_FAMILIES: dict[str, Family] = {
     "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1", rows_by_mask=True),
 }
 
-TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.attn"
+TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.(?:attns\.\d+\.)?attn"
 # By the class of timm's attention layer; where the norm stands is read from the block, of which timm has many. EVA
 # (and timm's DINOv3) splits the biases of its projection, so there the layer itself is run.
 TIMM_FAMILIES: dict[str, Family] = {

@@ -95,3 +95,8 @@ def hands_on_its_mask_only(attention: nn.Module) -> bool:
     forward = unwrapped_forward(attention)
     named = "attention_mask" in inspect.signature(forward).parameters
     return named and not passes_on_keywords(forward) and not reads_into(forward, "attention_mask")
+
+
+def is_differential(attention: nn.Module) -> bool:
+    """Whether the layer attends twice and takes one from the other (arXiv 2410.05258)."""
+    return any(name.startswith("lambda_q") for name, _ in attention.named_parameters(recurse=False))

@@ -12,7 +12,7 @@ from .families import Family
 from .inspection import calls_attention_interface, parameter_names
 from .own_attention import OwnAttention
 from .patches import Patches, find_patches
-from .reachable import CannotJoin, check_reachable, hands_on_its_mask_only
+from .reachable import CannotJoin, check_reachable, hands_on_its_mask_only, is_differential
 from .surroundings import bias_owner, block_of, input_norm, input_std, rotary_embedding, rotary_type, sine_first
 from .targets import (
     decoder_modules,
@@ -45,6 +45,7 @@ class Site:
         bias_owner: the module that holds the table of relative position biases this layer adds.
         input_std: spread of the block's input where it is knowable without running the model, else None.
         patches: of vision towers that have one patch grid, how it is made; else None.
+        calls: how many kernel calls the layer makes (two with differential attention).
         rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
     """
 
@@ -64,6 +65,7 @@ class Site:
     bias_owner: Any
     input_std: float | None
     patches: Patches | None = None
+    calls: int = 1
     rows_by_mask: bool = False
 
     @property
@@ -117,11 +119,6 @@ def find_site(model: nn.Module, path: str) -> Site:
     width = input_width(attention)
     patches = find_patches(model, path, width)
     rotary = rotary_embedding(model, path) if patches is None and not timm else None
-    if timm and patches is None:
-        raise ValueError(
-            f"{path!r} is a layer of a timm model without one patch grid (windows, or several resolutions), which "
-            "prompts cannot join. Use a plain vision transformer."
-        )
     if family is None and not timm:
         check_reachable(model, path, patches, rotary)
     names = () if timm else parameter_names(attention)
@@ -149,6 +146,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         bias_owner=bias_owner(model, path, attention),
         input_std=input_std(model, path, index, family),
         patches=patches,
+        calls=2 if is_differential(attention) else 1,
         rows_by_mask=by_mask,
     )
 

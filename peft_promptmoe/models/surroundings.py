@@ -33,6 +33,10 @@ def input_norm(model: nn.Module, path: str, block_path: str, family: Family | No
         return next((here[each] for each in names if each in here), None)
     while True:
         parent = model.get_submodule(parent_path)
+        if isinstance(parent, nn.Sequential):  # timm's parallel blocks, which call their parts in this order
+            children = dict(parent.named_children())
+            found = [norm for norm in list(children.values())[: list(children).index(name)] if _as_norm(norm, None)]
+            return found[-1] if found else None
         number = None
         if isinstance(parent, nn.ModuleList):  # LongCat: two attention layers and their norms in one block
             number, (parent_path, _, name) = int(name), parent_path.rpartition(".")

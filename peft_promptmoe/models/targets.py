@@ -99,7 +99,7 @@ def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside_decoder = decoder_modules(model)
     for path, module in model.named_modules():
         if is_timm_attention(module, path):
-            if find_patches(model, path, input_width(module)) is not None:
+            if not hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"):
                 yield path, module
         elif (
             id(module) not in inside_decoder

@@ -124,6 +124,8 @@ def _joined(before: Any, tables: Any, batch: int) -> Any:
 
 def _drop(count: int) -> Hook:
     def hook(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, list):  # OpenAI GPT
+            return [output[0][:, count:], *output[1:]]
         return (output[0][:, count:], *output[1:]) if isinstance(output, tuple) else output[:, count:]
 
     return hook
