@@ -47,7 +47,7 @@ def with_balance(case: Case, weight: float = BALANCE) -> dict[str, Any]:
 
 def has_balance(case: Case) -> bool:
     # timm's models hand no arguments on to their layers, and a balance loss needs one; it is refused there.
-    return case.method.balance is not None and not case.architecture.timm
+    return case.method.balance is not None and case.architecture.told
 
 
 # -- what trains ------------------------------------------------------------------------------------------------------
