@@ -61,6 +61,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("prompt_config",)
+    # The container and name of a tensor that a checkpoint may lack when it has the container's others; else empty.
+    dispensable: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,6 +81,13 @@ class AdapterState(nn.Module, BaseTunerLayer):
     @abstractmethod
     def update_layer(self, adapter: str, config: Any) -> None:
         """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""
+
+    def freeze_kept(self, adapter: str) -> None:
+        """Freeze what an adapter has that never trains; loaders that make new parameters thaw it."""
+        for name in self.other_param_names:
+            held = getattr(self, name)
+            if isinstance(held, nn.ModuleDict) and adapter in held:
+                held[adapter].requires_grad_(False)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
