@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Heads, Order, group_of, in_blocks, rows_of_blocks, sum_of_blocks, to_blocks, to_choices
-from .routing import routing_dtype, without_autocast
+from ..routing.router import routing_dtype, without_autocast
 
 # Scores of the column that stands for the chosen experts, before the scale: what float16 can hold. Times any usual
 # scale the exponential of the least is zero in float64, too.
@@ -71,8 +71,8 @@ class Turn(NamedTuple):
         return self._by(-self.sin, rows)
 
     def _by(self, sin: Tensor, rows: Tensor) -> Tensor:
-        # The function turns queries and keys; there are no keys here.
-        return self.rotate(rows, rows[:, :, :0], self.cos.to(rows.dtype), sin.to(rows.dtype))[0]
+        # The function turns queries and keys; the keys are of no head here.
+        return self.rotate(rows, rows[:, :0], self.cos.to(rows.dtype), sin.to(rows.dtype))[0]
 
 
 class Joined(NamedTuple):
@@ -177,7 +177,8 @@ class _AttendChosen(torch.autograd.Function):
                 more, *of_part = blocks.gradients(part, score, output, needed)
                 of_query = more if of_query is None else of_query + more
                 found += [*of_part, None, None, None]
-        return of_query, None, *found
+        assert of_query is not None
+        return of_query.to(query.dtype), None, *found
 
 
 PER_PART = 7  # tensors of one adapter: key, value, log-gates, bias, experts, cosines, sines
@@ -315,7 +316,7 @@ class _Blocks:
             of_value = self._of_rows(torch.bmm(weights.transpose(1, 2), output), part.value, part.slots)
         if needed[2]:
             of_log_gates = of_scores.sum(dim=-1).view(part.log_gates.shape).to(part.log_gates.dtype)
-        return of_query.to(part.key.dtype), of_key, of_value, of_log_gates, of_bias
+        return of_query, of_key, of_value, of_log_gates, of_bias
 
     def _of_rows(self, blocked: Tensor, rows: Tensor, slots: int) -> Tensor:
         return sum_of_blocks(blocked, self.order.group, rows, slots).to(rows.dtype)
