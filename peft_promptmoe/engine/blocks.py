@@ -34,9 +34,9 @@ class Order(NamedTuple):
 
 
 def block_size(choices: int, groups: int) -> int:
-    """Rows of a block: about as many as choices fall on a group, so that filling at most doubles the work."""
+    """Rows of a block: so few that filling adds about a third to the work, or less."""
     size = SMALLEST
-    while size < LARGEST and 2 * size * groups <= choices:
+    while size < LARGEST and 4 * size * groups <= choices:
         size *= 2
     return size
 

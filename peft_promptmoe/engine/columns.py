@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..routing.record import Chosen
-from .chosen import HALVES, ChosenSlots, Turn, attend_chosen, joined_width
+from .chosen import HALVES, attend_chosen
+from .chosen_slots import ChosenSlots, Turn
 
 
 @dataclass
@@ -222,24 +223,15 @@ def join_rows(
         query = F.pad(query, (0, 0, lead, 0)) if lead else query
         return Joined(query, key, value, mask, scaling, lambda output: output[:, lead:])
     adapters, scaling = len(columns.chosen), scaling if scaling is not None else 1.0 / math.sqrt(width)
-    wide = joined_width(width, value_width, adapters)
-    found = attend_chosen(query, columns.chosen, scaling, wide, lead, cap)
-    codes = torch.eye(adapters, dtype=key.dtype, device=key.device)
+    apart = attend_chosen(query, value, columns.chosen, scaling, lead, cap)
+    codes, wide = torch.eye(adapters, dtype=key.dtype, device=key.device), apart.query.shape[-1]
     # A cap comes between products and softmax; what is behind it is the mask, which then takes the score there.
     of_score = codes.repeat_interleave(HALVES, dim=1) if cap is None else codes[:, :0]
     key = _in_front(key, columns.key, _code(of_score, width, wide))
     value = _in_front(value, columns.value, _code(codes, value_width, wide))
     if cap is not None:
-        mask = _with_scores(mask, found.score.permute(1, 3, 2, 0), key)
-
-    def finish(output: Tensor) -> Tensor:
-        text = output[:, lead:]
-        result = text[..., :value_width]
-        for number, part in enumerate(found.output):
-            result = torch.addcmul(result, text[..., value_width + number, None], part)
-        return result
-
-    return Joined(found.query, key, value, mask, scaling, finish)
+        mask = _with_scores(mask, apart.score.permute(1, 3, 2, 0), key)
+    return Joined(apart.query, key, value, mask, scaling, apart.finish)
 
 
 def _in_front(text: Tensor, rows: Tensor, code: Tensor | None = None) -> Tensor:

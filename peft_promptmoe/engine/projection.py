@@ -14,7 +14,7 @@ from ..adapter_state import put_away
 from ..models.call_arguments import CACHE_ARGUMENTS
 from ..models.inspection import parameter_names, unwrapped_forward
 from ..models.sites import Site
-from .chosen import Rotate, Turn
+from .chosen_slots import Rotate, Turn
 from .columns import Experts, Harvest, Rows
 from .transformers_attention import COLUMNS
 
