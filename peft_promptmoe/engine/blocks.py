@@ -34,7 +34,7 @@ class Order(NamedTuple):
 
 
 def block_size(choices: int, groups: int) -> int:
-    """Rows of a block: so few that filling adds about a third to the work, or less."""
+    """Rows of a block: so few that filling adds half of the work at most."""
     size = SMALLEST
     while size < LARGEST and 4 * size * groups <= choices:
         size *= 2

@@ -28,9 +28,9 @@ from ..routing.router import without_autocast
 from .blocks import Order, group_of, in_blocks
 from .chosen_slots import ChosenSlots, Rotate, SlotBlocks, Turn
 
-# Scores of the column that stands for the chosen experts, before the scale: what float16 can hold. Times any usual
-# scale the exponential of the least is zero in float64, too.
-LEAST, MOST_IN_FLOAT16 = -3e4, 6e4
+# Bounds of the scores of columns, before the scale: powers of two or nearly, which bfloat16 holds exactly and float16,
+# too. Times any usual scale the exponential of the least is zero in float64.
+LEAST, MOST_IN_FLOAT16 = -(2.0**15), 7 * 2.0**13
 HALVES = 2  # features for one score: in bfloat16 a single one would be off by half a percent of it
 CUDA_UNIT = 8  # what widths are a multiple of where fused kernels run on a GPU
 
