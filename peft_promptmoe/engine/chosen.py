@@ -116,7 +116,11 @@ class _Attend(torch.autograd.Function):
         ctx.settings = settings
         ctx.save_for_backward(joined, *tensors)
         ctx.set_materialize_grads(False)
-        return joined, torch.stack([score for score, _ in found]), torch.stack([each.to(query.dtype) for _, each in found])
+        return (
+            joined,
+            torch.stack([score for score, _ in found]),
+            torch.stack([each.to(query.dtype) for _, each in found]),
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

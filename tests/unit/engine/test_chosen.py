@@ -163,7 +163,9 @@ class Call:
         causal = s.mask == "causal"
         lead = columns.number if causal else 0
         joined = join_rows(columns, self.query, self.key, self.value, self.mask, self.scale, lead, s.cap)
-        assert joined.key.shape[2] == columns.number + s.tokens == len(columns.chosen) + s.adapters * s.shared + s.tokens
+        assert (
+            joined.key.shape[2] == columns.number + s.tokens == len(columns.chosen) + s.adapters * s.shared + s.tokens
+        )
         assert joined.key.shape[3] == joined.value.shape[3] == joined.query.shape[3]
         if s.cap is None:
             found = F.scaled_dot_product_attention(
