@@ -98,8 +98,8 @@ FAULTS = [
     Fault(
         "the balance loss counts padding",
         "mept/layer.py",
-        "term = config.balance_loss_weight * balance_loss(logits, index, real)",
-        "term = config.balance_loss_weight * balance_loss(logits, index, None)",
+        "term = config.balance_loss_weight * balance_loss(logits, experts, real)",
+        "term = config.balance_loss_weight * balance_loss(logits, experts, None)",
         (TRAINING, "-k", "padding and mept-bert"),
     ),
     Fault(

@@ -116,11 +116,8 @@ class _Attend(torch.autograd.Function):
         ctx.settings = settings
         ctx.save_for_backward(joined, *tensors)
         ctx.set_materialize_grads(False)
-        return (
-            joined,
-            torch.stack([score for score, _ in found]),
-            torch.stack([each.to(query.dtype) for _, each in found]),
-        )
+        scores, outputs = (torch.stack(each) for each in zip(*found, strict=True))
+        return joined, scores, outputs.to(query.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -207,7 +204,7 @@ def _with_features(query: Tensor, scores: list[Tensor], settings: Settings) -> T
 
 
 def _score_of_features(gradient: Tensor, joined: Tensor, number: int, settings: Settings) -> Tensor:
-    """(B, T, Hq) gradient of a column's score; both of its features have the same, and where it was cut it has none."""
+    """(B, T, Hq) gradient of a column's score; both of its features have it, and a score that was cut has none."""
     place = settings.widths[0] + HALVES * number
     value = joined[:, :, settings.lead :, place]
     inside = (value > LEAST) & (value < settings.most)

@@ -169,7 +169,7 @@ def test_a_cap_that_the_kernel_is_not_told_of_refuses_token_routing() -> None:
     prompted, _ = attach("qwen2", model, routing="token")
     for layer in prompt_layers(model):
         layer.site.attention.attn_logit_softcapping = 30.0  # as Gemma 2 has it, but handed to nobody
-    with pytest.raises(ValueError, match="caps its attention scores.*routing='sample'"):
+    with pytest.raises(ValueError, match=r"caps its attention scores.*routing='sample'"):
         run(prompted, {"input_ids": torch.tensor([[5, 6, 7]])})
 
 

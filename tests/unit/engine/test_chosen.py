@@ -136,7 +136,7 @@ class Call:
         return found if self.scene.cap is None else self.scene.cap * torch.tanh(found / self.scene.cap)
 
     def dense(self) -> Tensor:
-        """(B, T, Hq, v) one softmax over the slots of all experts, those not chosen at minus infinity, and the rest."""
+        """(B, T, Hq, v) by one softmax over all slots, those of experts not chosen at minus infinity, and the rest."""
         s, scores, values = self.scene, [], []
         for part in self.parts:
             (chosen,) = part.chosen
@@ -291,7 +291,7 @@ def test_autocast_keeps_scores_in_float32(kernel: torch.dtype) -> None:
     assert all(leaf.grad.dtype == torch.float32 and torch.isfinite(leaf.grad).all() for leaf in call.leaves)
 
 
-# -- shapes that depend on nothing but sizes ---------------------------------------------------------------------------
+# -- shapes that depend on nothing but sizes --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "padding"])
@@ -302,7 +302,7 @@ def test_compiles_into_one_graph(mask: str) -> None:
     expected = call.apart()
     weight = call.random(*expected.shape)
     wanted = torch.autograd.grad((expected * weight).sum(), call.leaves)
-    compiled = torch.compile(lambda: call.apart(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(call.apart, fullgraph=True, backend="aot_eager")
     found = compiled()
     same(found, expected)
     for gradient, reference in zip(torch.autograd.grad((found * weight).sum(), call.leaves), wanted, strict=True):
