@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "tests" / "FAULTS.md"
 INVARIANCE, PARITY = "tests/contract/test_invariance.py", "tests/parity/test_mept_parity.py"
+CHOSEN = "tests/unit/engine/test_chosen.py"
 TRAINING, SWITCHING = "tests/contract/test_training.py", "tests/contract/test_switching.py"
 
 
@@ -62,8 +63,8 @@ FAULTS = [
     Fault(
         "the router's softmax runs over the batch",
         "routing/router.py",
-        "best, index = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)",
-        "best, index = torch.log_softmax(logits, dim=0).topk(k, dim=-1)",
+        "(best if renormalize else logits).logsumexp(dim=-1, keepdim=True)",
+        "(best if renormalize else logits).logsumexp(dim=0, keepdim=True)",
         (INVARIANCE, "-k", "alone and mept-bert"),
     ),
     Fault(
@@ -71,7 +72,7 @@ FAULTS = [
         "routing/router.py",
         "closed = best.new_full((*best.shape[:-1], experts), -torch.inf)",
         "closed = best.new_full((*best.shape[:-1], experts), -1.0)",
-        (PARITY, "-k", "equals_oracle and bert-token"),
+        ("tests/unit/reports/test_routing_report.py",),
     ),
     Fault(
         "the router reads the input without its norm",
@@ -97,8 +98,8 @@ FAULTS = [
     Fault(
         "the balance loss counts padding",
         "mept/layer.py",
-        "term = config.balance_loss_weight * balance_loss(logits, index, real)",
-        "term = config.balance_loss_weight * balance_loss(logits, index, None)",
+        "term = config.balance_loss_weight * balance_loss(logits, experts, real)",
+        "term = config.balance_loss_weight * balance_loss(logits, experts, None)",
         (TRAINING, "-k", "padding and mept-bert"),
     ),
     Fault(
@@ -109,22 +110,50 @@ FAULTS = [
         ("tests/contract/test_generation.py", "-k", "uncached and mept-llama-token"),
     ),
     Fault(
-        "gates are folded into queries without the scale",
-        "engine/columns.py",
-        "opened = (log_gates / scaling).clamp(min=CLOSED)",
-        "opened = log_gates.clamp(min=CLOSED)",
+        "the score of the chosen experts is written without the scale",
+        "engine/chosen.py",
+        "value = (score / settings.scale).clamp(",
+        "value = score.clamp(",
         (PARITY, "-k", "equals_oracle and bert-token"),
     ),
     Fault(
         "a decoding step gathers the wrong experts",
         "engine/columns.py",
-        "chosen, number = gates.experts[:, 0], table.shape[1]",
-        "chosen, number = gates.experts[:, 0].flip(0), table.shape[1]",
+        "chosen, number = choice.experts[:, 0], table.shape[1]",
+        "chosen, number = choice.experts[:, 0].flip(0), table.shape[1]",
         ("tests/unit/engine/test_attention.py", "-k", "gathered"),
     ),
     Fault(
+        "what fills blocks up takes part in gradients",
+        "engine/chosen_slots.py",
+        "filled = (self.order.source >= 0)",
+        "filled = (self.order.source >= -1)",
+        (CHOSEN, "-k", "apart"),
+    ),
+    Fault(
+        "a token's several experts are not weighed against each other",
+        "engine/chosen_slots.py",
+        "score = share * (score + inner - (share * inner).sum(dim=1, keepdim=True))",
+        "score = share * score",
+        (CHOSEN, "-k", "apart"),
+    ),
+    Fault(
+        "queries are not turned back to where their text begins",
+        "engine/chosen_slots.py",
+        "return self._by(-self.sin, rows)",
+        "return self._by(0 * self.sin, rows)",
+        (PARITY, "-k", "equals_oracle and llama-token and left_columns"),
+    ),
+    Fault(
+        "scores of chosen experts are not capped",
+        "engine/chosen_slots.py",
+        "self.slope, scores = 1 - squashed.square(), squashed * cap",
+        "self.slope = 1 - squashed.square()",
+        ("tests/contract/test_token_routing.py", "-k", "gemma2"),
+    ),
+    Fault(
         "prompts stand one position too far back",
-        "engine/key_value.py",
+        "engine/projection.py",
         "return torch.arange(rows, device=device) % slots - slots",
         "return torch.arange(rows, device=device) % slots - slots - 1",
         ("tests/contract/test_reference.py", "-k", "static and llama"),

@@ -16,8 +16,15 @@ from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
-from .columns import Columns, MaskWithRows, expert_table, merge_columns, open_columns
-from .projection import project_rows, relative_bias, rotary_tables
+from .columns import Columns, MaskWithRows, Rows, columns_of, decoding_table, merge_columns
+from .projection import (
+    first_angle,
+    project_experts,
+    project_rows,
+    relative_bias,
+    rotary_tables,
+    slot_offsets,
+)
 from .prompt_layer import PROMPT_CALL, PromptLayer
 from .row_cache import cached_rows, note_keys
 from .timm_attention import close_forward, open_forward
@@ -33,7 +40,7 @@ class KeyValueLayer(PromptLayer):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.has_token_form = False  # whether a `TokenForm` stands by for adapters that ask for it
-        self.kept: dict[Any, Columns] | None = None  # rows that `cached_prompts` makes once
+        self.kept: dict[Any, Rows] | None = None  # rows that `cached_prompts` makes once
         self._names = parameter_names(site.attention)
 
     # -- what a method defines ----------------------------------------------------------------------------------------
@@ -51,13 +58,8 @@ class KeyValueLayer(PromptLayer):
             (B or 1, R, D), R a multiple of the adapter's number of slots; row r is slot r % slots.
         """
 
-    def log_gates(
-        self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None
-    ) -> Tensor | Chosen | None:
-        """(B, T, G) log-gates on the first G * slots rows, minus infinity if closed; None if nothing is gated.
-
-        For one token of each sample and without gradients it may as well say which are open.
-        """
+    def choice(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Chosen | None:
+        """Which experts every token chooses; their rows are the first of `rows`. None if all rows are open to all."""
         return None
 
     def reads_input(self, adapter: str) -> bool:
@@ -203,36 +205,44 @@ class KeyValueLayer(PromptLayer):
         real: Tensor | None,
         bound: dict[str, Any],
         call: PromptCall | None,
-        cached: dict[str, Columns] | None,
+        cached: dict[str, Rows] | None,
         past: bool,
     ) -> Columns:
         config = self.prompt_config[adapter]
-        slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
-        log_gates = self.log_gates(adapter, x, real, call)
-        first = first_real(real)
+        choice, first = self.choice(adapter, x, real, call), first_real(real)
         if past:
             if cached is None or adapter not in cached:
                 raise ValueError(
                     f"The cache holds tokens but no prompt rows of adapter {adapter!r}: it was filled while the "
                     "adapter was off, by another model, or by code that copies caches. Start from a new cache."
                 )
-            columns = Columns(cached[adapter].key, cached[adapter].value, table=cached[adapter].table)
+            rows = cached[adapter]
         else:
-            columns = self._project(adapter, x, real, bound, call)
+            rows = self._project(adapter, x, real, bound, call, 0 if choice is None else choice.of)
             if cached is not None:
-                cached[adapter] = Columns(columns.key, columns.value)
-                if log_gates is not None:
-                    cached[adapter].table = expert_table(columns, slots)
-        if log_gates is not None:
-            columns = open_columns(columns, log_gates, slots)
+                cached[adapter] = rows
+                if rows.experts is not None:
+                    rows.experts.table = decoding_table(rows, rows.experts)
+        columns = columns_of(rows, choice)
         if self.site.bias_owner is not None:
-            offsets = _offsets(columns.key.shape[2], slots, x.device)
-            columns.bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
+            offsets = slot_offsets(config.num_virtual_tokens, config.num_virtual_tokens, x.device)
+            offsets = offsets if config.prompt_positions == "prefix" else offsets * 0
+            bias = relative_bias(self.site, first, offsets, x.shape[1])
+            assert bias is not None
+            columns.bias = bias.repeat(1, 1, 1, columns.key.shape[2] // config.num_virtual_tokens)
+            for chosen in columns.chosen:
+                chosen.bias = bias
         return columns
 
     def _project(
-        self, adapter: str, x: Tensor, real: Tensor | None, bound: dict[str, Any], call: PromptCall | None
-    ) -> Columns:
+        self,
+        adapter: str,
+        x: Tensor,
+        real: Tensor | None,
+        bound: dict[str, Any],
+        call: PromptCall | None,
+        experts: int,
+    ) -> Rows:
         """The adapter's key and value rows, or those kept from the last time where they would be the same."""
         config, positions = self.prompt_config[adapter], bound.get("position_embeddings")
         turned = positions is not None and self.site.patches is None  # by angles that each call brings along
@@ -241,19 +251,18 @@ class KeyValueLayer(PromptLayer):
         # Asked only where rows are kept: of the meta device there is no autocast to ask for.
         key = None if kept is None else (adapter, x.device, x.dtype, torch.is_autocast_enabled(x.device.type))
         if kept is not None and key in kept:
-            return Columns(kept[key].key, kept[key].value)
+            return kept[key]
         rows = self.rows(adapter, x, real, call).to(x.dtype)
-        prefix = config.prompt_positions == "prefix"
-        offsets = _offsets(rows.shape[1], config.num_virtual_tokens, x.device) if prefix else None
-        columns = project_rows(self.site, rows, rotary_tables(self.site, positions, first_real(real), offsets), bound)
+        slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
+        angle = first_angle(self.site, positions, first_real(real))
+        if experts:
+            found = project_experts(self.site, rows, slots, experts * slots, angle, prefix, bound)
+        else:
+            offsets = slot_offsets(rows.shape[1], slots, x.device) if prefix else None
+            found = project_rows(self.site, rows, rotary_tables(self.site, angle, offsets), bound)
         if kept is not None:
-            kept[key] = Columns(columns.key, columns.value)
-        return columns
-
-
-def _offsets(rows: int, slots: int, device: torch.device) -> Tensor:
-    """(R,) positions of prompt rows relative to the first token: slot p of every expert stands at p - slots."""
-    return torch.arange(rows, device=device) % slots - slots
+            kept[key] = found
+        return found
 
 
 def no_call(attention: nn.Module) -> str:

@@ -14,26 +14,21 @@ from ..adapter_state import put_away
 from ..models.call_arguments import CACHE_ARGUMENTS
 from ..models.inspection import parameter_names, unwrapped_forward
 from ..models.sites import Site
-from .columns import Columns, Harvest
+from .chosen_slots import Rotate, Turn
+from .columns import Experts, Harvest, Rows
 from .transformers_attention import COLUMNS
 
 
-def rotary_tables(
-    site: Site, position_embeddings: Any, first: Tensor | None, offsets: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines for prompt rows that stand `offsets` away from each sample's first real token.
-
-    The first token's own angle comes from the tables that the layer was given and the offset's from the model's rotary
-    module; the sum of angles needs neither position ids nor the layout of the tables.
+def first_angle(site: Site, position_embeddings: Any, first: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Rotary cosines and sines of each sample's first real token, from the tables that the attention layer is given.
 
     Args:
         position_embeddings: (cos, sin), each (B or 1, T, r), as the attention layer receives them; None if it has
             none.
         first: (B,) column of the first real token, None for column 0 of all.
-        offsets: (R,) integers; None puts every row where the first token is ("unrotated").
 
     Returns:
-        (cos, sin), each (B or 1, R or 1, r); None for models without, and for vision models, which turn patches only.
+        (cos, sin), each (B or 1, 1, r); None for models without, and for vision models, which turn patches only.
     """
     if position_embeddings is None or site.patches is not None:
         return None
@@ -45,13 +40,24 @@ def rotary_tables(
         )
     cos, sin = position_embeddings
     if first is None:
-        cos, sin = cos[:, :1], sin[:, :1]
-    else:
-        index = first[:, None, None].expand(-1, 1, cos.shape[-1])
-        cos = cos.expand(first.shape[0], -1, -1).gather(1, index)
-        sin = sin.expand(first.shape[0], -1, -1).gather(1, index)
+        return cos[:, :1], sin[:, :1]
+    index = first[:, None, None].expand(-1, 1, cos.shape[-1])
+    cos = cos.expand(first.shape[0], -1, -1).gather(1, index)
+    return cos, sin.expand(first.shape[0], -1, -1).gather(1, index)
+
+
+def offset_tables(site: Site, like: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines of offsets, from the model's rotary module.
+
+    Args:
+        like: (B or 1, 1, r) cosines.
+        offsets: (R,) integers; None for no offset, of one row that stands for all.
+
+    Returns:
+        (cos, sin), each (1, R or 1, r), scaled as the module scales them.
+    """
     if offsets is None:
-        return cos, sin
+        return torch.full_like(like[:1], rotary_scaling(site)), torch.zeros_like(like[:1])
     if site.rotary is None or rotary_kind(site) in LENGTH_DEPENDENT:
         raise ValueError(
             f"prompt_positions='prefix' needs the rotary angles of the positions before the text, and "
@@ -59,7 +65,29 @@ def rotary_tables(
             "text's length. Use prompt_positions='unrotated' with this model."
         )
     named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
-    by_cos, by_sin = site.rotary(cos, offsets[None], **named)
+    cos, sin = site.rotary(like, offsets[None], **named)
+    return cos, sin
+
+
+def rotary_tables(
+    site: Site, angle: tuple[Tensor, Tensor] | None, offsets: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines for prompt rows that stand `offsets` away from each sample's first real token.
+
+    The first token's own angle comes from the tables that the layer was given and the offset's from the model's rotary
+    module; the sum of angles needs neither position ids nor the layout of the tables.
+
+    Args:
+        angle: of `first_angle`.
+        offsets: (R,) integers; None puts every row where the first token is ("unrotated").
+
+    Returns:
+        (cos, sin), each (B or 1, R or 1, r); None without an angle.
+    """
+    if angle is None or offsets is None:
+        return angle
+    cos, sin = angle
+    by_cos, by_sin = offset_tables(site, cos, offsets)
     scale = rotary_scaling(site)
     return (cos * by_cos - sin * by_sin) / scale, (sin * by_cos + cos * by_sin) / scale
 
@@ -123,7 +151,7 @@ def bias_at(owner: Any, distance: Tensor) -> Tensor:
     return table(index).permute(0, 3, 1, 2)
 
 
-def project_rows(site: Site, rows: Tensor, tables: tuple[Tensor, Tensor] | None, bound: dict[str, Any]) -> Columns:
+def project_rows(site: Site, rows: Tensor, tables: tuple[Tensor, Tensor] | None, bound: dict[str, Any]) -> Rows:
     """Key and value rows of prompt rows, by the layer's own norm and projections.
 
     Families of the table project directly; elsewhere the layer itself is run on the rows ("harvest"), which gives the
@@ -140,7 +168,7 @@ def project_rows(site: Site, rows: Tensor, tables: tuple[Tensor, Tensor] | None,
     return project_directly(site, normed, tables)
 
 
-def project_directly(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None) -> Columns:
+def project_directly(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None) -> Rows:
     """Key and value rows through the projections that the family's table entry names."""
     family, attention = site.family, site.attention
     assert family is not None
@@ -154,11 +182,56 @@ def project_directly(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] |
     if family.key_norm is not None:
         key = getattr(attention, family.key_norm)(key)
     if tables is not None:
-        rotate = unwrapped_forward(attention).__globals__["apply_rotary_pos_emb"]
-        tables = (tables[0].to(key.dtype), tables[1].to(key.dtype))
-        # The function rotates a query and a key; the key stands in for both.
-        key = rotate(key, key, *tables)[1]
-    return Columns(key, value.expand(key.shape[0], -1, -1, -1))
+        key = Turn(*tables, rotation(site)).there(key)
+    return Rows(key, value)
+
+
+def rotation(site: Site) -> Rotate:
+    """The function by which a layer of the table turns queries and keys."""
+    found: Rotate = unwrapped_forward(site.attention).__globals__["apply_rotary_pos_emb"]
+    return found
+
+
+def project_experts(
+    site: Site,
+    rows: Tensor,
+    slots: int,
+    routed: int,
+    angle: tuple[Tensor, Tensor] | None,
+    prefix: bool,
+    bound: dict[str, Any],
+) -> Rows:
+    """Key and value rows of an adapter whose tokens choose among experts.
+
+    Keys of experts are turned by their offsets alone where samples begin at places of their own: then queries are
+    turned back instead, for keys of each sample would be as many as samples times experts.
+
+    Args:
+        rows: (1, R, D) in the place of layer inputs, those of experts first.
+        slots: rows of one expert, P.
+        routed: rows of all experts, E * P.
+        angle: of `first_angle`.
+        prefix: whether rows stand before the text and not where it begins.
+        bound: the attention call's arguments by name.
+    """
+    offsets = slot_offsets(rows.shape[1], slots, rows.device) if prefix else None
+    if angle is None or angle[0].shape[0] == 1 or site.family is None or not site.family.direct:
+        found = project_rows(site, rows, rotary_tables(site, angle, offsets), bound)
+        experts = Experts(found.key[:, :, :routed], found.value[:, :, :routed], slots)
+        return Rows(found.key[:, :, routed:], found.value[:, :, routed:], experts)
+    found = project_directly(site, site.norm(rows) if site.norm is not None else rows, None)
+    rotate, scale = rotation(site), rotary_scaling(site)
+    by_offset = Turn(*offset_tables(site, angle[0], None if offsets is None else offsets[:routed]), rotate)
+    experts = Experts(by_offset.there(found.key[:, :, :routed]), found.value[:, :, :routed], slots)
+    experts.turn = Turn(angle[0] / scale, angle[1] / scale, rotate)
+    tables = rotary_tables(site, angle, None if offsets is None else offsets[routed:])
+    assert tables is not None
+    return Rows(Turn(*tables, rotate).there(found.key[:, :, routed:]), found.value[:, :, routed:], experts)
+
+
+def slot_offsets(rows: int, slots: int, device: torch.device) -> Tensor:
+    """(R,) positions of prompt rows relative to the first token: slot p of every expert stands at p - slots."""
+    return torch.arange(rows, device=device) % slots - slots
 
 
 def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +252,7 @@ def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Te
     return key, value
 
 
-def harvest(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None, bound: dict[str, Any]) -> Columns:
+def harvest(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None, bound: dict[str, Any]) -> Rows:
     """Key and value rows by running the attention layer on the prompt rows and stopping at the interface."""
     attention, caught = site.attention, Harvest()
     batch = max(normed.shape[0], tables[0].shape[0] if tables is not None else 1)
@@ -200,7 +273,7 @@ def harvest(site: Site, normed: Tensor, tables: tuple[Tensor, Tensor] | None, bo
             f"{type(attention).__name__} did not reach its attention kernel when run on prompt rows; this "
             "architecture is not supported."
         )
-    return Columns(caught.key, caught.value)
+    return Rows(caught.key, caught.value)
 
 
 _NOT_FOR_PROMPTS = (

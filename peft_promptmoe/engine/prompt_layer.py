@@ -98,7 +98,7 @@ class PromptLayer(AdapterState):
 
     def note(self, adapter: str, gates: Tensor | Chosen, real: Tensor | None) -> None:
         """Keep what a router chose, for whoever asks after the forward, and tell those who listen."""
-        record = RoutingRecord(gates.detach() if isinstance(gates, Tensor) else gates, real, self.training)
+        record = RoutingRecord(gates.detach(), real, self.training)
         self.last_routing[adapter] = record
         for observer in self.observers:
             observer(self.site.name, adapter, record)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ..models.call_arguments import given_cache
 from ..models.sites import Site
-from .columns import Columns
+from .columns import Rows
 
 ROWS, KEYS = "_promptmoe_rows", "_promptmoe_keys"
 
 
-def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, Columns] | None, bool]:
+def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, Rows] | None, bool]:
     """A layer's key and value rows kept with the call's cache, and whether the cache already holds tokens.
 
     Without a cache there is nothing to keep rows with, and None instead of them.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ..models.inspection import unwrapped_forward
+from ..models.sites import caps_scores
 from .columns import Columns, Harvest, MaskWithRows, join_rows
 
 INTERFACE = "promptmoe"
@@ -103,42 +104,41 @@ def _attend(
     columns: Columns,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    length, width, rows = query.shape[2], value.shape[3], columns.key.shape[2]
+    length, cap = query.shape[2], kwargs.get("softcap")
     is_causal = kwargs.get("is_causal")
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    blank = 0
+    lead = 0
     if mask is None and is_causal and length > 1 and kernel_name == "sdpa":
         # The stock kernel would now cut the keys to as many as there are queries, prompts included.
         key, value = key[:, :, :length], value[:, :, :length]
-        if rows <= length and kwargs.get("position_bias") is None:
-            # A blank query for every prompt row makes them as many again, so the kernel stays causal without a mask:
-            # with one it would leave its fast path, and transformers repeat grouped keys and values.
-            blank = rows
+        if columns.number <= length and kwargs.get("position_bias") is None:
+            # A blank query for every prompt column makes them as many again, so the kernel stays causal without a
+            # mask: with one it would leave its fast path, and transformers repeat grouped keys and values.
+            lead = columns.number
         else:
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
-    bias = kwargs.get("position_bias")
-    if bias is not None:
-        if columns.bias is None:
-            raise ValueError(
-                f"{type(module).__name__} adds a relative position bias whose table peft_promptmoe cannot find, so "
-                "the prompt rows have no bias. This architecture is not supported."
-            )
-        prompt_bias = columns.bias.to(bias.dtype)
-        common = max(bias.shape[0], prompt_bias.shape[0])
-        bias = torch.cat(
-            [prompt_bias.expand(common, *prompt_bias.shape[1:]), bias.expand(common, *bias.shape[1:])], -1
-        )
-        kwargs = {**kwargs, "position_bias": bias}
-    if columns.log_gates is not None and kwargs.get("softcap") is not None:
+    if kwargs.get("position_bias") is not None:
+        kwargs = {**kwargs, "position_bias": _with_prompt_bias(kwargs["position_bias"], columns, module)}
+    if columns.chosen and cap is None and caps_scores(module):
         raise ValueError(
-            "Token routing adds its gates to the attention scores, and this layer caps them afterwards. Use "
-            "routing='sample' with this model."
+            f"{type(module).__name__} caps its attention scores and does not say so to its kernel, so chosen experts "
+            "cannot join them. Use routing='sample' with this model."
         )
-    scaling = kwargs.get("scaling")
-    query, key, value, mask, scaling = join_rows(columns, query, key, value, mask, scaling, maskless=blank > 0)
-    query = F.pad(query, (0, 0, blank, 0)) if blank else query
-    if scaling is not None:
-        kwargs = {**kwargs, "scaling": scaling}
-    output, weights = kernel(module, query, key, value, mask, **kwargs)
-    # What was padded to the width comes back as zeros; the prompt columns of the weights have no token to belong to.
-    return output[:, blank:, :, :width], None if weights is None else weights[..., rows:]
+    joined = join_rows(columns, query, key, value, mask, kwargs.get("scaling"), lead, cap)
+    if joined.scaling is not None:
+        kwargs = {**kwargs, "scaling": joined.scaling}
+    output, weights = kernel(module, joined.query, joined.key, joined.value, joined.mask, **kwargs)
+    # The prompt columns of the weights have no token to belong to.
+    return joined.finish(output), None if weights is None else weights[..., columns.number :]
+
+
+def _with_prompt_bias(bias: Tensor, columns: Columns, module: nn.Module) -> Tensor:
+    """(B or 1, Hq, T, columns + S) relative position bias; that of chosen slots is in their score."""
+    if columns.bias is None:
+        raise ValueError(
+            f"{type(module).__name__} adds a relative position bias whose table peft_promptmoe cannot find, so "
+            "the prompt rows have no bias. This architecture is not supported."
+        )
+    of_rows = F.pad(columns.bias.to(bias.dtype), (len(columns.chosen), 0))
+    common = max(bias.shape[0], of_rows.shape[0])
+    return torch.cat([of_rows.expand(common, -1, -1, -1), bias.expand(common, -1, -1, -1)], dim=-1)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -104,7 +102,8 @@ class MEPTLayer(KeyValueLayer):
                 pooled = pooled if some is None else pooled * some[:, None]
             weight = self.mept_router[adapter]()
             logits = nn.functional.linear(pooled, weight.to(pooled.dtype))
-            log_gates, index, logits = self._choose(config, logits)
+            logits = self._perturbed(config, logits)
+            log_gates, index = top_k_log_gates(logits, config.top_k, config.renormalize_top_k)
             self.note(adapter, log_gates, None)
             if self._balances(config):
                 assert call is not None
@@ -112,36 +111,24 @@ class MEPTLayer(KeyValueLayer):
                 log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
             return mix_experts(experts, log_gates, index)
 
-    def log_gates(
-        self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None
-    ) -> Tensor | Chosen | None:
+    def choice(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Chosen | None:
         config = self.prompt_config[adapter]
         if config.routing != "token" or config.num_experts == 1:
             return None
         with without_autocast(x):
-            weight = self.mept_router[adapter]()
             center = self._token_center(adapter, x, real, call)
-            logits = token_logits(x, weight, center, config.router_norm)
-            if (
-                x.shape[1] == 1
-                and config.top_k < config.num_experts
-                and not (self.training or torch.is_grad_enabled())
-            ):
-                chosen = Chosen(*best_gates(logits, config.top_k, config.renormalize_top_k), config.num_experts)
-                self.note(adapter, chosen, real)
-                return chosen
-            log_gates, index, logits = self._choose(config, logits)
-            self.note(adapter, log_gates, real)
+            logits = token_logits(x, self.mept_router[adapter](), center, config.router_norm)
+            logits = self._perturbed(config, logits)
+            log_gates, experts = best_gates(logits, config.top_k, config.renormalize_top_k)
+            self.note(adapter, Chosen(log_gates, experts, config.num_experts), real)
             if self._balances(config):
                 assert call is not None
-                term = config.balance_loss_weight * balance_loss(logits, index, real)
+                term = config.balance_loss_weight * balance_loss(logits, experts, real)
                 log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
-            return log_gates
+            return Chosen(log_gates, experts, config.num_experts)
 
-    def _choose(self, config: MEPTConfig, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.training:
-            logits = perturb(logits, config.router_noise, config.router_dropout)
-        return *top_k_log_gates(logits, config.top_k, config.renormalize_top_k), logits
+    def _perturbed(self, config: MEPTConfig, logits: Tensor) -> Tensor:
+        return perturb(logits, config.router_noise, config.router_dropout) if self.training else logits
 
     def _token_center(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
         if adapter not in self.mept_router_center:

@@ -11,7 +11,7 @@ from ..engine.model_hooks import prompt_layers
 from ..engine.projection import LENGTH_DEPENDENT, rotary_kind
 from ..engine.token_form import why_decoder_cannot_see
 from ..engine.vocabulary_start import text_reader, vocabulary_inputs, why_unread
-from ..models.sites import Site, caps_scores
+from ..models.sites import Site
 from ..models.targets import is_encoder_decoder
 from ..tuner import PromptTuner
 from .config import MEPTConfig
@@ -109,9 +109,4 @@ class MEPTModel(PromptTuner):
             raise ValueError(
                 "balance_loss_weight and router_centering need the model to hand an argument on to its layers, and "
                 "timm's do not. Set balance_loss_weight=0 and router_centering=False."
-            )
-        if config.routing == "token" and config.num_experts > 1 and caps_scores(site):
-            raise ValueError(
-                f"routing='token' adds its gates to the attention scores, and {type(site.attention).__name__} caps "
-                "them afterwards. Use routing='sample' with this model."
             )

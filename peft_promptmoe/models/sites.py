@@ -230,6 +230,6 @@ def _input_std(model: nn.Module, path: str, index: int, family: Family | None) -
     return float(square.sqrt())
 
 
-def caps_scores(site: Site) -> bool:
-    """Whether the attention layer squashes its scores before the softmax (Gemma 2)."""
-    return getattr(site.attention, "attn_logit_softcapping", None) is not None
+def caps_scores(attention: nn.Module) -> bool:
+    """Whether an attention layer squashes its scores before the softmax (Gemma 2)."""
+    return getattr(attention, "attn_logit_softcapping", None) is not None

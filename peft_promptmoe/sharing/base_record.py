@@ -61,7 +61,9 @@ def check_record(stored: Any) -> None:
         return
     if not isinstance(weights, dict) or not all(isinstance(item, str) for pair in weights.items() for item in pair):
         raise TypeError(f"weights in base_record must be hashes by name, got {weights!r:.80}.")
-    if len(weights) > MAX_TENSORS or not all(re.fullmatch(r"([0-9a-f]{4}){1,64}", value) for value in weights.values()):
+    if len(weights) > MAX_TENSORS or not all(
+        re.fullmatch(r"([0-9a-f]{4}){1,64}", value) for value in weights.values()
+    ):
         raise ValueError(f"weights in base_record must be at most {MAX_TENSORS} hashes, got {weights!r:.80}.")
 
 

@@ -180,7 +180,7 @@ ARCHITECTURES: dict[str, Arch] = {
     # Decoders, one line for each way of building a block.
     "qwen2": Arch(EXACT, _CAUSAL, _LM),
     "gemma": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS),
-    "gemma2": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS | {"sliding_window": 4}, mept=_SAMPLE),
+    "gemma2": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS | {"sliding_window": 4}),
     "olmo": Arch(EXACT, _CAUSAL, _LM),
     "olmo2": Arch(EXACT, _CAUSAL, _LM),
     "olmo3": Arch(EXACT, _CAUSAL, _LM | {"sliding_window": 4}),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.engine.model_hooks import prompt_layers
-from peft_promptmoe.engine.projection import harvest, project_directly, rotary_tables
+from peft_promptmoe.engine.projection import first_angle, harvest, project_directly, rotary_tables
 from peft_promptmoe.models.families import FAMILIES as TABLE
 from peft_promptmoe.models.families import TIMM_FAMILIES, VISION_FAMILIES
 
@@ -58,7 +58,7 @@ def layer_tables(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     kind = {"layer_type": site.rotary_type} if site.rotary_type else {}
     given = site.rotary(hidden, torch.arange(TOKENS)[None], **kind)
-    return rotary_tables(site, given, torch.tensor([0, 3]), torch.arange(-P, 0))
+    return rotary_tables(site, first_angle(site, given, torch.tensor([0, 3])), torch.arange(-P, 0))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
