@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptConfig
-from ..models.call_arguments import first_real, real_tokens
+from ..models.call_arguments import first_real
 from ..models.inspection import parameter_names
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from .columns import Columns, MaskWithRows, expert_table, merge_columns, open_columns
+from .kernels import find_kernel
+from .kernels.dense import SDPA
 from .projection import project_rows, relative_bias, rotary_tables
 from .prompt_layer import PROMPT_CALL, PromptLayer
 from .row_cache import cached_rows
@@ -130,6 +132,7 @@ class KeyValueLayer(PromptLayer):
             return None
         kwargs = dict(kwargs)
         call = kwargs.pop(PROMPT_CALL, None)
+        kernel = SDPA if self.site.is_timm else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         x = self.layer_input(bound[self._names[0]])
         for name in adapters:
@@ -138,7 +141,7 @@ class KeyValueLayer(PromptLayer):
         cached, past = cached_rows(self.site, bound, x.shape[1])
         mask = bound.get("attention_mask", bound.get("mask"))
         # Images have no padding; what BEiT passes as a mask are its relative positions.
-        real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
+        real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None
         parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
         columns = merge_columns(parts)
         if self.site.family is not None and self.site.family.rows_by_mask:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from ..models.inspection import parameter_names
 from ..models.targets import is_encoder_decoder
+from .kernels import known_kernel
 from .key_value import KeyValueLayer
 from .model_hooks import prompt_layers
 
@@ -64,7 +67,7 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
         model.eval()
         for layer in layers:
             layer._disable_adapters = True  # enable_adapters() would also touch what trains
-        with torch.no_grad():
+        with torch.no_grad(), _plain_attention(model):
             reader(input_ids=ids)
     finally:
         for handle in handles:
@@ -74,6 +77,26 @@ def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Ten
         for module, mode in modes.items():
             module.training = mode
     return found
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Run models of flash and flex kernels by eager attention: they get adapters before they go to their GPU."""
+    configs = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        config = getattr(config, "real", config)
+        name = getattr(config, "_attn_implementation", None)
+        kernel = known_kernel(name)
+        if kernel is not None and kernel.reads_config:
+            configs[id(config)] = (config, name)
+    for config, _ in configs.values():
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, name in configs.values():
+            config._attn_implementation = name
 
 
 def _listen(layer: KeyValueLayer, found: dict[str, Tensor]) -> Any:
