@@ -14,7 +14,6 @@ JSON file and not run again. Models have random weights: a step takes as long wi
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ import torch._dynamo
 from torch import nn
 
 from harness.counting import graphs
-from harness.methods import build, config, frozen_backbones
+from harness.methods import build, config, frozen_backbones, share_frozen
 from harness.reading import FOLDER
 from harness.refusals import refusal
 from harness.rows import DISPATCHERS, Row
@@ -91,20 +90,13 @@ class Setting:
         return 2 if self.small else shape.depth
 
     def build(self, shape: Shape, row: Row, frozen: Frozen | None = None) -> nn.Module:
-        """A row's model; those that are given the same `frozen` hold the same frozen weights, in the same memory.
-
-        Where weights lie decides how fast they are read, by a tenth and more from one copy to the next.
-        """
+        """A row's model; those that are given the same `frozen` hold the same frozen weights, in the same memory."""
         torch.manual_seed(0)  # rows of the same prompts in two forms have the same values
         row = row._replace(method=FORMS.get(row.method, row.method))
         with torch.device(self.device.name):
             model = build(shape, row, self.depth(shape), self.small, self.device.dtype)
-        for name, parameter in model.named_parameters():
-            if frozen is not None and not parameter.requires_grad:
-                key = re.sub(r"^(base_model\.|model\.)*", "", name).replace(".base_layer", "")
-                held = frozen.setdefault(key, parameter.data)
-                if torch.equal(held, parameter.data):
-                    parameter.data = held
+        if frozen is not None:
+            share_frozen(model, frozen)
         return model
 
     def timed(self, runs: dict[str, Run], desc: str) -> Times:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from torch import nn
 
 from .config import PromptConfig
+from .engine.kernels import find_kernel
 from .engine.timm_attention import check_fused
-from .engine.transformers_attention import check_kernel
 from .models.heads import takes
 from .models.sites import Site
 
@@ -56,7 +56,7 @@ def check_attention(site: Site) -> None:
     if site.is_timm:
         check_fused(site.attention, site.name)
     else:
-        check_kernel(site.attention.config._attn_implementation_internal)
+        find_kernel(site.attention.config._attn_implementation_internal)
 
 
 def refuse_task_type(config: PromptConfig) -> None:

@@ -6,6 +6,7 @@ In "static" and with one expert MEPT has no router; on images that is VPT-Deep, 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -90,6 +91,19 @@ def build(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The normalisation")  # random weights know no pixels
         return get_peft_model(model, config(shape, row, further))
+
+
+def share_frozen(model: nn.Module, frozen: dict[str, Tensor]) -> None:
+    """Make a model hold those of its frozen weights that `frozen` has with the same values, and add the others to it.
+
+    Where weights lie decides how fast they are read, by a tenth and more from one copy to the next.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            key = re.sub(r"^(base_model\.|model\.)*", "", name).replace(".base_layer", "")
+            held = frozen.setdefault(key, parameter.data)
+            if torch.equal(held, parameter.data):
+                parameter.data = held
 
 
 def is_head(name: str, shape: Shape) -> bool:

@@ -53,9 +53,9 @@ class Shape:
     small_length: int = 12
     ends: int = 1
 
-    def inputs(self, batch: int, small: bool = False) -> Batch:
+    def inputs(self, batch: int, small: bool = False, length: int | None = None) -> Batch:
         """Inputs and labels on the default device; texts without padding, of which transformers makes no mask."""
-        length = self.small_length if small else self.length
+        length = length or (self.small_length if small else self.length)
         if self.task is None:
             labels = torch.zeros(batch, dtype=torch.long)
             return {"pixel_values": torch.randn(batch, 3, length, length), "labels": labels}

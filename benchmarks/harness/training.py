@@ -45,8 +45,8 @@ class Budget:
     warmup: float = 0.06
     bf16: bool = True
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+    def autocast(self, device: str = "cpu") -> AbstractContextManager[Any]:
+        return torch.autocast(device, torch.bfloat16, enabled=self.bf16)
 
 
 def batches(data: Split, size: int, generator: torch.Generator) -> list[list[int]]:
@@ -77,19 +77,19 @@ def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, l
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, budget.head_lr), weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda step: _linear(step, steps, budget.warmup))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    losses: list[float] = []
+    losses: list[Tensor] = []  # on the device, which a step need not wait for
     model.train()
     order = (chosen for _ in range(budget.epochs) for chosen in batches(data, budget.batch_size, generator))
     for chosen in tqdm(order, total=steps, desc=label, mininterval=5.0):
-        with budget.autocast():
+        with budget.autocast(trainable[0].device.type):
             loss = model(**data.batch(chosen)).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return sum(losses[-50:]) / len(losses[-50:])
+        losses.append(loss.detach())
+    return torch.stack(losses[-50:]).double().mean().item()
 
 
 def train_cell(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, label: str) -> dict[str, Any]:
@@ -123,12 +123,12 @@ def predict_logits(model: nn.Module, data: Split, budget: Budget) -> Tensor:
     """Logits of every sample, (N, C)."""
     model.eval()
     found: dict[int, Tensor] = {}
-    order = prediction_order(data)
+    order, device = prediction_order(data), next(model.parameters()).device.type
     for start in range(0, len(order), 64):
         chosen = order[start : start + 64]
         batch = data.batch(chosen)
         batch.pop("labels")
-        with budget.autocast():
+        with budget.autocast(device):
             found |= zip(chosen, model(**batch).logits.float(), strict=True)
     return torch.stack([found[i] for i in range(len(order))])
 

@@ -119,7 +119,7 @@ def _filled(gates: Tensor, key: Tensor) -> Tensor:
     return F.pad(gates, (0, key.shape[2] - gates.shape[-1]))
 
 
-def columns_of(rows: Rows, choice: Chosen | None) -> Columns:
+def columns_of(rows: Rows, choice: Chosen | None, gathers: bool = True) -> Columns:
     """The columns of one call, by what its tokens chose.
 
     One token of each sample and no gradient is decoding. It is short, and the number of operations is most of what it
@@ -128,10 +128,11 @@ def columns_of(rows: Rows, choice: Chosen | None) -> Columns:
     Args:
         rows: of one adapter.
         choice: of each token, in an adapter with experts to choose among.
+        gathers: whether the kernel takes a mask that can hold the gates of gathered rows.
     """
     if choice is None or rows.experts is None:
         return Columns(rows.key, rows.value)
-    if choice.experts.shape[1] == 1 and not torch.is_grad_enabled():
+    if gathers and choice.experts.shape[1] == 1 and not torch.is_grad_enabled():
         return _gathered(rows, rows.experts, choice)
     experts = rows.experts
     chosen = ChosenSlots(

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptConfig
-from ..models.call_arguments import first_real, real_tokens
+from ..models.call_arguments import first_real
 from ..models.inspection import parameter_names
 from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from .columns import Columns, MaskWithRows, Rows, columns_of, decoding_table, merge_columns
+from .kernels import find_kernel
+from .kernels.dense import SDPA
+from .kernels.kernel import Kernel
 from .projection import (
     first_angle,
     project_experts,
@@ -133,6 +136,7 @@ class KeyValueLayer(PromptLayer):
             return None
         kwargs = dict(kwargs)
         call = kwargs.pop(PROMPT_CALL, None) or self.calls.call
+        kernel = SDPA if self.site.is_timm else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         x = self.layer_input(bound[self._names[0]])
         for name in adapters:
@@ -143,8 +147,8 @@ class KeyValueLayer(PromptLayer):
             self._look_for_query(call, cached is not None)
         mask = bound.get("attention_mask", bound.get("mask"))
         # Images have no padding; what BEiT passes as a mask are its relative positions.
-        real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
-        parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
+        real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None
+        parts = [self._columns(name, x, real, bound, call, cached, past, kernel) for name in adapters]
         columns = merge_columns(parts)
         if self.site.family is not None and self.site.family.rows_by_mask:
             return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
@@ -207,6 +211,7 @@ class KeyValueLayer(PromptLayer):
         call: PromptCall | None,
         cached: dict[str, Rows] | None,
         past: bool,
+        kernel: Kernel,
     ) -> Columns:
         config = self.prompt_config[adapter]
         choice, first = self.choice(adapter, x, real, call), first_real(real)
@@ -221,9 +226,9 @@ class KeyValueLayer(PromptLayer):
             rows = self._project(adapter, x, real, bound, call, 0 if choice is None else choice.of)
             if cached is not None:
                 cached[adapter] = rows
-                if rows.experts is not None:
+                if rows.experts is not None and kernel.adds_mask:
                     rows.experts.table = decoding_table(rows, rows.experts)
-        columns = columns_of(rows, choice)
+        columns = columns_of(rows, choice, kernel.adds_mask)
         if self.site.bias_owner is not None:
             offsets = slot_offsets(config.num_virtual_tokens, config.num_virtual_tokens, x.device)
             offsets = offsets if config.prompt_positions == "prefix" else offsets * 0

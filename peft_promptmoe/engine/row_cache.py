@@ -138,7 +138,7 @@ def _changed(kept: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return kept
 
 
-def _of_several_samples(own: dict[str, Columns]) -> bool:
+def _of_several_samples(own: dict[str, Rows]) -> bool:
     found: list[Tensor] = []
 
     def see(rows: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _of_several_samples(own: dict[str, Columns]) -> bool:
     return bool(found)
 
 
-def _check_unchanged(layer: Any, own: dict[str, Columns]) -> None:
+def _check_unchanged(layer: Any, own: dict[str, Rows]) -> None:
     """Refuse rows of several samples where the keys are others than those they were left with."""
     noted = layer.__dict__.pop(KEYS, None)  # no longer held, so that the cache's update frees them as ever
     if noted is None or noted is layer.keys or not _of_several_samples(own):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..models.inspection import parameter_names
 from ..models.targets import is_encoder_decoder
+from .kernels import known_kernel
 from .key_value import KeyValueLayer
 from .model_hooks import prompt_layers
 
@@ -87,7 +88,7 @@ def vocabulary_inputs(model: nn.Module, reader: nn.Module, adapter: str, rows: i
         model.eval()
         for layer in layers:
             layer._disable_adapters = True  # enable_adapters() would also touch what trains
-        with torch.no_grad(), _saved_modules_of(model, adapter):
+        with torch.no_grad(), _saved_modules_of(model, adapter), _plain_attention(model):
             reader(input_ids=ids)
     finally:
         for handle in handles:
@@ -111,6 +112,26 @@ def _saved_modules_of(model: nn.Module, adapter: str) -> Iterator[None]:
     finally:
         for wrapper, was in active:
             wrapper._active_adapter = was
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Run models of flash and flex kernels by eager attention: they get adapters before they go to their GPU."""
+    configs = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        config = getattr(config, "real", config)
+        name = getattr(config, "_attn_implementation", None)
+        kernel = known_kernel(name)
+        if kernel is not None and kernel.reads_config:
+            configs[id(config)] = (config, name)
+    for config, _ in configs.values():
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, name in configs.values():
+            config._attn_implementation = name
 
 
 def _listen(layer: KeyValueLayer, found: dict[str, Tensor]) -> Any:
