@@ -133,7 +133,7 @@ def run(job: Job, name: str, lr: float, seed: int, final: bool, until: float) ->
     trained_on = data["both" if final else "train"]
     cell = train_cell(model, trained_on, lr, seed, job.budget, f"{name} lr={lr:g} seed={seed}")
     scored = "test" if final else "dev"
-    right = predict(model, data[scored], job.budget) == data[scored].labels
+    right = predict(model, data[scored], job.budget) == data[scored].labels.cpu()
     return {
         "method": name,
         "lr": lr,
