@@ -61,6 +61,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("prompt_config",)
+    # The container and name of a tensor that a checkpoint may lack when it has the container's others; else empty.
+    dispensable: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from torch import nn
 from .config import PromptConfig
 from .engine.timm_attention import check_fused
 from .engine.transformers_attention import check_kernel
+from .models.heads import takes
 from .models.sites import Site
 
 
@@ -42,10 +43,11 @@ def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site
         parts = site.name.split(".")
         touched = {".".join(parts[: end + 1]) for end in range(len(parts))} | {paths.get(id(site.norm), site.name)}
         for name in config.modules_to_save or ():
-            if any(path == name or path.endswith(f".{name}") for path in touched):
+            if (path := next((path for path in sorted(touched) if takes(name, path)), None)) is not None:
                 raise ValueError(
-                    f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through. Leave "
-                    "it out of modules_to_save, or leave that layer out by exclude_modules."
+                    f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through: PEFT takes "
+                    f"every module whose path ends so, also {path!r}. Leave it out of modules_to_save or write more of "
+                    "the path that you mean, or leave that layer out by exclude_modules."
                 )
 
 

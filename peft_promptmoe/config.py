@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from .sharing.base_record import check_record
 from .sharing.model_card import BaseModelCard, CardValues, write_card
 
 # Far above any useful setting, and low enough that a config from a stranger cannot ask for the machine's memory.
@@ -31,6 +32,10 @@ class PromptConfig(PeftConfig):
         modules_to_save: modules to train and save besides the prompts, usually a head.
         init_weights: True for the method's initialisation, False for large random values (tests).
         num_virtual_tokens: prompt slots per layer, P.
+        check_base_weights: whether to keep a cheap hash of the base model's weights with the adapter, and to warn when
+            it is loaded onto a model of the same shape with other weights.
+        base_record: what the base model was when the adapter was made (type, width, depth, classes, that hash). Filled
+            in when the model is made and checked when the adapter is loaded.
     """
 
     # Where prompt keys stand for rotary embeddings and T5 biases; a method that offers the choice makes it a field.
@@ -59,12 +64,21 @@ class PromptConfig(PeftConfig):
 
     num_virtual_tokens: int = field(default=10, metadata={"help": "Prompt slots per layer, P."})
 
+    check_base_weights: bool = field(
+        default=True, metadata={"help": "Whether to warn when the adapter is loaded onto other base weights."}
+    )
+    base_record: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the base model was when the adapter was made."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # TaskType.SEQ_CLS and "SEQ_CLS" are the same to PEFT, but str() makes different words of them.
         self.task_type = getattr(self.task_type, "value", self.task_type)
         check_bool("inference_mode", self.inference_mode)
         check_bool("init_weights", self.init_weights)
+        check_bool("check_base_weights", self.check_base_weights)
+        check_record(self.base_record)
         check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
         check_names("modules_to_save", self.modules_to_save)
         check_patterns("modules_to_save", self.modules_to_save)

@@ -9,6 +9,7 @@ know where a method comes from.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -125,13 +126,17 @@ def undo_failed_loads() -> None:
     from_pretrained = PeftModel.__dict__["from_pretrained"].__func__
     PeftModel.from_pretrained = classmethod(_undoing(from_pretrained))  # type: ignore[assignment,method-assign]
     PeftModel.load_adapter = _undoing(PeftModel.load_adapter)  # type: ignore[method-assign]
-    PeftAdapterMixin.load_adapter = _undoing(PeftAdapterMixin.load_adapter)  # type: ignore[method-assign]
+    mixin: Any = PeftAdapterMixin
+    mixin.load_adapter = _undoing(mixin.load_adapter, looks=True)
 
 
-def _undoing(load: Callable[..., Any]) -> Callable[..., Any]:
+def _undoing(load: Callable[..., Any], looks: bool = False) -> Callable[..., Any]:
+    signature = inspect.signature(load)
+
     @functools.wraps(load)
     def load_or_undo(*args: Any, **kwargs: Any) -> Any:
-        with all_or_nothing():
+        adapter = signature.bind(*args, **kwargs).arguments.get("adapter_name") or "default"
+        with all_or_nothing(adapter, looks):
             return load(*args, **kwargs)
 
     load_or_undo.undoes = True  # type: ignore[attr-defined]

@@ -20,13 +20,14 @@ from .engine.model_hooks import ModelHooks, prompt_layers
 from .engine.prompt_layer import PromptLayer, no_merge
 from .engine.token_form import TokenForm
 from .models.families import FAMILIES, VISION_FAMILIES
-from .models.heads import vision_heads
+from .models.heads import apart, vision_heads
 from .models.patches import Patches
 from .models.sites import Site, find_site
 from .models.targets import check_at_hand, default_targets, is_encoder_decoder, model_type
 from .sharing.adapter_names import check_adapter_name, check_apart
+from .sharing.base_record import check_type, describe_base, hash_weights, remark, warn_of_other_weights
 from .sharing.model_card import base_model_card
-from .sharing.rollback import Unread
+from .sharing.rollback import Unread, running_load
 
 # Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
 MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
@@ -66,6 +67,11 @@ class PromptTuner(BaseTuner):
     def prepare_shared(self, shared: Any, adapter_name: str) -> None:
         """Hand what `resolve` has found for an adapter to the shared layer, before that makes its tensors."""
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT's register of adapters is the model's, where this one takes the place of another of the same name.
+        vars(self)["_replaced"] = getattr(model, "peft_config", {}).get(adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     # -- checks before the model is touched ---------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +87,7 @@ class PromptTuner(BaseTuner):
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
             inner = f".{PROMPT_CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
-        unread = Unread(self, adapter_name)
+        unread = Unread(self, adapter_name, vars(self).pop("_replaced", None))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
@@ -96,6 +102,9 @@ class PromptTuner(BaseTuner):
         hooks.watch(model, unread)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
+        self._check_base(peft_config)
+        if peft_config.modules_to_save:
+            peft_config.modules_to_save = apart(self.model, peft_config.modules_to_save)
         if peft_config.target_modules is None:
             found = self.default_targets()
             peft_config.target_modules = found if isinstance(found, str) else set(found)
@@ -115,6 +124,7 @@ class PromptTuner(BaseTuner):
                     f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
                     f"{self.method} cannot share an attention layer with it."
                 )
+        self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
         check_saved_modules(self.model, peft_config, sites)
         self.resolve(peft_config, sites)
         for site in sites:
@@ -126,9 +136,24 @@ class PromptTuner(BaseTuner):
                 f"is tested with ({tested}); its attention layers were found by a generic rule.",
                 stacklevel=2,
             )
-        self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
+        self._note_base(peft_config, paths)
         self._sites = {site.name: site for site in sites}
         return peft_config
+
+    def _check_base(self, config: PromptConfig) -> None:
+        """Refuse a file that was made for a model of another type; of other differences the checks of tensors tell."""
+        if (load := running_load()) is not None:
+            check_type(config.base_record, self.model, config.base_model_name_or_path)
+            if said := remark(config.base_record, self.model, config.base_model_name_or_path):
+                load.remarks.append(said)
+
+    def _note_base(self, config: PromptConfig, paths: list[str]) -> None:
+        """Keep what the base model is with a new adapter; of a loaded one, compare the weights."""
+        if running_load() is None:
+            weights = hash_weights(self.model, paths) if config.check_base_weights else None
+            config.base_record = describe_base(self.model) | {"weights": weights}
+        elif config.check_base_weights:
+            warn_of_other_weights(config.base_record, self.model, config.base_model_name_or_path)
 
     def _save_heads(self, config: PromptConfig, patches: Patches | None) -> None:
         """Train and save the heads that PEFT's task wrappers do not know; `modules_to_save=[]` keeps an image head."""
@@ -136,8 +161,8 @@ class PromptTuner(BaseTuner):
         heads = [head for head in MORE_HEADS.get(str(config.task_type or ""), ()) if head in present]
         if patches is not None and config.task_type is None and config.modules_to_save != []:
             heads += vision_heads(self.model, patches)
-        if new := [head for head in heads if head not in (config.modules_to_save or ())]:
-            config.modules_to_save = [*(config.modules_to_save or ()), *new]
+        if heads:
+            config.modules_to_save = apart(self.model, [*(config.modules_to_save or ()), *heads])
         config.card_base = base_model_card(self.model)  # type: ignore[misc]
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -202,19 +227,30 @@ class PromptTuner(BaseTuner):
         blocks = site.name.split(f".{site.index}.")[0]
         return site.index == len(self.model.get_submodule(blocks)) - 1
 
+    def layers(self) -> list[PromptLayer]:
+        """The method's prompt layers in the model."""
+        return [layer for layer in prompt_layers(self.model) if isinstance(layer, self.prompt_layer_cls)]
+
+    def take_out(self, layers: list[PromptLayer]) -> None:
+        """Take prompt layers of the method out of the model, and what they shared when none is left."""
+        hooks: Any = getattr(self.model, PROMPT_CHILD, None)
+        if hooks is None:
+            return
+        for layer in layers:
+            layer.detach()
+        hooks.disown(self.method, layers)
+        if not prompt_layers(self.model):
+            hooks.detach(self.model)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
-        super()._unload_and_optionally_merge(False, *args, **kwargs)
-        layers = prompt_layers(self.model)
-        own = [layer for layer in layers if isinstance(layer, self.prompt_layer_cls)]
-        for layer in own:
-            layer.detach()
-        hooks: Any = getattr(self.model, PROMPT_CHILD)
-        hooks.disown(self.method, own)
-        if len(own) == len(layers):
-            hooks.detach(self.model)
-        return self.model
+        self.take_out(self.layers())
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also copies a weight and bias between the two, and a head of several layers has none.
+        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(no_merge(self.method))

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, SharedLayer
+from ..config import PromptConfig
 from ..models.call_arguments import attention_mask
 from ..models.inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
 from ..models.patches import Patches
@@ -18,7 +19,7 @@ from ..models.sites import Site
 from ..routing.balance_loss import add_balance_loss
 from ..routing.prompt_call import PromptCall
 from ..sharing.load_checks import check_read, check_strangers, check_tensors
-from ..sharing.rollback import Unread, note_made
+from ..sharing.rollback import Unread, note_made, running_load
 from .grid_book import GridBook
 from .prompt_layer import PROMPT_CALL, PromptLayer
 
@@ -76,13 +77,17 @@ class ModelHooks(nn.Module):
         return self.shared[method]  # type: ignore[return-value]
 
     def disown(self, method: str, layers: list[PromptLayer]) -> None:
-        """Forget the layers of a method and drop what they shared."""
-        if method in self.shared:
+        """Forget layers of a method, and drop what they shared when none is left."""
+        self._layers = [layer for layer in self._layers if layer not in layers]
+        left = prompt_layers(self._model[0])
+        if method in self.shared and not any(layer.method == method for layer in left):
             self.shared[method].close()  # type: ignore[operator]
             del self.shared[method]
-        self._layers = [layer for layer in self._layers if layer not in layers]
-        for book in self._grid_books:
+        for book in list(self._grid_books):
             book.readers = [reader for reader in book.readers if reader not in layers]
+            if not book.readers:
+                book.detach()
+                self._grid_books.remove(book)
         self.hold()
 
     def train(self, mode: bool = True) -> ModelHooks:
@@ -181,15 +186,14 @@ class ModelHooks(nn.Module):
         return (labels != -100).sum() / total
 
     def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        unread, self._unread = self._unread, {}
+        self._unread = {}
         for name in [name for name in state_dict if name.startswith(f"{prefix}{TIMM_INNER}.{PROMPT_CHILD}.")]:
             # transformers' wrapper of timm models takes every name without its own in it for the inner model's.
             state_dict[name.replace(f"{TIMM_INNER}.", "", 1)] = state_dict.pop(name)
         check_tensors(model, state_dict, prefix)
-        # Without a PeftModel around it (no prefix) a fresh trainable adapter is filled by its user's own hand, who may
-        # well bring a head along.
-        if unread and (prefix or any(injection.for_inference for injection in unread.values())):
-            check_strangers(model, state_dict, prefix)
+        load = running_load()
+        if load is not None and isinstance(getattr(model, "peft_config", {}).get(load.adapter), PromptConfig):
+            check_strangers(model, state_dict, prefix, load.adapter)
 
 
 def prompt_layers(model: nn.Module) -> list[PromptLayer]:

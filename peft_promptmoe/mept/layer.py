@@ -24,39 +24,10 @@ from ..routing.router import (
     top_k_log_gates,
     without_autocast,
 )
+from .center import RouterCenter
 from .config import MEPTConfig
 
-CENTER_MOMENTUM = 0.01
 SHARED_START = 0.1  # of the spread of other rows, for shared rows that are added to those of a chosen expert
-
-
-class RouterCenter(nn.Module):
-    """Running mean of a router's input, saved with the adapter and frozen in evaluation.
-
-    Args:
-        width: D.
-    """
-
-    weight: Tensor
-    steps: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(width))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> RouterCenter:
-        super()._apply(fn, recurse)
-        # In half precision a small momentum changes nothing; PEFT recasts parameters only.
-        self.weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        return self
-
-    @torch.no_grad()
-    def update(self, mean: Tensor) -> None:
-        """Take in one batch's mean (D,); the first batches count fully, later ones by the momentum."""
-        self.steps += 1
-        momentum = (1.0 / self.steps).clamp(min=CENTER_MOMENTUM).to(self.weight.dtype)
-        self.weight += momentum * (mean.to(self.weight.dtype) - self.weight)
 
 
 class MEPTLayer(KeyValueLayer):
@@ -65,7 +36,9 @@ class MEPTLayer(KeyValueLayer):
     Trained tensors per adapter: `mept_prompts` (E, P, D), `mept_shared_prompts` (S, P, D), `mept_router` (E, D).
     """
 
-    adapter_layer_names = ("mept_prompts", "mept_shared_prompts", "mept_router", "mept_router_center")
+    adapter_layer_names = ("mept_prompts", "mept_shared_prompts", "mept_router")
+    other_param_names = (*KeyValueLayer.other_param_names, "mept_router_center")  # which never trains
+    dispensable = ("mept_router_center", "steps")
     method = "MEPT"
 
     def __init__(self, site: Site) -> None:
@@ -183,15 +156,14 @@ class MEPTLayer(KeyValueLayer):
         center = self.mept_router_center[adapter]
         assert isinstance(center, RouterCenter)
         if not self.training or not self.mept_router[adapter]().requires_grad:
-            return center.weight
+            return center()
         assert call is not None
         key = (self.site.name, adapter)
         if key not in call.centers:
             weight = torch.ones_like(pooled[:, :1]) if some is None else some[:, None].to(pooled.dtype)
-            mean = (pooled.detach() * weight).sum(dim=0) / weight.sum().clamp(min=1.0)
+            before, known = center().clone(), center.is_known
             # The very first batch is centred by itself; zero would leave it to the shared direction.
-            call.centers[key] = torch.where(center.steps > 0, center.weight, mean.to(center.weight.dtype))
-            center.update(mean)
+            call.centers[key] = torch.where(known, before, center.update(pooled, weight))
         return call.centers[key]
 
     # -- what the engine asks -----------------------------------------------------------------------------------------

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import warnings
+
+from torch import Tensor
+
 from ..engine.model_hooks import prompt_layers
 from ..engine.projection import LENGTH_DEPENDENT, rotary_kind
 from ..engine.token_form import takes_bias
-from ..engine.vocabulary_start import can_read_vocabulary, vocabulary_inputs
+from ..engine.vocabulary_start import text_reader, vocabulary_inputs, why_unread
 from ..models.sites import Site, caps_scores
 from ..models.targets import is_encoder_decoder
 from ..tuner import PromptTuner
@@ -48,20 +52,35 @@ class MEPTModel(PromptTuner):
     def initialize(self, config: MEPTConfig, adapter_name: str) -> None:
         if not config.init_weights or config.prompt_init == "random":
             return
-        length = config.num_virtual_tokens
-        if config.prompt_init == "auto" and not can_read_vocabulary(self.model, length):
+        reader, length = text_reader(self.model), config.num_virtual_tokens
+        reason = why_unread(self.model, reader, length)
+        if reader is None and config.prompt_init == "auto":  # images and sounds, which have no vocabulary
             return
-        inputs = vocabulary_inputs(self.model, experts_to_start(config), length)
         layers = [m for m in prompt_layers(self.model) if isinstance(m, MEPTLayer) and adapter_name in m.prompt_config]
-        if unheard := [layer.site.name for layer in layers if layer.site.name not in inputs]:
-            if config.prompt_init == "auto":
-                return
-            raise ValueError(
-                f"prompt_init='sample_vocab' runs the model on text alone, which does not reach {unheard[0]!r}. Set "
-                "prompt_init='random'."
-            )
+        inputs: dict[str, Tensor] = {}
+        if reader is not None and reason is None:
+            inputs = vocabulary_inputs(self.model, reader, adapter_name, experts_to_start(config), length)
+            if unheard := [layer.site.name for layer in layers if layer.site.name not in inputs]:
+                reason = f"text alone does not reach {len(unheard)} of the prompted layers, such as {unheard[0]!r}"
+        if reason is not None:
+            self._say_why(config, reason)
         for layer in layers:
-            layer.start_from(adapter_name, inputs[layer.site.name])
+            if layer.site.name in inputs:
+                layer.start_from(adapter_name, inputs[layer.site.name])
+
+    def _say_why(self, config: MEPTConfig, reason: str) -> None:
+        """Refuse, or warn, where prompts cannot start as layer inputs on vocabulary tokens."""
+        name = type(self.model).__name__
+        if config.prompt_init == "sample_vocab":
+            raise ValueError(
+                f"prompt_init='sample_vocab' runs {name} on num_virtual_tokens vocabulary tokens, but {reason}. Set "
+                "prompt_init='auto', which starts at random where it has to, or prompt_init='random'."
+            )
+        warnings.warn(
+            f"Prompts usually start as a model's own layer inputs on vocabulary tokens. With {name} they start at random, "
+            f"which can throw a causal language model off: {reason}. Set prompt_init='random' where this is meant.",
+            stacklevel=2,
+        )
 
     def check_site(self, config: MEPTConfig, site: Site) -> None:
         if config.decoder_sees_prompts and config.routing == "token" and is_encoder_decoder(self.model):

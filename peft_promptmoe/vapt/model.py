@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from ..checks import refuse_task_type
+from ..models.heads import takes
 from ..models.sites import Site
 from ..models.targets import image_targets
 from ..tuner import PromptTuner
@@ -83,7 +84,7 @@ class VAPTModel(PromptTuner):
         paths = {id(module): path for path, module in self.model.named_modules()}
         read = [paths[id(site.patches.embedding)], paths[id(site.patches.owner)]]
         for name in config.modules_to_save or ():
-            if any(part == name or part.endswith(f".{name}") for path in read for part in _and_above(path)):
+            if any(takes(name, part) for path in read for part in _and_above(path)):
                 raise ValueError(
                     f"modules_to_save={name!r} would copy the patch embedding, by which VAPT knows the grid of an "
                     "image. Leave it out of modules_to_save."

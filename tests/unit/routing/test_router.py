@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_promptmoe.mept.layer import CENTER_MOMENTUM, RouterCenter, orthogonal_rows
+from peft_promptmoe.mept.center import MOMENTUM, RouterCenter
+from peft_promptmoe.mept.layer import orthogonal_rows
 from peft_promptmoe.routing.balance_loss import add_balance_loss, balance_loss, carry_balance_loss
 from peft_promptmoe.routing.prompt_call import PromptCall
 from peft_promptmoe.routing.router import (
@@ -206,8 +207,8 @@ def test_router_center_is_a_mean_first_and_a_running_mean_later() -> None:
     seen = [normal(D) for _ in range(150)]
     expected = torch.zeros(D, dtype=torch.float64)
     for step, value in enumerate(seen, start=1):
-        center.update(value)
-        momentum = max(1.0 / step, CENTER_MOMENTUM)
+        center.update(value[None], torch.ones(1, 1))
+        momentum = max(1.0 / step, MOMENTUM)
         expected = expected + momentum * (value - expected)
         if step == 40:
             torch.testing.assert_close(center.weight, torch.stack(seen[:40]).mean(0), rtol=0, atol=1e-6)
