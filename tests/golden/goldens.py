@@ -52,8 +52,12 @@ def numbers(count: int, offset: int) -> Tensor:
 
 @torch.no_grad()
 def fill(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Give a model's parameters the numbers; gains and biases stay near what they are made with."""
-    for offset, (name, weight) in enumerate(sorted(model.named_parameters())):
+    """Give a model's parameters the numbers; gains and biases stay near what they are made with.
+
+    Router centres were no parameters when 0.1.0 was recorded, and stay at zero.
+    """
+    named = sorted(item for item in model.named_parameters() if "router_center" not in item[0])
+    for offset, (name, weight) in enumerate(named):
         if wanted(name):
             values = numbers(weight.numel(), offset).view(weight.shape)
             if weight.ndim == 1:

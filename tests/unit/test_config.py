@@ -33,6 +33,12 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (3, True, "classifier", [1], [None], ["ok", "(?P<x"]),
     "layers_pattern": (3, True, [1], {"a": 1}, "*", ["("]),
     "inference_mode": (0, 1, None, "True", [True]),
+    "check_base_weights": (*NO_BOOLS, None),
+    "base_record": (
+        *(3, True, "bert", [1], {"type": 3}, {"width": "8"}, {"depth": True}, {"num_labels": 2.0}),
+        *({"weights": "00"}, {"weights": {"a": 1}}, {"weights": {1: "0000"}}, {"weights": {"a": "xyz0"}}),
+        *({"weights": {"a": "0000" * 65}}, {"weights": {"a": "000"}}, {"weights": {str(i): "0000" for i in range(9)}}),
+    ),
 }
 BAD: dict[str, tuple[Any, ...]] = COMMON | {
     "num_experts": (*NO_INTEGERS, None, 0, -1, 10**7, 10**30),
