@@ -82,6 +82,13 @@ class AdapterState(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, config: Any) -> None:
         """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""
 
+    def freeze_kept(self, adapter: str) -> None:
+        """Freeze what an adapter has that never trains; loaders that make new parameters thaw it."""
+        for name in self.other_param_names:
+            held = getattr(self, name)
+            if isinstance(held, nn.ModuleDict) and adapter in held:
+                held[adapter].requires_grad_(False)
+
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:

@@ -17,6 +17,7 @@ from .sharing.model_card import BaseModelCard, CardValues, write_card
 # Far above any useful setting, and low enough that a config from a stranger cannot ask for the machine's memory.
 MAX_SLOTS_PER_LAYER = 16_384
 MAX_LAYERS = 10_000
+MAX_INTEGER = 2**63  # from here on torch multiplies no tensor by one
 
 
 @dataclass
@@ -145,6 +146,8 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, o
     """Raise TypeError unless `value` is a number (no bool), ValueError unless it is finite and in [low, high)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}.")
+    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+        raise ValueError(f"{name} must be an integer that tensors can hold, or a float.")
     if not math.isfinite(value) or value < low or (open_low and value == low) or value >= high:
         above = f"greater than {low}" if open_low else f"at least {low}"
         below = "finite" if high == math.inf else f"below {high}"

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
@@ -28,6 +29,7 @@ from .sharing.adapter_names import check_adapter_name, check_apart
 from .sharing.base_record import check_type, describe_base, hash_weights, remark, warn_of_other_weights
 from .sharing.model_card import base_model_card
 from .sharing.rollback import Unread, running_load
+from .sharing.saved_modules import take_saved_modules_out
 
 # Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
 MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
@@ -50,6 +52,7 @@ class PromptTuner(BaseTuner):
 
     # Holds what all layers of the method share, one per model; None where they share nothing.
     shared_layer_cls: type[SharedLayer] | None = None
+    _replaced: dict[str, Any]
 
     def default_targets(self) -> str | list[str]:
         """Attention layers to prompt when the user names none; ValueError if the model has none."""
@@ -69,7 +72,8 @@ class PromptTuner(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT's register of adapters is the model's, where this one takes the place of another of the same name.
-        vars(self)["_replaced"] = getattr(model, "peft_config", {}).get(adapter_name)
+        held = getattr(model, "peft_config", {})
+        vars(self)["_replaced"] = {adapter_name: held[adapter_name]} if adapter_name in held else {}
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # -- checks before the model is touched ---------------------------------------------------------------------------
@@ -87,7 +91,7 @@ class PromptTuner(BaseTuner):
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
             inner = f".{PROMPT_CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
-        unread = Unread(self, adapter_name, vars(self).pop("_replaced", None))
+        unread = Unread(self, adapter_name, self._replaced.get(adapter_name))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
@@ -246,7 +250,17 @@ class PromptTuner(BaseTuner):
         if merge:
             self._check_merge_allowed()
         self.take_out(self.layers())
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        # PEFT's would take other methods' adapters out as well, which stood in the model that it is to give back.
+        own = [name for name, config in self.peft_config.items() if config.peft_type == self.prefix[:-1].upper()]
+        take_saved_modules_out(self.model, own)
+        for name in own:
+            del self.peft_config[name]
+        self.peft_config.update(self._replaced)
+        if isinstance(self.model, PeftModel):
+            self.model.set_adapter(self.model.active_adapter)
+        return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's also copies a weight and bias between the two, and a head of several layers has none.

@@ -79,7 +79,7 @@ class ModelHooks(nn.Module):
     def disown(self, method: str, layers: list[PromptLayer]) -> None:
         """Forget layers of a method, and drop what they shared when none is left."""
         self._layers = [layer for layer in self._layers if layer not in layers]
-        left = prompt_layers(self._model[0])
+        left = [layer for layer in prompt_layers(self._model[0]) if layer not in layers]
         if method in self.shared and not any(layer.method == method for layer in left):
             self.shared[method].close()  # type: ignore[operator]
             del self.shared[method]

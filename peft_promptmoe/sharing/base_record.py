@@ -99,8 +99,8 @@ def _differ(stored: Any, found: Any) -> bool:
 
 
 def _made_for(stored: Record, name: str | None) -> str:
-    called = f" {name!r:.200}" if name else ""
-    return f"The adapter was made for the base model{called}, a {_summary(stored)}"
+    called = f"{name!r:.200}, " if name else ""
+    return f"The adapter was made for {called}a {_summary(stored)}"
 
 
 def _summary(record: Record) -> str:

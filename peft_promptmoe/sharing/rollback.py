@@ -43,7 +43,7 @@ class Unread:
         self._held = [_Held(module, name) for module in modules for name in _names(module)] if is_loading() else []
 
     def settle(self) -> None:
-        """Check what transformers' own loader has put into the model besides the adapter.
+        """Check what transformers' own loader has put into the model besides the adapter, and freeze what it thawed.
 
         Raises:
             ValueError: it was more than embeddings.
@@ -53,6 +53,9 @@ class Unread:
         replaced = [f"{paths[id(held.module)]}.{held.name}" for held in self._held if held.is_replaced]
         refuse_strangers([name for name in replaced if not name.startswith(allowed)])
         self._held = []
+        for module in self.tuner.model.modules():
+            if isinstance(module, AdapterState):
+                module.freeze_kept(self.adapter)
 
     def take_back(self) -> None:
         """Take the adapter out of the model again."""
@@ -176,8 +179,9 @@ def all_or_nothing(adapter: str, looks: bool) -> Iterator[None]:
             raise ValueError(
                 f"The adapter file lacks {error.args[0]!r}, which its config says is saved with it."
             ) from error
-        if load.remarks and type(error) in (ValueError, RuntimeError):
-            raise type(error)(" ".join([str(error), *load.remarks])) from error
+        more = [said for said in load.remarks if said not in str(error)]
+        if more and type(error) in (ValueError, RuntimeError):
+            raise type(error)(" ".join([str(error), *more])) from error
         raise
     finally:
         _running.reset(token)

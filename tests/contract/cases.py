@@ -7,6 +7,7 @@ A test asks for cases with `each_case` and never names a method or an architectu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,8 @@ class Architecture:
         heads: modules that train and are saved along with the adapter.
         pixels: rows and columns of the images.
         timm: whether the attention layers are timm's.
+        dense: whether an image has a label for every pixel.
+        for_its_head: whether it is here for a head of several layers, and only for rows that depend on that.
     """
 
     model: str
@@ -51,6 +54,8 @@ class Architecture:
     heads: tuple[str, ...] = ()
     pixels: tuple[int, int] = (32, 32)
     timm: bool = False
+    dense: bool = False
+    for_its_head: bool = False
 
     @property
     def auto_peft(self) -> str:
@@ -263,6 +268,69 @@ ARCHITECTURES: dict[str, Architecture] = {
     "timm_registers": _timm("vit_tiny_patch16_224", reg_tokens=3),
 }
 
+# Heads of several layers, one for every task: what PEFT or we find, and else what a user names.
+HEADS: dict[str, Architecture] = {
+    "roberta_classes": Architecture(
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        _BERT | {"num_labels": 3},
+        "SEQ_CLS",
+        "free",
+        ("classifier",),
+    ),
+    "modernbert_head": Architecture(
+        "ModernBertForTokenClassification",
+        "ModernBertConfig",
+        ARCHITECTURES["modernbert"].settings,
+        "TOKEN_CLS",
+        "free",
+        ("classifier", "head"),
+    ),
+    "modernbert_answers": Architecture(
+        "ModernBertForQuestionAnswering",
+        "ModernBertConfig",
+        ARCHITECTURES["modernbert"].settings | {"num_labels": 2},
+        "QUESTION_ANS",
+        "free",
+        ("classifier", "head"),
+    ),
+    "roberta_causal": Architecture(
+        "RobertaForCausalLM",
+        "RobertaConfig",
+        _BERT | {"is_decoder": True, "tie_word_embeddings": False},  # PEFT's copy of a head is tied to nothing
+        "CAUSAL_LM",
+        "free",
+        ("lm_head",),
+    ),
+    "t5_block": Architecture(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        ARCHITECTURES["t5"].settings,
+        "SEQ_2_SEQ_LM",
+        "free",
+        ("decoder.block.1.layer.2",),
+    ),
+    "dpt": Architecture(
+        "DPTForSemanticSegmentation",
+        "DPTConfig",
+        _VIT
+        | {
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+            "reassemble_factors": [4, 2, 1, 0.5],
+            "semantic_classifier_dropout": 0.0,
+        },
+        "IMAGE",
+        None,
+        ("neck", "head.head", "auxiliary_head.head"),
+        dense=True,
+    ),
+}
+HEADS = {name: dataclasses.replace(architecture, for_its_head=True) for name, architecture in HEADS.items()}
+ARCHITECTURES |= HEADS
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -323,6 +391,10 @@ def _mept_variants() -> dict[str, dict[str, Variant]]:
     for name, architecture in ARCHITECTURES.items():
         if architecture.task_type == "IMAGE" and name not in ("vit", "timm_vit"):
             continue
+        if architecture.for_its_head:
+            head = {"modules_to_save": list(architecture.heads)}
+            table[name] = {"sample": Variant({"routing": "sample"} | head)}
+            continue
         alone = {"decoder_sees_prompts": False} if architecture.task_type == "SEQ_2_SEQ_LM" else {}
         eager = name in ("bert", "t5", "gpt2", "gemma3")
         table[name] = {
@@ -338,6 +410,9 @@ def _vapt_variants() -> dict[str, dict[str, Variant]]:
         if architecture.task_type != "IMAGE":
             continue
         size = {"image_size": list(architecture.pixels)} if name == "dinov2" else {}
+        if architecture.for_its_head:  # found without being named
+            table[name] = {"adaptive": Variant({})}
+            continue
         table[name] = {"adaptive": Variant(size, kernels=_BOTH if name in ("vit", "dinov2") else ("sdpa",))}
     table["vit"]["deep"] = Variant({"num_static_layers": "all"})
     return table
@@ -486,7 +561,8 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         if not self.reads_text:
             pixels = torch.randn(3, *self.architecture.pixels, generator=generator)
-            return {"pixel_values": pixels, "labels": torch.randint(3, (), generator=generator)}
+            places = self.architecture.pixels if self.architecture.dense else ()
+            return {"pixel_values": pixels, "labels": torch.randint(3, places, generator=generator)}
         ids = torch.randint(5, VOCAB, (LENGTH,), generator=generator)[:length]
         if self.task_type == "SEQ_CLS":
             return {"input_ids": ids, "labels": ids[0] % 3}
@@ -652,19 +728,21 @@ def assert_different(left: Tensor, right: Tensor, what: str, at_least: float = 1
 # Parametrisation
 # ---------------------------------------------------------------------------------------------------------------------
 
-CASES: list[Case] = [
+EVERY_CASE: list[Case] = [
     Case(method, architecture, variant, kernel)
     for method, entry in METHODS.items()
     for architecture, variants in entry.variants.items()
     for variant, settings in variants.items()
     for kernel in settings.kernels
 ]
+CASES = [case for case in EVERY_CASE if not case.architecture.for_its_head]
 
 
 def each_case(
     keep: Callable[[Case], bool] = lambda case: True,
     kernels: tuple[str, ...] = ("sdpa",),
     slow: Callable[[Case], bool] = lambda case: False,
+    heads: bool = False,
 ) -> pytest.MarkDecorator:
     """Run a test for every case that `keep` keeps; a behaviour that a case cannot have is no cell of the matrix.
 
@@ -672,8 +750,9 @@ def each_case(
         keep: what the behaviour needs of a case.
         kernels: kernels to run it under. Only what depends on the kernel needs more than sdpa.
         slow: cases that add time rather than coverage, and wait for the full run.
+        heads: whether the behaviour depends on how a head is built, so that models with heads of several layers count.
     """
-    cases = [case for case in CASES if case.kernel in kernels and keep(case)]
+    cases = [case for case in (EVERY_CASE if heads else CASES) if case.kernel in kernels and keep(case)]
     assert cases, "no case is left"
     marked = [pytest.param(case, marks=[pytest.mark.slow] if slow(case) else []) for case in cases]
     return pytest.mark.parametrize("case", marked, ids=[str(case) for case in cases])

@@ -40,12 +40,16 @@ def column_of(case: Case) -> Column:
     return Column(case.method_name, case.architecture_name, case.variant_name if case.method_name == "pmoe" else "")
 
 
-COLUMNS = [
+_COLUMNS = [
     Column(method, architecture, variant)
     for method, entry in METHODS.items()
     for architecture, variants in entry.variants.items()
     for variant in (variants if method == "pmoe" else [""])
 ]
+COLUMNS = [column for column in _COLUMNS if not ARCHITECTURES[column.architecture].for_its_head]
+# Models that are here for a head of several layers, and the rows that depend on how a head is built.
+HEAD_COLUMNS = [column for column in _COLUMNS if column not in COLUMNS]
+HEAD_ROWS = (14, 15)
 
 # Why a column cannot have a behaviour; None if it can.
 Exemption = Callable[[Column], str | None]

@@ -50,10 +50,10 @@ BAD: dict[str, tuple[Any, ...]] = COMMON | {
     "renormalize_top_k": (*NO_BOOLS, None),
     "router_noise": (*NO_NUMBERS, None, NAN, INF, -INF, -0.1),
     "router_dropout": (*NO_NUMBERS, None, NAN, INF, -0.1, 1.0, 2),
-    "balance_loss_weight": (*NO_NUMBERS, None, NAN, INF, -INF, -1e-9),
+    "balance_loss_weight": (*NO_NUMBERS, None, NAN, INF, -INF, -1e-9, 2**63),
     "prompt_positions": (*NO_NAMES, None, "", "suffix"),
     "decoder_sees_prompts": (*NO_BOOLS, None),
-    "prompt_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0),
+    "prompt_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0, 10**30, 10**400),
     "init_std": (True, False, None, "matched", "", NAN, INF, -1.0, [0.1]),
     "prompt_init": (*NO_NAMES, None, "", "zeros", "Random"),
 }
