@@ -66,7 +66,7 @@ class RouterCenter(nn.Module):
             self.weight.grad = torch.zeros_like(self.weight)
         mean = _mean(inputs.detach(), weight).to(self.weight.dtype)
         copied = (self.steps == 0) & self.weight.any()
-        self.steps += torch.where(copied, SETTLED, 0) + 1
+        self.steps.add_(torch.where(copied, SETTLED, 0)).add_(1)
         self.weight += (1.0 / self.steps).clamp(min=MOMENTUM).to(mean.dtype) * (mean - self.weight)
         return mean
 

@@ -61,7 +61,7 @@ def apart(model: nn.Module, names: Iterable[str]) -> list[str]:
             return found
         name = taken[outer]
         at = found.index(name)
-        new = []
+        new: list[str] = []
         for path in (path for path in paths if takes(name, path)):
             # A path that the outer one ends with would take it again.
             new += _parts(model, path) if takes(path, outer) else [path]

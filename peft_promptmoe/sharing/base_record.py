@@ -26,12 +26,12 @@ NUMBERS = {"width": "hidden size", "depth": "layers", "num_labels": "num_labels"
 def describe_base(model: Any) -> Record:
     """Type, width, depth and number of classes of a base model; None where it does not say."""
     timm = getattr(model, "timm_model", model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kind = getattr(config, "model_type", None)
     if (known := getattr(timm, "pretrained_cfg", None)) and timm is model:
         kind = known.get("architecture")
-    blocks = getattr(timm, "blocks", None)
+    blocks: Any = getattr(timm, "blocks", None)
     return {
         "type": kind if isinstance(kind, str) else None,
         "width": _count(getattr(text, "hidden_size", None), getattr(timm, "embed_dim", None)),
@@ -61,7 +61,9 @@ def check_record(stored: Any) -> None:
         return
     if not isinstance(weights, dict) or not all(isinstance(item, str) for pair in weights.items() for item in pair):
         raise TypeError(f"weights in base_record must be hashes by name, got {weights!r:.80}.")
-    if len(weights) > MAX_TENSORS or not all(re.fullmatch(r"([0-9a-f]{4}){1,64}", value) for value in weights.values()):
+    if len(weights) > MAX_TENSORS or not all(
+        re.fullmatch(r"([0-9a-f]{4}){1,64}", value) for value in weights.values()
+    ):
         raise ValueError(f"weights in base_record must be at most {MAX_TENSORS} hashes, got {weights!r:.80}.")
 
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..adapter_state import PROMPT_CHILD, AdapterState
+from ..adapter_state import AdapterState
 from .load_checks import refuse_strangers, saved_embeddings
 
 # What PEFT and transformers' own loader write on a model besides the adapter.

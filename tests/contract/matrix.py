@@ -96,7 +96,9 @@ def page(found: Found) -> str:
     for method, name in METHOD_NAMES.items():
         columns = [column for column in COLUMNS if column.method == method]
         lines += _table(name, [str(column).removeprefix(f"{name} ") for column in columns], columns, ROWS, cells)
-    lines += _table("Heads of several layers", [str(column) for column in HEAD_COLUMNS], HEAD_COLUMNS, head_rows, cells)
+    lines += _table(
+        "Heads of several layers", [str(column) for column in HEAD_COLUMNS], HEAD_COLUMNS, head_rows, cells
+    )
     reasons = sorted({(row.number, reason) for row in ROWS for column in COLUMNS if (reason := row.exempt(column))})
     lines += ["", "## What cannot be", ""]
     lines += [f"- Row {number}: {reason}." for number, reason in reasons]
