@@ -239,7 +239,7 @@ def test_a_lost_router_center_is_noticed_at_the_second_step() -> None:
     center.update(normal(2, D), torch.ones(2, 1))
     with torch.no_grad():
         center.weight.zero_()
-    with pytest.raises(RuntimeError, match="FSDP and ZeRO-3.*router_centering=False"):
+    with pytest.raises(RuntimeError, match=r"FSDP and ZeRO-3.*router_centering=False"):
         center.update(normal(2, D), torch.ones(2, 1))
 
 

@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 LOADERS: dict[str, Callable[[Any, Path], Any]] = {
-    "peft": lambda base, folder: PeftModel.from_pretrained(base, folder),
+    "peft": PeftModel.from_pretrained,
     "trainable": lambda base, folder: PeftModel.from_pretrained(base, folder, is_trainable=True),
     "transformers": lambda base, folder: base.load_adapter(folder),
 }
