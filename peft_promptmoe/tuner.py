@@ -111,7 +111,7 @@ class PromptTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         self._check_base(peft_config)
         if peft_config.modules_to_save:
-            peft_config.modules_to_save = apart(self.model, peft_config.modules_to_save)
+            peft_config.modules_to_save = apart(self.model, peft_config.modules_to_save, self._own_names())
         if peft_config.target_modules is None:
             found = self.default_targets()
             peft_config.target_modules = found if isinstance(found, str) else set(found)
@@ -169,8 +169,14 @@ class PromptTuner(BaseTuner):
         if patches is not None and config.task_type is None and config.modules_to_save != []:
             heads += vision_heads(self.model, patches)
         if heads:
-            config.modules_to_save = apart(self.model, [*(config.modules_to_save or ()), *heads])
+            config.modules_to_save = apart(self.model, [*(config.modules_to_save or ()), *heads], self._own_names())
         config.card_base = base_model_card(self.model)  # type: ignore[misc]
+
+    def _own_names(self) -> set[str]:
+        """Names of modules that the method puts into the base model."""
+        holders = [cls for cls in (self.prompt_layer_cls, self.shared_layer_cls) if cls is not None]
+        names = (name for cls in holders for name in cls.adapter_layer_names + cls.other_param_names)
+        return {PROMPT_CHILD, *names}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if getattr(model, PROMPT_CHILD, None) is None:

@@ -19,6 +19,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from peft_promptmoe import MEPTConfig, VAPTConfig
@@ -87,23 +91,31 @@ class Head(nn.Module):
             self.add_module(name, part)
 
 
+OWN = {"promptmoe", "mept_router"}
+
+
+def test_names_that_our_own_modules_end_with_are_whole_paths() -> None:
+    model = Head(block=Head(router=nn.Linear(2, 2)), other=nn.Linear(2, 2))
+    assert apart(model, ["router", "other"], OWN) == ["block.router", "other"]
+
+
 def test_names_that_are_already_apart_stay() -> None:
     model = Head(body=Head(norm=nn.LayerNorm(2)), norm=nn.LayerNorm(2), head=Head(first=nn.Linear(2, 2)))
-    assert apart(model, ["norm", "head", "norm"]) == ["norm", "head"]
+    assert apart(model, ["norm", "head", "norm"], OWN) == ["norm", "head"]
 
 
 def test_only_the_outer_one_is_taken_apart() -> None:
     inner = Head(head=nn.Linear(2, 2), pool=nn.Linear(2, 2), act=nn.ReLU())
     model = Head(head=inner, other_head=nn.Linear(2, 2))
     # By its path "other_head" is one of those that the ending "head" takes.
-    assert apart(model, ["head"]) == ["head.head", "head.pool", "other_head"]
+    assert apart(model, ["head"], OWN) == ["head.head", "head.pool", "other_head"]
 
 
 def test_a_head_with_weights_beside_a_head_is_refused() -> None:
     inner = Head(head=nn.Linear(2, 2))
     inner.scale = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match=r"takes every module whose path ends.*'head' and also a part of it"):
-        apart(Head(head=inner), ["head"])
+        apart(Head(head=inner), ["head"], OWN)
 
 
 @pytest.mark.parametrize("name", ["norm", "layernorm"])
@@ -115,3 +127,42 @@ def test_an_ending_that_also_takes_what_prompts_pass_through_is_refused(name: st
     with pytest.raises(ValueError, match=rf"modules_to_save='{name}'.*ends so, also 'model.layers.0.input_layernorm'"):
         get_peft_model(base, MEPTConfig(num_virtual_tokens=2, modules_to_save=[name]))
     assert get_peft_model(base, MEPTConfig(num_virtual_tokens=2, modules_to_save=["model.norm"]))
+
+
+@pytest.mark.parametrize("saved", [["shared"], ["lm_head"]])
+def test_what_a_model_calls_as_we_do(saved: list[str], tmp_path: Path) -> None:
+    """T5's embeddings are "shared"."""
+
+    def t5() -> T5ForConditionalGeneration:
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+        return T5ForConditionalGeneration(T5Config(vocab_size=20, decoder_start_token_id=0, **sizes))
+
+    model = get_peft_model(t5(), MEPTConfig(num_virtual_tokens=2, modules_to_save=saved)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(t5(), tmp_path)
+    inputs = {"input_ids": torch.tensor([[3, 4]]), "decoder_input_ids": torch.tensor([[0, 5]])}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    model.unload()
+
+
+def test_routers_of_the_base_model_may_train_along(tmp_path: Path) -> None:
+    """Prompts have routers, too, which the same ending would take."""
+
+    def mixture() -> SwitchTransformersForConditionalGeneration:
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+        sparse = {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}
+        return SwitchTransformersForConditionalGeneration(
+            SwitchTransformersConfig(vocab_size=20, num_experts=2, decoder_start_token_id=0, **sizes, **sparse)
+        )
+
+    config = MEPTConfig(num_virtual_tokens=2, modules_to_save=["router"], decoder_sees_prompts=False)
+    model = get_peft_model(mixture(), config)
+    trained = [
+        name for name, p in model.named_parameters() if p.requires_grad and ".mlp.router.modules_to_save" in name
+    ]
+    assert trained and any("mept_router.default" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(mixture(), tmp_path)
