@@ -46,7 +46,7 @@ def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site
             if (path := next((path for path in sorted(touched) if takes(name, path)), None)) is not None:
                 raise ValueError(
                     f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through: PEFT takes "
-                    f"every module whose path ends so, also {path!r}. Leave it out of modules_to_save or write more of "
+                    f"every module whose path ends so, also {path!r}. Leave it out of modules_to_save, write more of "
                     "the path that you mean, or leave that layer out by exclude_modules."
                 )
 

@@ -29,7 +29,7 @@ from .sharing.adapter_names import check_adapter_name, check_apart
 from .sharing.base_record import check_type, describe_base, hash_weights, remark, warn_of_other_weights
 from .sharing.model_card import base_model_card
 from .sharing.rollback import Unread, running_load
-from .sharing.saved_modules import take_saved_modules_out
+from .sharing.saved_modules import saved_modules, take_saved_modules_out
 
 # Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
 MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
@@ -52,7 +52,9 @@ class PromptTuner(BaseTuner):
 
     # Holds what all layers of the method share, one per model; None where they share nothing.
     shared_layer_cls: type[SharedLayer] | None = None
+    # Config and saved modules of another method's adapter that has the name of this tuner's first one.
     _replaced: dict[str, Any]
+    _not_ours: list[nn.Module]
 
     def default_targets(self) -> str | list[str]:
         """Attention layers to prompt when the user names none; ValueError if the model has none."""
@@ -74,6 +76,7 @@ class PromptTuner(BaseTuner):
         # PEFT's register of adapters is the model's, where this one takes the place of another of the same name.
         held = getattr(model, "peft_config", {})
         vars(self)["_replaced"] = {adapter_name: held[adapter_name]} if adapter_name in held else {}
+        vars(self)["_not_ours"] = saved_modules(model) if adapter_name in held else []
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # -- checks before the model is touched ---------------------------------------------------------------------------
@@ -108,7 +111,7 @@ class PromptTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         self._check_base(peft_config)
         if peft_config.modules_to_save:
-            peft_config.modules_to_save = apart(self.model, peft_config.modules_to_save)
+            peft_config.modules_to_save = apart(self.model, peft_config.modules_to_save, self._own_names())
         if peft_config.target_modules is None:
             found = self.default_targets()
             peft_config.target_modules = found if isinstance(found, str) else set(found)
@@ -166,8 +169,14 @@ class PromptTuner(BaseTuner):
         if patches is not None and config.task_type is None and config.modules_to_save != []:
             heads += vision_heads(self.model, patches)
         if heads:
-            config.modules_to_save = apart(self.model, [*(config.modules_to_save or ()), *heads])
+            config.modules_to_save = apart(self.model, [*(config.modules_to_save or ()), *heads], self._own_names())
         config.card_base = base_model_card(self.model)  # type: ignore[misc]
+
+    def _own_names(self) -> set[str]:
+        """Names of modules that the method puts into the base model."""
+        holders = [cls for cls in (self.prompt_layer_cls, self.shared_layer_cls) if cls is not None]
+        names = (name for cls in holders for name in cls.adapter_layer_names + cls.other_param_names)
+        return {PROMPT_CHILD, *names}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if getattr(model, PROMPT_CHILD, None) is None:
@@ -254,7 +263,7 @@ class PromptTuner(BaseTuner):
             return super()._unload_and_optionally_merge(False, *args, **kwargs)
         # PEFT's would take other methods' adapters out as well, which stood in the model that it is to give back.
         own = [name for name, config in self.peft_config.items() if config.peft_type == self.prefix[:-1].upper()]
-        take_saved_modules_out(self.model, own)
+        take_saved_modules_out(self.model, own, but=self._not_ours)
         for name in own:
             del self.peft_config[name]
         self.peft_config.update(self._replaced)

@@ -37,7 +37,6 @@ class ModelHooks(nn.Module):
         self._model = (model,)  # a tuple, so that it is no child
         self._grid_books: list[GridBook] = []
         self._held: list[nn.Module] = []  # in evaluation mode for an adapter's backbone_eval
-        self.shared = nn.ModuleDict()
 
     def attach(self, model: nn.Module) -> None:
         model.add_module(PROMPT_CHILD, self)
@@ -66,6 +65,8 @@ class ModelHooks(nn.Module):
 
     def shared_layer(self, cls: type[SharedLayer], method: str, site: Site) -> SharedLayer:
         """What all layers of a method share, made when the first of them asks."""
+        if not hasattr(self, "shared"):  # not before it is needed: T5 has a part of that name, which PEFT may look for
+            self.shared = nn.ModuleDict()
         if method not in self.shared:
             self.shared[method] = cls(site.attention, site.width)
         return self.shared[method]  # type: ignore[return-value]
@@ -74,7 +75,7 @@ class ModelHooks(nn.Module):
         """Forget layers of a method, and drop what they shared when none is left."""
         self._know([layer for layer in self._layers if layer not in layers])
         left = [layer for layer in prompt_layers(self._model[0]) if layer not in layers]
-        if method in self.shared and not any(layer.method == method for layer in left):
+        if method in getattr(self, "shared", ()) and not any(layer.method == method for layer in left):
             self.shared[method].close()  # type: ignore[operator]
             del self.shared[method]
         for book in list(self._grid_books):

@@ -104,9 +104,9 @@ def vocabulary_inputs(model: nn.Module, reader: nn.Module, adapter: str, rows: i
 def _saved_modules_of(model: nn.Module, adapter: str) -> Iterator[None]:
     """Let saved modules be what they will be while the adapter is active, which a second one is not yet."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    active = [(wrapper, wrapper._active_adapter) for wrapper in wrappers]
+    active: list[tuple[Any, Any]] = [(wrapper, wrapper._active_adapter) for wrapper in wrappers]
     try:
-        for wrapper in wrappers:
+        for wrapper, _ in active:
             wrapper._active_adapter = adapter if adapter in wrapper.modules_to_save else []
         yield
     finally:

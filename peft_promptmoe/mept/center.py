@@ -66,20 +66,22 @@ class RouterCenter(nn.Module):
             self.weight.grad = torch.zeros_like(self.weight)
         mean = _mean(inputs.detach(), weight).to(self.weight.dtype)
         copied = (self.steps == 0) & self.weight.any()
-        self.steps += torch.where(copied, SETTLED, 0) + 1
-        self.weight += (1.0 / self.steps).clamp(min=MOMENTUM).to(mean.dtype) * (mean - self.weight)
+        self.steps.add_(torch.where(copied, SETTLED, 0)).add_(1)
+        self.weight.add_((1.0 / self.steps).clamp(min=MOMENTUM).to(mean.dtype) * (mean - self.weight))
         return mean
 
     def _check_kept(self) -> None:
-        """Look once, before the second batch, whether the first one is still there."""
-        if self._kept_one or torch.compiler.is_compiling() or self.weight.is_meta or not bool(self.steps > 0):
+        """Look once, before the second batch, whether the first one is still there; FSDP1 says so by a view."""
+        if torch.compiler.is_compiling() or self._kept_one:
             return
-        self._kept_one = True
-        if not bool(self.weight.any()):
+        lost = not isinstance(self.weight, nn.Parameter)
+        if not lost and not self.weight.is_meta and bool(self.steps > 0):
+            self._kept_one, lost = True, not bool(self.weight.any())
+        if lost:
             raise RuntimeError(
-                "router_centering=True keeps a running mean beside each router, and what the first batch had put "
-                "there is gone: FSDP and ZeRO-3 put such tensors away after each block. Train with DDP or on one "
-                "device, or set router_centering=False."
+                "router_centering=True keeps a running mean beside each router, and FSDP and ZeRO-3 put such tensors "
+                "away after each block, with what a batch has added. Train with DDP or on one device, or set "
+                "router_centering=False."
             )
 
 

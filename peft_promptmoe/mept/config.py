@@ -52,9 +52,10 @@ class MEPTConfig(PromptConfig):
             which the base model runs once over P tokens each. Text models cope with such rows from the first step,
             where random ones can throw a causal language model off entirely: they take attention away from its first
             token. "random" draws from a normal distribution (official code, intended: Xavier). "auto" is
-            "sample_vocab" where a text of P tokens reaches all prompted layers and the weights are in memory, else
-            "random". Shared experts whose rows are added to those of routed ones (sample routing) start at a tenth of
-            the random spread in either way (official code, in effect: at zero), so that experts differ at once.
+            "sample_vocab" in the layers that a text of P tokens reaches, if the weights are in memory, and "random" in
+            others, with one warning that says why; models that read no text start at random. Shared experts whose
+            rows are added to those of routed ones (sample routing) start at a tenth of the random spread in either way
+            (official code, in effect: at zero), so that experts differ at once.
         init_std: spread of randomly initialised rows; "match" takes the spread of the layer's input where a norm makes
             it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
     """

@@ -87,8 +87,9 @@ class MEPTModel(PromptTuner):
                 "prompt_init='auto', which starts at random where it has to, or prompt_init='random'."
             )
         warnings.warn(
-            f"Prompts usually start as a model's own layer inputs on vocabulary tokens. With {name} they start at random, "
-            f"which can throw a causal language model off: {reason}. Set prompt_init='random' where this is meant.",
+            f"Prompts usually start as a model's own layer inputs on vocabulary tokens. With {name} they start at "
+            f"random, which can throw a causal language model off: {reason}. Set prompt_init='random' where this is "
+            "meant.",
             stacklevel=2,
         )
 

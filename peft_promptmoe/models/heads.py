@@ -43,17 +43,26 @@ def takes(name: str, path: str) -> bool:
     return path.endswith(name)
 
 
-def apart(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Names for `modules_to_save` none of which takes a module and also a part of it.
+def apart(model: nn.Module, names: Iterable[str], own: Iterable[str]) -> list[str]:
+    """Names for `modules_to_save` none of which takes a module and also a part of it, or a part of an adapter.
 
     PEFT would wrap both (a "head" and the "head" within it), and such an adapter does not load. In the place of the
-    outer one come its parts, which hold all of its weights.
+    outer one come its parts, which hold all of its weights. A name that our own modules end with ("router") is written
+    as the whole paths of the others that do.
+
+    Args:
+        model: the base model.
+        names: as the user or we have them.
+        own: names of our modules.
 
     Raises:
         ValueError: the outer one has weights beside those of its parts.
     """
     paths = [path for path, _ in model.named_modules() if path and PROMPT_CHILD not in path.split(".")]
-    found = list(dict.fromkeys(names))
+    found = []
+    for name in dict.fromkeys(names):
+        ours = any(takes(name, part) for part in own)
+        found += [path for path in paths if takes(name, path)] if ours else [name]
     while True:
         taken = {path: name for name in reversed(found) for path in paths if takes(name, path)}
         outer = next((path for path in taken if any(other.startswith(f"{path}.") for other in taken)), None)
@@ -61,7 +70,7 @@ def apart(model: nn.Module, names: Iterable[str]) -> list[str]:
             return found
         name = taken[outer]
         at = found.index(name)
-        new = []
+        new: list[str] = []
         for path in (path for path in paths if takes(name, path)):
             # A path that the outer one ends with would take it again.
             new += _parts(model, path) if takes(path, outer) else [path]

@@ -26,12 +26,12 @@ NUMBERS = {"width": "hidden size", "depth": "layers", "num_labels": "num_labels"
 def describe_base(model: Any) -> Record:
     """Type, width, depth and number of classes of a base model; None where it does not say."""
     timm = getattr(model, "timm_model", model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kind = getattr(config, "model_type", None)
     if (known := getattr(timm, "pretrained_cfg", None)) and timm is model:
         kind = known.get("architecture")
-    blocks = getattr(timm, "blocks", None)
+    blocks: Any = getattr(timm, "blocks", None)
     return {
         "type": kind if isinstance(kind, str) else None,
         "width": _count(getattr(text, "hidden_size", None), getattr(timm, "embed_dim", None)),

@@ -321,10 +321,11 @@ HEADS: dict[str, Architecture] = {
             "fusion_hidden_size": 8,
             "reassemble_factors": [4, 2, 1, 0.5],
             "semantic_classifier_dropout": 0.0,
+            "use_auxiliary_head": False,  # which has dropout whatever the config says
         },
         "IMAGE",
         None,
-        ("neck", "head.head", "auxiliary_head.head"),
+        ("neck", "head.head"),
         dense=True,
     ),
 }

@@ -159,6 +159,10 @@ REFUSED = {
         ("fsdp1", {}, "Shard this model with FSDP2"),
         ("fsdp1-peft", {}, "Shard this model with FSDP2"),
     ],
+    BERT: [
+        ("fsdp2", {"router_centering": True}, "set router_centering=False"),
+        ("fsdp1", {"router_centering": True}, "set router_centering=False"),
+    ],
 }
 
 

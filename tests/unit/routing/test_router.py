@@ -216,6 +216,33 @@ def test_router_center_is_a_mean_first_and_a_running_mean_later() -> None:
     assert int(center.steps) == 150
 
 
+def test_a_router_center_without_its_steps_counts_as_one_of_many() -> None:
+    center, value = RouterCenter(D), normal(D).float()
+    with torch.no_grad():
+        center.weight.copy_(normal(D))
+    before = center.weight.clone()
+    assert bool(center.is_known) and not bool(RouterCenter(D).is_known)
+    center.update(value[None], torch.ones(1, 1))
+    torch.testing.assert_close(center.weight, before + MOMENTUM * (value - before), rtol=0, atol=1e-3)
+    assert not center.weight.requires_grad
+
+
+def test_rows_that_do_not_count_are_not_in_a_router_center() -> None:
+    center, values = RouterCenter(D), normal(3, D).float()
+    mean = center.update(values, torch.tensor([[1.0], [0.0], [1.0]]))
+    torch.testing.assert_close(mean, (values[0] + values[2]) / 2)
+    torch.testing.assert_close(center(), mean)
+
+
+def test_a_lost_router_center_is_noticed_at_the_second_step() -> None:
+    center = RouterCenter(D)
+    center.update(normal(2, D), torch.ones(2, 1))
+    with torch.no_grad():
+        center.weight.zero_()
+    with pytest.raises(RuntimeError, match=r"FSDP and ZeRO-3.*router_centering=False"):
+        center.update(normal(2, D), torch.ones(2, 1))
+
+
 @pytest.mark.parametrize("rows", [1, D, D + 3, 3 * D])
 def test_orthogonal_rows(rows: int) -> None:
     weight = orthogonal_rows(rows, D)
