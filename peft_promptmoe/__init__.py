@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
+from .engine.given_query import given_query
 from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
 from .pmoe import DispatchReport, ParameterReport, PMoEConfig, PMoEModel, parameter_report, patch_maps
@@ -23,6 +24,7 @@ __all__ = [
     "VAPTConfig",
     "VAPTModel",
     "cached_prompts",
+    "given_query",
     "parameter_report",
     "patch_maps",
     "record_routing",

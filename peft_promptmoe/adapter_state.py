@@ -76,6 +76,15 @@ class AdapterState(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.prompt_config]
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Do nothing: PEFT's loop over all layers passes here when an adapter of another method is merged.
+
+        `PromptTuner.merge_adapter` and its like refuse to merge adapters of this package.
+        """
+
+    def unmerge(self) -> None:
+        """Do nothing, as `merge`."""
+
     @abstractmethod
     def update_layer(self, adapter: str, config: Any) -> None:
         """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""

@@ -17,7 +17,7 @@ from .checks import check_attention, check_layers, check_saved_modules, no_match
 from .config import PromptConfig
 from .engine.key_value import KeyValueLayer
 from .engine.model_hooks import ModelHooks, prompt_layers
-from .engine.prompt_layer import PromptLayer, no_merge
+from .engine.prompt_layer import PromptLayer
 from .engine.token_form import TokenForm
 from .models.families import FAMILIES, VISION_FAMILIES
 from .models.heads import vision_heads
@@ -217,7 +217,18 @@ class PromptTuner(BaseTuner):
         return self.model
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(no_merge(self.method))
+        raise ValueError(
+            f"{self.method} cannot be merged into the base weights: its prompts are extra attention rows, no change of "
+            "a weight. Keep the adapter loaded, or use unload() to get the base model back."
+        )
+
+    def unmerge_adapter(self) -> None:
+        """Refuse, as `merge_adapter` does.
+
+        Raises:
+            ValueError: always.
+        """
+        self._check_merge_allowed()
 
     # -- forward ------------------------------------------------------------------------------------------------------
 

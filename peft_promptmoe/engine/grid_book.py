@@ -49,7 +49,7 @@ class GridBook:
         Raises:
             ValueError: no image of so many patches has come through the patch embedding: patches were dropped.
         """
-        count = tokens - self.patches.prefix
+        count = _number(tokens) - self.patches.prefix
         grid = self.grids.get(count)
         if grid is None:
             raise ValueError(
@@ -65,7 +65,7 @@ class GridBook:
     def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
         if not self._is_read():
             return
-        rows, columns = output.shape[-2:]
+        rows, columns = map(_number, output.shape[-2:])
         known = self.grids.get(rows * columns)
         if known is None:
             known = self.grids.setdefault(rows * columns, (rows, columns))
@@ -96,3 +96,8 @@ class GridBook:
         if len(args) > position:
             return (*args[:position], noise, *args[position + 1 :]), kwargs
         return args, {**kwargs, "noise": noise}
+
+
+def _number(size: int) -> int:
+    """A size as a number: `torch.jit.trace` makes tensors of sizes, which no dictionary finds again."""
+    return int(size) if torch.jit.is_tracing() else size

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..models.call_arguments import first_real, real_tokens
 from ..models.inspection import parameter_names
+from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from .columns import Columns, MaskWithRows, expert_table, merge_columns, open_columns
 from .projection import project_rows, relative_bias, rotary_tables
 from .prompt_layer import PROMPT_CALL, PromptLayer
-from .row_cache import cached_rows
+from .row_cache import cached_rows, note_keys
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, ConfigView
 
@@ -129,13 +130,15 @@ class KeyValueLayer(PromptLayer):
         if not adapters:
             return None
         kwargs = dict(kwargs)
-        call = kwargs.pop(PROMPT_CALL, None)
+        call = kwargs.pop(PROMPT_CALL, None) or self.calls.call
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         x = self.layer_input(bound[self._names[0]])
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
+        if call is not None and not past and any(map(self.reads_query, adapters)):
+            self._look_for_query(call, cached is not None)
         mask = bound.get("attention_mask", bound.get("mask"))
         # Images have no padding; what BEiT passes as a mask are its relative positions.
         real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
@@ -145,6 +148,20 @@ class KeyValueLayer(PromptLayer):
             return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
         kwargs[COLUMNS] = columns
         return args, kwargs
+
+    def _look_for_query(self, call: PromptCall, cached: bool) -> None:
+        """Refuse, or say, that a router will read a text with its answer.
+
+        Args:
+            cached: whether there is a cache, as in generation, where all that is given is the query.
+        """
+        if call.knows_query:
+            return
+        if self.training and call.learns:
+            refuse_unknown_query()
+        if not (cached or call.warned or torch.compiler.is_compiling()):
+            call.warned = True
+            warn_of_whole_rows()
 
     def _after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -157,6 +174,8 @@ class KeyValueLayer(PromptLayer):
                 f"{columns.arrived} times in one call instead of once, so the prompts did not join its attention as "
                 "defined. This architecture (or this option of it) is not supported; unload the adapter."
             )
+        if isinstance(columns, Columns):
+            note_keys(self.site, dict(zip(self._names, args, strict=False)) | kwargs)
 
     def layer_input(self, hidden: Tensor) -> Tensor:
         layer_input: Tensor | None = hidden
@@ -239,7 +258,9 @@ def _offsets(rows: int, slots: int, device: torch.device) -> Tensor:
 
 def no_call(attention: nn.Module) -> str:
     return (
-        f"The model does not pass keyword arguments on to {type(attention).__name__}, so its prompt layers cannot "
-        "learn which tokens belong to the query or take part in a balance loss. Use routing='token' (causal language "
-        "models) and balance_loss_weight=0."
+        f"{type(attention).__name__} was called outside a forward of the model that holds its block, or is run again by "
+        "checkpointing in a model that does not pass keyword arguments on, so its prompt layers cannot learn which "
+        "tokens belong to the query, keep a router's centre or take part in a balance loss. Call the model or its "
+        "encoder and not its blocks, do not checkpoint, or use routing='token' (causal models), router_centering=False "
+        "and balance_loss_weight=0."
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on the base model itself: what a forward tells its layers, the balance loss, checks of loaded tensors."""
+"""Hooks on the base model: what its prompt layers share, modes, forwards that begin, checks of loaded tensors."""
 
 from __future__ import annotations
 
@@ -10,32 +10,27 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, SharedLayer
-from ..models.call_arguments import attention_mask
-from ..models.inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
 from ..models.patches import Patches
-from ..models.query import query_of, refuse_packed_rows, warn_of_no_query
 from ..models.sites import Site
-from ..routing.balance_loss import add_balance_loss
-from ..routing.prompt_call import PromptCall
+from ..routing.prompt_call import CallBook, PromptCall
 from ..sharing.load_checks import check_read, check_strangers, check_tensors
 from ..sharing.rollback import Unread, note_made
+from .called_module import CalledModule, holders
 from .grid_book import GridBook
-from .prompt_layer import PROMPT_CALL, PromptLayer
+from .prompt_layer import PromptLayer
 
 TIMM_INNER = "timm_model"
 
 
 class ModelHooks(nn.Module):
-    """Child of the base model that hooks its forward and its `load_state_dict`."""
+    """Child of the base model that hooks its forwards and its `load_state_dict`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._last_balance: tuple[Tensor, ...] = ()
-        self._names = parameter_names(model)
-        self._passes_on = accepts_keyword_arguments(model)
-        self._divides = divides_its_loss(unwrapped_forward(model))
-        self._looked = False
+        self.calls = CallBook()
+        self.last_balance: tuple[Tensor, ...] = ()
         self._handles: list[Any] = []
+        self._inner: list[Any] = []  # handles of hooks on modules within the model
         self._layers: list[PromptLayer] = []
         self._unread: dict[str, Unread] = {}
         self._model = (model,)  # a tuple, so that it is no child
@@ -46,13 +41,12 @@ class ModelHooks(nn.Module):
     def attach(self, model: nn.Module) -> None:
         model.add_module(PROMPT_CHILD, self)
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True),
+            *CalledModule(self, model).attach(model),
             model.register_load_state_dict_pre_hook(self._before_load),
         ]
 
     def detach(self, model: nn.Module) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._inner):
             handle.remove()
         for book in self._grid_books:
             book.detach()
@@ -80,7 +74,7 @@ class ModelHooks(nn.Module):
         if method in self.shared:
             self.shared[method].close()  # type: ignore[operator]
             del self.shared[method]
-        self._layers = [layer for layer in self._layers if layer not in layers]
+        self._know([layer for layer in self._layers if layer not in layers])
         for book in self._grid_books:
             book.readers = [reader for reader in book.readers if reader not in layers]
         self.hold()
@@ -107,78 +101,46 @@ class ModelHooks(nn.Module):
 
     def watch(self, model: nn.Module, unread: Unread) -> None:
         """Note the prompt layers of the model and the adapter that came; called after each injection."""
-        self._layers = prompt_layers(model)
+        self._know(prompt_layers(model))
         self._unread[unread.adapter] = unread
         note_made(unread)
         self.hold()
 
+    def _know(self, layers: list[PromptLayer]) -> None:
+        """Take over the model's prompt layers as they now are, and hook the modules that hold them."""
+        for handle in self._inner:
+            handle.remove()
+        self._layers, self._inner = layers, []
+        model = self._model[0]
+        for layer in layers:
+            layer.calls = self.calls
+        for module in holders(model, layers):
+            if module is not model:
+                self._inner += CalledModule(self, module).attach(module)
+
     @property
     def last_balance_loss(self) -> float | None:
         """Mean over the routers of their weighted balance terms in the last forward that had any."""
-        values = [float(value) for value in self._last_balance]
+        values = [float(value) for value in self.last_balance]
         return sum(values) / len(values) if values else None
 
-    def _before_forward(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._unread and not torch.compiler.is_compiling():
-            for adapter in self._unread:
-                check_read(model, adapter)
-            self._unread = {}
-        if model.training and not torch.compiler.is_compiling():
-            self.hold()  # another adapter may have been switched to since
-        if getattr(model, "_is_replica", False):
-            raise RuntimeError(
-                "nn.DataParallel copies a model together with its hooks, which belong to the original, so the copies "
-                "would have the original's prompts. Use one process per device: torchrun or accelerate launch."
-            )
-        bound = dict(zip(self._names, args, strict=False)) | kwargs
-        if any(layer.site.causal and any(map(layer.pools_rows, layer.working_adapters())) for layer in self._layers):
-            refuse_packed_rows(bound)
-        # timm's models hand nothing on to their layers, and would refuse what they do not know.
-        asking = [layer for layer in self._layers if any(map(layer.needs_call, layer.working_adapters()))]
-        asking = [layer for layer in asking if not layer.site.is_timm]
-        if not asking or not self._passes_on:
-            return None
-        call = PromptCall()
-        if any(layer.reads_query(name) for layer in asking for name in layer.working_adapters()):
-            call.query = query_of(model, bound)
-            self._look_at(call.query, bound, model)
-        return args, {**kwargs, PROMPT_CALL: call}
-
-    def _look_at(self, query: Tensor | None, bound: dict[str, Any], model: nn.Module) -> None:
-        """Look once, in the first step of training, whether routers have anything to read."""
-        if query is None or not model.training or self._looked or torch.compiler.is_compiling() or query.is_meta:
-            return
-        self._looked = True
-        mask = attention_mask(bound)
-        warn_of_no_query(query & mask.bool() if mask is not None and mask.ndim == 2 else query)
-
-    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        call = kwargs.get(PROMPT_CALL)
-        if not isinstance(call, PromptCall) or not call.balance:
-            return None
-        self._last_balance = tuple(call.balance.values())
-        if not torch.is_grad_enabled():
-            return None
-        if isinstance(output, tuple):
-            has_loss = kwargs.get("labels") is not None
-            return (add_balance_loss(output[0], call, self._share(kwargs)), *output[1:]) if has_loss else None
-        loss = output.get("loss") if hasattr(output, "get") else None
-        if loss is not None:
-            output["loss"] = add_balance_loss(loss, call, self._share(kwargs))
-        return output
-
-    def _share(self, kwargs: dict[str, Any]) -> Tensor | float:
-        """Share of this forward in its optimiser step, where the caller says how many labels the step has.
-
-        The Trainer then leaves it to the model to divide by them and does not divide by the accumulation steps. Models
-        that do not do so either have the balance loss's gradient grow with the task loss's.
-        """
-        total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if total is None or labels is None or not self._divides:
-            return 1.0
-        return (labels != -100).sum() / total
+    def begin(self) -> PromptCall:
+        """A forward begins, of the whole model or of a module within it."""
+        if not torch.compiler.is_compiling():
+            if self._unread:
+                for adapter in self._unread:
+                    check_read(self._model[0], adapter)
+                self._unread = {}
+            if self._model[0].training:
+                self.hold()  # another adapter may have been switched to since
+        call = self.calls.begin()
+        for layer in self._layers:
+            for name in layer.working_adapters():
+                # timm's models hand nothing on to their layers, and would refuse what they do not know.
+                call.asks |= layer.needs_call(name) and not layer.site.is_timm
+                call.reads_query |= layer.reads_query(name)
+                call.pools_rows |= layer.site.causal and layer.pools_rows(name)
+        return call
 
     def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         unread, self._unread = self._unread, {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
 from ..models.sites import Site
+from ..routing.prompt_call import CallBook
 from ..routing.record import Chosen, Observer, RoutingRecord
 from .grid_book import GridBook
 
@@ -35,6 +36,7 @@ class PromptLayer(AdapterState):
         self.last_routing: dict[str, RoutingRecord] = {}
         self.observers: list[Observer] = []
         self.grids: GridBook | None = None
+        self.calls = CallBook()  # the model's own, once it knows of the layer
         self.shared: tuple[SharedLayer, ...] = ()  # a tuple, so that the root's module is no child of this one
         self._handles: list[Any] = []
 
@@ -81,12 +83,6 @@ class PromptLayer(AdapterState):
     def get_base_layer(self) -> nn.Module:
         return self.site.attention
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(no_merge(self.method))
-
-    def unmerge(self) -> None:
-        raise ValueError(no_merge(self.method))
-
     # -- in and out of the model --------------------------------------------------------------------------------------
 
     def attach(self) -> None:
@@ -106,10 +102,3 @@ class PromptLayer(AdapterState):
         self.last_routing[adapter] = record
         for observer in self.observers:
             observer(self.site.name, adapter, record)
-
-
-def no_merge(method: str) -> str:
-    return (
-        f"{method} cannot be merged into the base weights: its prompts are extra attention rows, no change of a "
-        "weight. Keep the adapter loaded, or use unload() to get the base model back."
-    )

@@ -50,6 +50,7 @@ class TokenLayer(PromptLayer):
             block.register_forward_pre_hook(self._before_block, with_kwargs=True),
             # Before all others: those that transformers captures hidden states by see tokens without prompts.
             block.register_forward_hook(self._after_block, prepend=True),
+            self.site.attention.register_forward_hook(self._after_attention, prepend=True),
         ]
 
     def working_adapter(self) -> str | None:
@@ -98,6 +99,19 @@ class TokenLayer(PromptLayer):
         kept = torch.cat([x[:, :start], x[:, stop:]], dim=1)
         setattr(kept, CARRIED, x[:, start:stop])
         return (kept, *output[1:]) if isinstance(output, tuple) else kept
+
+    def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Take the prompts out of the attention weights that a model is asked for, as everywhere else."""
+        adapter = self.working_adapter()
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if adapter is None or not isinstance(weights, Tensor):
+            return None
+        start = self._patches().prefix
+        stop = start + self.prompt_config[adapter].num_virtual_tokens
+        for dim in (-2, -1):
+            before, behind = weights.narrow(dim, 0, start), weights.narrow(dim, stop, weights.shape[dim] - stop)
+            weights = torch.cat([before, behind], dim=dim)
+        return output[0], weights, *output[2:]
 
     def _patches(self) -> Patches:
         assert self.site.patches is not None

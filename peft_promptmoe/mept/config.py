@@ -26,8 +26,10 @@ class MEPTConfig(PromptConfig):
         routing: "sample" is the paper's: the router reads the mean of the layer's input over the real tokens, and the
             rows of the chosen experts, weighted by their gates, and of the shared experts are summed into P
             rows per sample. "token" is ours: every token weighs the slots of its own chosen experts inside attention,
-            so it never looks ahead. "auto" takes "token" for causal language models and "sample" for all others; the
-            choice replaces it in this object, as PEFT's of target modules does, and is saved with the adapter.
+            so it never looks ahead. "auto" takes "token" where the prompted attention is causal, unless the model is
+            known to give one answer for a row (sequence classification), and "sample" elsewhere; the choice replaces
+            it in this object, as PEFT's of target modules does, and is saved with the adapter. On a causal model
+            "sample" needs to know the query: labels tell it, or `given_query`.
         router_norm: whether the router reads its input through an RMS norm without gain (official code: yes).
         router_centering: whether a running mean is subtracted from the router's input. Layer inputs share one
             direction, by which sample routing can send everything to one expert; with centering the load is even and
@@ -41,7 +43,9 @@ class MEPTConfig(PromptConfig):
         prompt_positions: where prompt keys stand for rotary embeddings and T5 biases: "prefix" right before the text
             (official code), "unrotated" at the first token's position, for models whose rotary table is out of reach.
         decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder
-            block (official code: yes). Needs routing="sample".
+            block (official code: yes). The encoder's output is longer by `num_virtual_tokens` then, so it needs
+            routing="sample" and a decoder that takes encoder outputs of any length: not one of speech, which reads times
+            off the number of frames, or makes its mask from it. "auto" is True where that is so.
         prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. Rows
             want about 2.5e-2, which the default makes of an ordinary 1e-3.
         prompt_init: "sample_vocab" starts experts as the layer's own inputs on a row of random vocabulary tokens, for
@@ -70,8 +74,8 @@ class MEPTConfig(PromptConfig):
     prompt_positions: str = field(  # type: ignore[misc]
         default="prefix", metadata={"help": "Positions of prompt keys: 'prefix' or 'unrotated'."}
     )
-    decoder_sees_prompts: bool = field(
-        default=True, metadata={"help": "Whether a decoder attends to the last encoder block's prompts."}
+    decoder_sees_prompts: bool | str = field(
+        default="auto", metadata={"help": "Whether a decoder attends to the last encoder block's prompts, or 'auto'."}
     )
     prompt_scale: float = field(default=25.0, metadata={"help": "Rows are this times the trained tensor."})
     prompt_init: str = field(
@@ -94,8 +98,10 @@ class MEPTConfig(PromptConfig):
         check_choice("routing", self.routing, ("auto", "sample", "token"))
         check_choice("prompt_positions", self.prompt_positions, ("prefix", "unrotated"))
         check_choice("prompt_init", self.prompt_init, ("auto", "sample_vocab", "random"))
-        for name in ("router_norm", "router_centering", "renormalize_top_k", "decoder_sees_prompts"):
+        for name in ("router_norm", "router_centering", "renormalize_top_k"):
             check_bool(name, getattr(self, name))
+        if self.decoder_sees_prompts != "auto":
+            check_bool("decoder_sees_prompts", self.decoder_sees_prompts)
         check_number("router_noise", self.router_noise, 0.0)
         check_number("router_dropout", self.router_dropout, 0.0, 1.0)
         check_number("balance_loss_weight", self.balance_loss_weight, 0.0)

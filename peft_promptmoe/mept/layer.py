@@ -120,8 +120,8 @@ class MEPTLayer(KeyValueLayer):
         config = self.prompt_config[adapter]
         if config.num_experts == 1:
             return experts
-        if self.reads_query(adapter) and call is not None and call.query is not None:
-            real = call.query if real is None else real & call.query
+        if self.reads_query(adapter) and call is not None:
+            real = call.readable(x, real)
         with without_autocast(x):
             pooled = pooled_input(x, real, config.router_norm)
             some = None if real is None else real.any(dim=1)
@@ -210,7 +210,7 @@ class MEPTLayer(KeyValueLayer):
         return config.routing == "sample" and config.num_experts > 1
 
     def reads_query(self, adapter: str) -> bool:
-        return self.site.generates and self.pools_rows(adapter)
+        return self.site.by_token and self.pools_rows(adapter)
 
     def needs_call(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ..engine.model_hooks import prompt_layers
 from ..engine.projection import LENGTH_DEPENDENT, rotary_kind
-from ..engine.token_form import takes_bias
+from ..engine.token_form import why_decoder_cannot_see
 from ..engine.vocabulary_start import can_read_vocabulary, vocabulary_inputs
 from ..models.sites import Site, caps_scores
 from ..models.targets import is_encoder_decoder
@@ -42,8 +42,18 @@ class MEPTModel(PromptTuner):
 
     def resolve(self, config: MEPTConfig, sites: list[Site]) -> None:
         if config.routing == "auto":
-            config.routing = "token" if any(site.generates for site in sites) else "sample"
+            config.routing = "token" if any(site.by_token for site in sites) else "sample"
             config._check_dead_settings()
+        if config.decoder_sees_prompts == "auto":
+            config.decoder_sees_prompts = not any(self._why_decoder_cannot_see(config, site) for site in sites)
+
+    def _why_decoder_cannot_see(self, config: MEPTConfig, site: Site) -> str | None:
+        """Why the decoder, if there is one, cannot attend to the prompts of the last encoder block."""
+        if not is_encoder_decoder(self.model):
+            return None
+        if config.routing == "token":
+            return "with routing='token' there is no one set of prompt tokens per sample, as with routing='sample'"
+        return why_decoder_cannot_see(self.model, site)
 
     def initialize(self, config: MEPTConfig, adapter_name: str) -> None:
         if not config.init_weights or config.prompt_init == "random":
@@ -64,15 +74,10 @@ class MEPTModel(PromptTuner):
             layer.start_from(adapter_name, inputs[layer.site.name])
 
     def check_site(self, config: MEPTConfig, site: Site) -> None:
-        if config.decoder_sees_prompts and config.routing == "token" and is_encoder_decoder(self.model):
+        if config.decoder_sees_prompts and (reason := self._why_decoder_cannot_see(config, site)):
             raise ValueError(
-                "decoder_sees_prompts=True hands the decoder one set of prompt tokens per sample, and routing='token' "
-                "has none. Set decoder_sees_prompts=False or routing='sample'."
-            )
-        if config.decoder_sees_prompts and is_encoder_decoder(self.model) and not takes_bias(site):
-            raise ValueError(
-                f"decoder_sees_prompts=True needs to place prompt tokens in the relative positions of "
-                f"{type(site.attention).__name__}, which keeps them to itself. Set decoder_sees_prompts=False."
+                f"decoder_sees_prompts=True hands the decoder prompt tokens with the encoder's output: {reason}. Set "
+                "decoder_sees_prompts=False."
             )
         lengthens = site.rotary is not None and site.patches is None and rotary_kind(site) in LENGTH_DEPENDENT
         if config.prompt_positions == "prefix" and lengthens:

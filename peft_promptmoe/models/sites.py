@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .causality import answers_by_row, is_causal
 from .families import Family
 from .inspection import calls_attention_interface, calls_in_order, passes_on_keywords, unwrapped_forward
 from .patches import Patches, find_patches
 from .targets import (
     decoder_modules,
     family_of,
-    has_language_model_head,
     input_width,
     is_cross_attention_layer,
     is_timm_attention,
@@ -36,8 +36,9 @@ class Site:
         norm: module that makes the attention layer's input from the block's input; None for post-norm blocks.
         family: the table's entry, None where only the generic rule reached this layer.
         width: width `D` of the layer input.
-        causal: whether a query sees earlier positions only.
-        generates: whether the model is a causal language model, so that its outputs are scored token by token.
+        causal: whether what the layer puts out for a token depends on earlier tokens only (`is_causal`).
+        by_token: whether the layer is causal and the model's outputs are read token by token, so that a router which
+            reads a whole row would let answers reach what is put out before them.
         rotary: the model's rotary embedding, if it has one, and
         rotary_type: the layer type it takes, for models that keep one table per type.
         bias_owner: the attention layer that holds the T5 table of relative position biases this layer adds.
@@ -53,7 +54,7 @@ class Site:
     family: Family | None
     width: int
     causal: bool
-    generates: bool
+    by_token: bool
     rotary: Any
     rotary_type: str | None
     bias_owner: Any
@@ -111,7 +112,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         )
     # Rotary vision models turn the patches only, and prompts are no patches.
     rotary = _rotary_embedding(model, path) if patches is None else None
-    causal = bool(getattr(attention, "is_causal", False))
+    causal = not timm and patches is None and is_causal(model, path)
     return Site(
         name=path,
         index=index,
@@ -121,7 +122,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         family=family,
         width=width,
         causal=causal,
-        generates=causal and has_language_model_head(model),
+        by_token=causal and not answers_by_row(model, path),
         rotary=rotary,
         rotary_type=_rotary_type(rotary, attention, block),
         bias_owner=_bias_owner(model, path, attention),
