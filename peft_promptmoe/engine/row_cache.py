@@ -105,6 +105,9 @@ def row_keeper(kind: Any) -> Any:
         def __reduce__(self) -> tuple[Any, ...]:
             return _rebuilt, (kind,), self.__dict__
 
+    for name in ("batch_repeat_interleave", "batch_select_indices"):
+        if not hasattr(kind, name):  # static caches offer neither
+            delattr(Keeper, name)
     Keeper.__name__, Keeper.__qualname__, Keeper.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Keeper
 

@@ -20,6 +20,7 @@ ONE_ANSWER = (
     "ForImageClassification",
     "ForAudioClassification",
     "ForVideoClassification",
+    "WithProjection",
 )
 
 
@@ -38,8 +39,12 @@ def is_causal(model: nn.Module, path: str) -> bool:
 
 def answers_by_row(model: nn.Module, path: str) -> bool:
     """Whether the attention layer at `path` belongs to a model that is known to give one answer for a row."""
-    names = (base.__name__ for owner in _owners(model, path) for base in type(owner).__mro__)
-    return any(kind in name for name in names for kind in ONE_ANSWER)
+    owners = list(_owners(model, path))
+    names = (base.__name__ for owner in owners for base in type(owner).__mro__)
+    # Models that are trained to bring texts and images together read one feature off each (CLIP).
+    return any(kind in name for name in names for kind in ONE_ANSWER) or any(
+        hasattr(owner, "get_text_features") and hasattr(owner, "get_image_features") for owner in owners
+    )
 
 
 def _owners(model: nn.Module, path: str) -> Iterator[nn.Module]:

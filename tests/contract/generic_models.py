@@ -174,7 +174,7 @@ _WAV2VEC = {
 
 _CAUSAL, _ANY = "AutoModelForCausalLM", "AutoModel"
 _CLASSIFIER, _SEQ2SEQ = "AutoModelForSequenceClassification", "AutoModelForSeq2SeqLM"
-_SAMPLE, _DROPPED = {"routing": "sample"}, {"decoder_sees_prompts": False}
+_SAMPLE = {"routing": "sample"}
 
 ARCHITECTURES: dict[str, Arch] = {
     # Decoders, one line for each way of building a block.
@@ -280,7 +280,7 @@ ARCHITECTURES: dict[str, Arch] = {
     "nystromformer": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
     # Encoder-decoders
     "mt5": Arch(EXACT, _SEQ2SEQ, _T5),
-    "umt5": Arch(EXACT, _SEQ2SEQ, _T5, mept=_DROPPED),
+    "umt5": Arch(EXACT, _SEQ2SEQ, _T5),
     "switch_transformers": Arch(EXACT, _SEQ2SEQ, _T5),
     "mbart": Arch(EXACT, _SEQ2SEQ, _BART),
     "pegasus": Arch(EXACT, _SEQ2SEQ, _BART),

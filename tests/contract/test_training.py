@@ -305,6 +305,17 @@ def test_the_balance_loss_survives_accumulation_and_scaling(case: Case) -> None:
 
 
 @each_case(has_balance)
+def test_the_balance_loss_is_the_same_in_tuples(case: Case) -> None:
+    batch, settings = case.batch(), with_balance(case)
+    _, expected = gradients(case.model(**settings), batch)
+    model = case.model(**settings).train()
+    loss, *_ = model(**batch, return_dict=False)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, expected, 1e-6)
+
+
+@each_case(has_balance)
 def test_two_forwards_before_one_backward_keep_their_balance_losses_apart(case: Case) -> None:
     settings, one, two = with_balance(case), case.batch(seed=1), case.batch(seed=2)
     model = case.model(**settings)
