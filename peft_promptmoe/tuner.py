@@ -218,8 +218,8 @@ class PromptTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            f"{self.method} cannot be merged into the base weights: its prompts are extra attention rows, no change of "
-            "a weight. Keep the adapter loaded, or use unload() to get the base model back."
+            f"{self.method} cannot be merged into the base weights: its prompts are extra attention rows, no change "
+            "of a weight. Keep the adapter loaded, or use unload() to get the base model back."
         )
 
     def unmerge_adapter(self) -> None:

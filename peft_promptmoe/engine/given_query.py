@@ -25,8 +25,8 @@ def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]
             the batches within the block. None for all tokens, where one answer is made of the whole row.
 
     Raises:
-        ValueError: the number is negative, or no router of the model reads a query: it routes by token, has one expert,
-            or is not causal.
+        ValueError: the number is negative, or no router of the model reads a query: it routes by token, has one
+            expert, or is not causal.
     """
     if isinstance(tokens, int) and tokens < 0:
         raise ValueError(f"given_query takes the number of tokens in the query, got {tokens}.")
@@ -34,8 +34,8 @@ def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]
     hooks = next((module for module in model.modules() if isinstance(module, ModelHooks)), None)
     if hooks is None or not any(layer.reads_query(name) for layer in layers for name in layer.prompt_config):
         raise ValueError(
-            "No router of this model reads a query: that is what routing='sample' with several experts does on a causal "
-            "model. Leave given_query out."
+            "No router of this model reads a query: that is what routing='sample' with several experts does on a "
+            "causal model. Leave given_query out."
         )
     before = hooks.calls.give(GivenQuery(tokens))
     try:

@@ -52,7 +52,7 @@ def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[st
     own = {}
     layer.__dict__[ROWS] = {**rows, site.name: own}  # a new one, for a shallow copy of the layer has the old one
     if not torch.compiler.is_compiling() and not hasattr(layer, "keeps_rows_of"):
-        layer.__class__ = row_keeper(type(layer))
+        layer.__class__ = row_keeper(type(layer))  # type: ignore[arg-type]
     return own, False
 
 
@@ -74,7 +74,7 @@ def row_keeper(kind: Any) -> Any:
         kind: class of the layer.
     """
 
-    class Keeper(kind):  # type: ignore[misc]
+    class Keeper(kind):
         _layer_type = None  # or transformers would make this class for all layers of that type from now on
         keeps_rows_of = kind
 
@@ -176,8 +176,8 @@ def _cache_layer(site: Site, bound: dict[str, Any]) -> Any | None:
         if index < len(layers) and hasattr(layers[index], "get_seq_length"):
             return layers[index]
     raise ValueError(
-        f"Prompt rows are kept in a layer of the cache, and this {type(cache).__name__} has none for {site.name!r}. Use "
-        "a cache of transformers (DynamicCache, StaticCache), leave out layers that share another layer's keys by "
+        f"Prompt rows are kept in a layer of the cache, and this {type(cache).__name__} has none for {site.name!r}. "
+        "Use a cache of transformers (DynamicCache, StaticCache), leave out layers that share another layer's keys by "
         "exclude_modules, or set use_cache=False."
     )
 

@@ -44,8 +44,8 @@ class MEPTConfig(PromptConfig):
             (official code), "unrotated" at the first token's position, for models whose rotary table is out of reach.
         decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder
             block (official code: yes). The encoder's output is longer by `num_virtual_tokens` then, so it needs
-            routing="sample" and a decoder that takes encoder outputs of any length: not one of speech, which reads times
-            off the number of frames, or makes its mask from it. "auto" is True where that is so.
+            routing="sample" and a decoder that takes encoder outputs of any length: not one of speech, which reads
+            times off the number of frames, or makes its mask from it. "auto" is True where that is so.
         prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. Rows
             want about 2.5e-2, which the default makes of an ordinary 1e-3.
         prompt_init: "sample_vocab" starts experts as the layer's own inputs on a row of random vocabulary tokens, for

@@ -203,7 +203,7 @@ class MEPTLayer(KeyValueLayer):
         return self.pools_rows(adapter)
 
     def wants_tokens(self, config: PromptConfig) -> bool:
-        return isinstance(config, MEPTConfig) and config.decoder_sees_prompts
+        return isinstance(config, MEPTConfig) and config.decoder_sees_prompts is True
 
     def pools_rows(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]

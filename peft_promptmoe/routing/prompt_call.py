@@ -110,15 +110,14 @@ class CallBook:
     @property
     def call(self) -> PromptCall | None:
         """Of the forward that this thread is in; None outside, as in a block that is run again."""
+        if torch.compiler.is_compiling():  # what is around it may not be compiled
+            return next(iter(self._calls.values())) if len(self._calls) == 1 else None
         return self._calls.get(_thread())
 
     def begin(self) -> PromptCall:
         """The call of a forward that begins in this thread."""
-        if torch.compiler.is_compiling():  # it cannot ask for the thread
-            given = next(iter(self._given.values()), None)
-        else:
-            given = self._given.get(_thread())
-        call = PromptCall(given)
+        compiled = torch.compiler.is_compiling()  # it cannot ask for the thread
+        call = PromptCall(next(iter(self._given.values()), None) if compiled else self._given.get(_thread()))
         self._calls[_thread()] = call
         return call
 

@@ -175,6 +175,6 @@ def test_other_caches_stay_what_they_are(model: PeftModel) -> None:
     kinds = [dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING), dict(cache_utils.STATIC_LAYER_TYPE_MAPPING)]
     cache = filled(model, empty("dynamic", model))
     filled(model, empty("static", model))
-    assert [cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING] == kinds
+    assert kinds == [cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING]
     assert isinstance(cache.layers[0], cache_utils.DynamicLayer)
     assert repr(cache) == repr(filled(model, empty("without layers yet", model)))

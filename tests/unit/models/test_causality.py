@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers look back only, whose outputs are read token by token, and that by default nothing looks ahead there."""
+"""Which layers look back only, whose outputs are read token by token, and that nothing looks ahead there."""
 
 from __future__ import annotations
 
@@ -210,6 +210,7 @@ def test_labels_protect_sample_routing_behind_a_prefix_that_sees_itself() -> Non
     other = ids.clone()
     other[:, -2:] = (other[:, -2:] + 17) % 50 + 5
     moved = (outputs(model, paligemma_batch(ids)) - outputs(model, paligemma_batch(other))).abs()
-    assert float(moved[:, :-2].max()) < 1e-6 < 1e-3 < float(moved[:, -1].max())
+    assert float(moved[:, :-2].max()) < 1e-6
+    assert float(moved[:, -1].max()) > 1e-3
     with pytest.raises(ValueError, match="given_query"):
         model(**{name: value for name, value in paligemma_batch(ids).items() if name != "labels"})
