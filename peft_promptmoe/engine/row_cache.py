@@ -60,7 +60,7 @@ def note_keys(site: Site, bound: dict[str, Any]) -> None:
     """Remember the keys that a layer's rows belong to; called when the cache has taken in a call's tokens."""
     layer = _cache_layer(site, bound)
     if layer is not None and ROWS in layer.__dict__:
-        layer.__dict__[KEYS] = layer.keys
+        layer.__dict__[KEYS] = getattr(layer, "keys", None)
 
 
 @lru_cache(maxsize=64)
@@ -124,7 +124,7 @@ def _follow(layer: Any, change: Callable[[Tensor], Tensor] | None = None) -> Non
             site: {adapter: _changed(kept, change) for adapter, kept in own.items()}
             for site, own in layer.__dict__.get(ROWS, {}).items()
         }
-    layer.__dict__[KEYS] = layer.keys
+    layer.__dict__[KEYS] = getattr(layer, "keys", None)
 
 
 def _changed(kept: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -153,7 +153,7 @@ def _of_several_samples(own: dict[str, Rows]) -> bool:
 def _check_unchanged(layer: Any, own: dict[str, Rows]) -> None:
     """Refuse rows of several samples where the keys are others than those they were left with."""
     noted = layer.__dict__.pop(KEYS, None)  # no longer held, so that the cache's update frees them as ever
-    if noted is None or noted is layer.keys or not _of_several_samples(own):
+    if noted is None or noted is getattr(layer, "keys", None) or not _of_several_samples(own):
         return
     raise ValueError(
         "The keys of this cache were replaced since the last call, and the prompt rows that it keeps for each sample "

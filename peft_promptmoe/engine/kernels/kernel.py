@@ -70,8 +70,8 @@ def refuse_capped_choice(columns: Columns, cap: float | None) -> None:
     """Refuse chosen experts where the kernel caps scores and takes no mask that could bring theirs: ValueError."""
     if columns.chosen and cap is not None:
         raise ValueError(
-            "Token routing brings the scores of a token's experts ready, and this kernel would cap them once more. Use "
-            "attn_implementation='sdpa' or routing='sample' with this model."
+            "Token routing brings the scores of a token's experts ready, and this kernel would cap them once more. "
+            "Use attn_implementation='sdpa' or routing='sample' with this model."
         )
 
 

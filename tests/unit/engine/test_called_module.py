@@ -62,29 +62,29 @@ def routers(model: nn.Module) -> Tensor:
 
 
 PARTS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], str]] = {
-    "clip's image features": (clip, lambda m: m.get_image_features(pixel_values=IMAGES).pooler_output, "vision_model"),
-    "clip's text features": (clip, lambda m: m.get_text_features(input_ids=IDS).pooler_output, "text_model"),
-    "t5's encoder": (
+    "clip-image-features": (clip, lambda m: m.get_image_features(pixel_values=IMAGES).pooler_output, "vision_model"),
+    "clip-text-features": (clip, lambda m: m.get_text_features(input_ids=IDS).pooler_output, "text_model"),
+    "t5-encoder": (
         lambda: Case("mept", "t5", "sample", "sdpa").base(),
         lambda m: m.get_encoder()(input_ids=IDS).last_hidden_state,
         "encoder",
     ),
-    "bert's body": (
+    "bert-body": (
         lambda: Case("mept", "bert", "sample", "sdpa").base(),
         lambda m: m.bert(input_ids=IDS).last_hidden_state,
         "bert",
     ),
-    "bert's encoder": (
+    "bert-encoder": (
         lambda: Case("mept", "bert", "sample", "sdpa").base(),
         lambda m: m.bert.encoder(m.bert.embeddings(IDS)).last_hidden_state,
         "bert.encoder",
     ),
-    "llama's body": (
+    "llama-body": (
         lambda: Case("mept", "llama", "token", "sdpa").base(),
         lambda m: m.model(input_ids=IDS).last_hidden_state,
         "model",
     ),
-    "siglip's tower": (siglip, lambda m: m.vision_model(pixel_values=IMAGES).last_hidden_state, "vision_model"),
+    "siglip-tower": (siglip, lambda m: m.vision_model(pixel_values=IMAGES).last_hidden_state, "vision_model"),
 }
 
 
@@ -191,7 +191,7 @@ def plain(weight: float) -> Tensor:
 @pytest.mark.parametrize(
     ("first", "compiled"),
     [(True, False), (False, False), (True, True)],
-    ids=["loss first", "loss last", "loss first, compiled"],
+    ids=["loss-first", "loss-last", "loss-first-compiled"],
 )
 def test_a_module_around_a_model_changes_no_gradient(first: bool, compiled: bool) -> None:
     torch._dynamo.reset()
@@ -205,7 +205,7 @@ def test_a_module_around_a_model_changes_no_gradient(first: bool, compiled: bool
     torch.testing.assert_close(routers(model), expected)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "body compiled"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "body-compiled"])
 def test_labels_and_loss_of_a_module_that_hands_nothing_on_reach_the_layers(compiled: bool) -> None:
     torch._dynamo.reset()
     found = []

@@ -30,7 +30,7 @@ def scores(model: PeftModel, ids: Tensor, **more: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("tokens", "compiled"),
     [(0, False), (1, False), (4, False), (torch.tensor([2, 5, 3]), False), (4, True)],
-    ids=["none", "one", "four", "of each row", "four, compiled"],
+    ids=["none", "one", "four", "of-each-row", "four-compiled"],
 )
 def test_a_given_query_is_that_of_labels(sample: PeftModel, tokens: int | Tensor, compiled: bool) -> None:
     torch._dynamo.reset()

@@ -41,7 +41,7 @@ def empty(kind: str, model: PeftModel) -> Any:
     config = model.get_base_model().config
     return {
         "dynamic": lambda: DynamicCache(config=config),
-        "without layers yet": DynamicCache,
+        "without-layers": DynamicCache,
         "static": lambda: StaticCache(config=config, max_cache_len=16),
     }[kind]()
 
@@ -73,7 +73,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "shallow": shallow,
     "pickled": lambda cache: pickle.loads(pickle.dumps(cache)),
 }
-KINDS = ("dynamic", "without layers yet", "static")
+KINDS = ("dynamic", "without-layers", "static")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +141,7 @@ def test_rows_of_all_samples_go_on_with_whatever_keys() -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "its part"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "part"])
 def test_rows_live_in_the_own_part_of_an_encoder_decoders_cache(whole: bool) -> None:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -177,4 +177,4 @@ def test_other_caches_stay_what_they_are(model: PeftModel) -> None:
     filled(model, empty("static", model))
     assert kinds == [cache_utils.DYNAMIC_LAYER_TYPE_MAPPING, cache_utils.STATIC_LAYER_TYPE_MAPPING]
     assert isinstance(cache.layers[0], cache_utils.DynamicLayer)
-    assert repr(cache) == repr(filled(model, empty("without layers yet", model)))
+    assert repr(cache) == repr(filled(model, empty("without-layers", model)))

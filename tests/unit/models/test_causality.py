@@ -91,18 +91,18 @@ class MultiTask(nn.Module):
 TOKEN, ROW, AHEAD = (True, True), (True, False), (False, False)  # causal, and by_token
 TOWERS: dict[str, tuple[Callable[[], Any], list[tuple[bool, bool]]]] = {
     "llama": (llama, [TOKEN, TOKEN]),
-    "llama, bare": (lambda: llama("LlamaModel"), [TOKEN, TOKEN]),
-    "llama, token classes": (lambda: llama("LlamaForTokenClassification"), [TOKEN, TOKEN]),
-    "llama, sequence classes": (lambda: llama("LlamaForSequenceClassification"), [ROW, ROW]),
-    "llama in a user's module": (lambda: MultiTask(llama()), [TOKEN, TOKEN]),
-    "llama, sequence classes, in a user's module": (
+    "llama-bare": (lambda: llama("LlamaModel"), [TOKEN, TOKEN]),
+    "llama-token-classes": (lambda: llama("LlamaForTokenClassification"), [TOKEN, TOKEN]),
+    "llama-sequence-classes": (lambda: llama("LlamaForSequenceClassification"), [ROW, ROW]),
+    "llama-in-a-users-module": (lambda: MultiTask(llama()), [TOKEN, TOKEN]),
+    "llama-sequence-classes-in-a-users-module": (
         lambda: MultiTask(llama("LlamaForSequenceClassification")),
         [ROW, ROW],
     ),
     "paligemma": (lambda: paligemma("PaliGemmaForConditionalGeneration"), [AHEAD, TOKEN, TOKEN]),
-    "paligemma, bare": (lambda: paligemma("PaliGemmaModel"), [AHEAD, TOKEN, TOKEN]),
+    "paligemma-bare": (lambda: paligemma("PaliGemmaModel"), [AHEAD, TOKEN, TOKEN]),
     "doge": (lambda: make("DogeForCausalLM", "DogeConfig", _LM), [TOKEN, TOKEN]),
-    "doge, bare": (lambda: make("DogeModel", "DogeConfig", _LM), [TOKEN, TOKEN]),
+    "doge-bare": (lambda: make("DogeModel", "DogeConfig", _LM), [TOKEN, TOKEN]),
     "bigbird_pegasus": (lambda: make("BigBirdPegasusForCausalLM", "BigBirdPegasusConfig", _BART), [TOKEN]),
     "decision_transformer": (
         lambda: make(
@@ -113,10 +113,10 @@ TOWERS: dict[str, tuple[Callable[[], Any], list[tuple[bool, bool]]]] = {
         [TOKEN],
     ),
     "bert": (lambda: bert("BertModel"), [AHEAD, AHEAD]),
-    "bert, masked": (lambda: bert("BertForMaskedLM"), [AHEAD, AHEAD]),
-    "bert, decoder": (lambda: bert("BertModel", is_decoder=True), [TOKEN, TOKEN]),
-    "bert, writing": (lambda: bert("BertLMHeadModel", is_decoder=True), [TOKEN, TOKEN]),
-    "gemma3, both ways": (
+    "bert-masked": (lambda: bert("BertForMaskedLM"), [AHEAD, AHEAD]),
+    "bert-decoder": (lambda: bert("BertModel", is_decoder=True), [TOKEN, TOKEN]),
+    "bert-writing": (lambda: bert("BertLMHeadModel", is_decoder=True), [TOKEN, TOKEN]),
+    "gemma3-both-ways": (
         lambda: make("Gemma3TextModel", "Gemma3TextConfig", _LM | {"use_bidirectional_attention": True}),
         [AHEAD, AHEAD],
     ),
@@ -125,8 +125,8 @@ TOWERS: dict[str, tuple[Callable[[], Any], list[tuple[bool, bool]]]] = {
         [AHEAD],
     ),
     "clip": (lambda: clip("CLIPModel"), [ROW, ROW, AHEAD]),
-    "clip, text": (lambda: clip("CLIPTextModel"), [TOKEN, TOKEN]),
-    "clip, text with projection": (
+    "clip-text": (lambda: clip("CLIPTextModel"), [TOKEN, TOKEN]),
+    "clip-text-with-projection": (
         lambda: make("CLIPTextModelWithProjection", "CLIPTextConfig", _BERT | {"projection_dim": 24}),
         [ROW, ROW],
     ),
@@ -155,14 +155,14 @@ def text_batch(ids: Tensor) -> dict[str, Tensor]:
 
 
 WRITERS: dict[str, tuple[Callable[[], Any], Callable[[Tensor], dict[str, Tensor]]]] = {
-    "llama, bare": (lambda: llama("LlamaModel"), text_batch),
-    "llama in a user's module": (lambda: MultiTask(llama()), text_batch),
-    "llama, token classes": (lambda: llama("LlamaForTokenClassification"), text_batch),
+    "llama-bare": (lambda: llama("LlamaModel"), text_batch),
+    "llama-in-a-users-module": (lambda: MultiTask(llama()), text_batch),
+    "llama-token-classes": (lambda: llama("LlamaForTokenClassification"), text_batch),
     "paligemma": (lambda: paligemma("PaliGemmaForConditionalGeneration"), paligemma_batch),
-    "doge, bare": (lambda: make("DogeModel", "DogeConfig", _LM), text_batch),
+    "doge-bare": (lambda: make("DogeModel", "DogeConfig", _LM), text_batch),
     "bigbird_pegasus": (lambda: make("BigBirdPegasusForCausalLM", "BigBirdPegasusConfig", _BART), text_batch),
-    "bert, decoder": (lambda: bert("BertModel", is_decoder=True), text_batch),
-    "clip, text": (lambda: clip("CLIPTextModel"), text_batch),
+    "bert-decoder": (lambda: bert("BertModel", is_decoder=True), text_batch),
+    "clip-text": (lambda: clip("CLIPTextModel"), text_batch),
 }
 
 
