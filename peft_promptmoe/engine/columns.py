@@ -131,7 +131,8 @@ def join_rows(
     if mask is not None:
         mask = F.pad(mask, (columns.number, 0), value=True if mask.dtype == torch.bool else 0.0)
     if gates is not None:
-        mask = add_gates(mask, F.pad(gates, (len(columns.chosen), 0)), query, columns.number + key.shape[2])
+        gates = F.pad(gates, (len(columns.chosen), 0)) if columns.chosen else gates
+        mask = add_gates(mask, gates, query, columns.number + key.shape[2])
     keys, values = [slots.key for slots in columns.slots], [slots.value for slots in columns.slots]
     if not columns.chosen:
         query = F.pad(query, (0, 0, lead, 0)) if lead else query
