@@ -105,8 +105,8 @@ FAULTS = [
     Fault(
         "gates are not applied where no gradient is needed",
         "engine/columns.py",
-        "gates = F.pad(by_row.to(query.dtype), (0, key.shape[2] - by_row.shape[-1]))[:, None]",
-        "gates = F.pad(torch.zeros_like(by_row), (0, key.shape[2] - by_row.shape[-1]))[:, None]",
+        "gates = F.pad(gates.to(query.dtype), (0, columns - gates.shape[-1]))[:, None]",
+        "gates = F.pad(0 * gates.to(query.dtype), (0, columns - gates.shape[-1]))[:, None]",
         ("tests/contract/test_generation.py", "-k", "uncached and mept-llama-token"),
     ),
     Fault(
@@ -118,9 +118,9 @@ FAULTS = [
     ),
     Fault(
         "a decoding step gathers the wrong experts",
-        "engine/columns.py",
-        "chosen, number = choice.experts[:, 0], table.shape[1]",
-        "chosen, number = choice.experts[:, 0].flip(0), table.shape[1]",
+        "engine/rows.py",
+        "chosen = choice.experts[:, 0] if first is None",
+        "chosen = choice.experts[:, 0].flip(0) if first is None",
         ("tests/unit/engine/test_attention.py", "-k", "gathered"),
     ),
     Fault(

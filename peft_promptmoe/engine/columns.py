@@ -6,48 +6,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing.record import Chosen
 from .chosen import HALVES, attend_chosen
-from .chosen_slots import ChosenSlots, Turn
+from .chosen_slots import ChosenSlots
 
 
-@dataclass
-class Experts:
-    """Key and value rows of experts that tokens choose among.
-
-    Attributes:
-        key: (B or 1, H, E * P, d), expert by expert.
-        value: (B or 1, H, E * P, v).
-        slots: P.
-        turn: what is left to do of the keys' rotation, or rather to undo on queries; see `ChosenSlots`.
-        table: of `decoding_table`, once decoding is to be expected.
-    """
-
-    key: Tensor
-    value: Tensor
-    slots: int
-    turn: Turn | None = None
-    table: Tensor | None = None
-
-
-@dataclass
-class Rows:
-    """Key and value rows of one adapter in one layer, before a call's tokens choose among them.
+class Slots(NamedTuple):
+    """Rows that become columns side by side.
 
     Attributes:
-        key: (B or 1, H, R, d) of the rows that are open to all tokens, positions applied.
+        key: (B or 1, H, R, d), positions applied.
         value: (B or 1, H, R, v).
-        experts: those that tokens choose among.
+        gates: (B, T, R) added to their scores; None where they are simply open.
     """
 
     key: Tensor
     value: Tensor
-    experts: Experts | None = None
+    gates: Tensor | None = None
 
 
 @dataclass
@@ -57,25 +37,25 @@ class Columns:
     Shapes: `B` batch, `H` key/value heads, `R` prompt rows, `T` query tokens, `d` and `v` widths of a head.
 
     Attributes:
-        key: (B or 1, H, R, d), positions applied.
-        value: (B or 1, H, R, v).
-        gates: (B, T, up to R) added to the scores of the first rows; None where all are simply open.
-        chosen: slots of experts that are attended apart, adapter by adapter.
-        bias: (B or 1, query heads, T, R) relative position bias, for models that have one.
+        slots: rows that become columns.
+        chosen: slots of experts that are attended apart, adapter by adapter, and become one column each.
+        bias: (B or 1, query heads, T, all R) relative position bias, for models that have one.
         arrived: how often the attention interface has seen these columns.
     """
 
-    key: Tensor
-    value: Tensor
-    gates: Tensor | None = None
+    slots: list[Slots]
     chosen: list[ChosenSlots] = field(default_factory=list)
     bias: Tensor | None = None
     arrived: int = 0
 
     @property
+    def rows(self) -> int:
+        return sum(slots.key.shape[2] for slots in self.slots)
+
+    @property
     def number(self) -> int:
-        """Columns in front of the text's: rows, and one for each adapter's chosen slots."""
-        return len(self.chosen) + self.key.shape[2]
+        """Columns in front of the text's."""
+        return len(self.chosen) + self.rows
 
 
 @dataclass
@@ -98,75 +78,13 @@ def merge_columns(parts: list[Columns]) -> Columns:
     """Columns of several active adapters, side by side."""
     if len(parts) == 1:
         return parts[0]
-    batch = max(part.key.shape[0] for part in parts)
     biases = [part.bias for part in parts if part.bias is not None]
-    bias_batch = max((bias.shape[0] for bias in biases), default=1)
-    gates = None
-    if given := [part.gates for part in parts if part.gates is not None]:
-        blank = given[0].new_zeros(*given[0].shape[:2], 0)
-        gates = torch.cat([_filled(blank if part.gates is None else part.gates, part.key) for part in parts], dim=-1)
+    batch = max((bias.shape[0] for bias in biases), default=1)
     return Columns(
-        key=torch.cat([part.key.expand(batch, -1, -1, -1) for part in parts], dim=2),
-        value=torch.cat([part.value.expand(batch, -1, -1, -1) for part in parts], dim=2),
-        gates=gates,
-        chosen=[chosen for part in parts for chosen in part.chosen],
-        bias=torch.cat([bias.expand(bias_batch, -1, -1, -1) for bias in biases], dim=-1) if biases else None,
+        [slots for part in parts for slots in part.slots],
+        [chosen for part in parts for chosen in part.chosen],
+        torch.cat([bias.expand(batch, -1, -1, -1) for bias in biases], dim=-1) if biases else None,
     )
-
-
-def _filled(gates: Tensor, key: Tensor) -> Tensor:
-    """(B, T, R) gates of all rows of `key`; those behind the gated ones are open."""
-    return F.pad(gates, (0, key.shape[2] - gates.shape[-1]))
-
-
-def columns_of(rows: Rows, choice: Chosen | None, gathers: bool = True) -> Columns:
-    """The columns of one call, by what its tokens chose.
-
-    One token of each sample and no gradient is decoding. It is short, and the number of operations is most of what it
-    costs, so the rows of the chosen experts simply become columns. Elsewhere they are attended apart.
-
-    Args:
-        rows: of one adapter.
-        choice: of each token, in an adapter with experts to choose among.
-        gathers: whether the kernel takes a mask that can hold the gates of gathered rows.
-    """
-    if choice is None or rows.experts is None:
-        return Columns(rows.key, rows.value)
-    if gathers and choice.experts.shape[1] == 1 and not torch.is_grad_enabled():
-        return _gathered(rows, rows.experts, choice)
-    experts = rows.experts
-    chosen = ChosenSlots(
-        experts.key, experts.value, choice.log_gates, choice.experts, experts.slots, turn=experts.turn
-    )
-    return Columns(rows.key, rows.value, chosen=[chosen])
-
-
-def _gathered(rows: Rows, experts: Experts, choice: Chosen) -> Columns:
-    """Columns of the chosen experts and of the open rows: one gather fetches the keys and values of all of them."""
-    table = experts.table if experts.table is not None else decoding_table(rows, experts)
-    chosen, number = choice.experts[:, 0], table.shape[1]
-    if number > choice.of:
-        always = torch.arange(choice.of, number, device=chosen.device).expand(chosen.shape[0], -1)
-        chosen = torch.cat([chosen, always], dim=1)
-    if table.shape[0] > 1:
-        chosen = chosen + torch.arange(0, table.shape[0] * number, number, device=chosen.device)[:, None]
-    found = table.flatten(0, 1).index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
-    found = found.flatten(1, 2).transpose(1, 2)
-    key, value = found.split([rows.key.shape[-1], rows.value.shape[-1]], dim=-1)
-    return Columns(key, value, gates=choice.log_gates.repeat_interleave(experts.slots, dim=-1))
-
-
-def decoding_table(rows: Rows, experts: Experts) -> Tensor:
-    """(B or 1, E + R / P, P, H, d + v) keys and values of all rows, expert by expert, each sample's own positions
-    applied."""
-    key = experts.key
-    if experts.turn is not None:
-        key = experts.turn.there(key.expand(experts.turn.cos.shape[0], -1, -1, -1))
-    parts = [key, rows.key, experts.value, rows.value]
-    batch = max(part.shape[0] for part in parts)
-    key, open_key, value, open_value = (part.expand(batch, -1, -1, -1) for part in parts)
-    both = torch.cat([torch.cat([key, open_key], dim=2), torch.cat([value, open_value], dim=2)], dim=-1)
-    return both.transpose(1, 2).unflatten(1, (-1, experts.slots))
 
 
 @dataclass
@@ -209,39 +127,42 @@ def join_rows(
         lead: blank queries to put in front.
         cap: what the kernel squashes scores by, before it adds the mask.
     """
-    batch, width, value_width = query.shape[0], query.shape[3], value.shape[3]
-    if columns.key.shape[0] not in (1, batch):
-        raise ValueError(
-            f"The prompt rows were made for a batch of {columns.key.shape[0]} and attention now runs on {batch}. A "
-            "cache that is filled with one batch cannot go on with another; start from a new cache."
-        )
+    width, value_width, gates = query.shape[3], value.shape[3], gates_of(columns.slots)
     if mask is not None:
         mask = F.pad(mask, (columns.number, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if gates is not None:
+        gates = F.pad(gates, (len(columns.chosen), 0)) if columns.chosen else gates
+        mask = add_gates(mask, gates, query, columns.number + key.shape[2])
+    keys, values = [slots.key for slots in columns.slots], [slots.value for slots in columns.slots]
     if not columns.chosen:
-        key, value = _in_front(key, columns.key), _in_front(value, columns.value)
-        if columns.gates is not None:
-            mask = add_gates(mask, columns.gates, query, key)
         query = F.pad(query, (0, 0, lead, 0)) if lead else query
+        key, value = _in_front(key, keys), _in_front(value, values)
         return Joined(query, key, value, mask, scaling, lambda output: output[:, lead:])
     adapters, scaling = len(columns.chosen), scaling if scaling is not None else 1.0 / math.sqrt(width)
     apart = attend_chosen(query, value, columns.chosen, scaling, lead, cap)
     codes, wide = torch.eye(adapters, dtype=key.dtype, device=key.device), apart.query.shape[-1]
     # A cap comes between products and softmax; what is behind it is the mask, which then takes the score there.
     of_score = codes.repeat_interleave(HALVES, dim=1) if cap is None else codes[:, :0]
-    key = _in_front(key, columns.key, _code(of_score, width, wide))
-    value = _in_front(value, columns.value, _code(codes, value_width, wide))
+    key = _in_front(key, keys, _code(of_score, width, wide))
+    value = _in_front(value, values, _code(codes, value_width, wide))
     if cap is not None:
         mask = _with_scores(mask, apart.score.permute(1, 3, 2, 0), key)
     return Joined(apart.query, key, value, mask, scaling, apart.finish)
 
 
-def _in_front(text: Tensor, rows: Tensor, code: Tensor | None = None) -> Tensor:
+def _in_front(text: Tensor, rows: list[Tensor], code: Tensor | None = None) -> Tensor:
     """(B, H, columns + S, width) rows in front of the text's; with features, all as wide as `code`, which is first."""
-    rows = rows.to(text.dtype).expand(text.shape[0], -1, -1, -1)
-    if code is None:
-        return torch.cat([rows, text], dim=2)
-    fill = code.shape[-1] - text.shape[-1]
-    return torch.cat([code.expand(*text.shape[:2], -1, -1), F.pad(rows, (0, fill)), F.pad(text, (0, fill))], dim=2)
+    batch, parts = text.shape[0], [each.to(text.dtype) for each in (*rows, text)]
+    for each in parts:
+        if each.shape[0] not in (1, batch):
+            raise ValueError(
+                f"The prompt rows were made for a batch of {each.shape[0]} and attention now runs on {batch}. A cache "
+                "that is filled with one batch cannot go on with another; start from a new cache."
+            )
+    if code is not None:
+        fill = code.shape[-1] - text.shape[-1]
+        parts = [code.expand(1, text.shape[1], -1, -1), *[F.pad(each, (0, fill)) for each in parts]]
+    return torch.cat([each.expand(batch, -1, -1, -1) if each.shape[0] < batch else each for each in parts], dim=2)
 
 
 def _code(codes: Tensor, width: int, wide: int) -> Tensor:
@@ -261,17 +182,34 @@ def _with_scores(mask: Tensor | None, scores: Tensor, key: Tensor) -> Tensor:
     return torch.cat([scores.to(key.dtype), rest.expand(*scores.shape[:3], -1)], dim=-1)
 
 
-def add_gates(mask: Tensor | None, by_row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The attention mask with gates added to the columns of the rows they open.
+def gates_of(slots: list[Slots]) -> Tensor | None:
+    """(B, T, up to all R) gates of all rows; those behind the last gated ones are open. None if all are."""
+    gated = [number for number, each in enumerate(slots) if each.gates is not None]
+    if not gated:
+        return None
+    if gated == [0]:
+        return slots[0].gates
+    like = slots[gated[0]].gates
+    assert like is not None
+    return torch.cat(
+        [like.new_zeros(*like.shape[:2], each.key.shape[2]) if each.gates is None else each.gates for each in slots],
+        dim=-1,
+    )
+
+
+def add_gates(mask: Tensor | None, gates: Tensor, query: Tensor, columns: int) -> Tensor:
+    """The attention mask with gates added to the first columns.
 
     Args:
-        mask: (B or 1, 1 or Hq, T or 1, R + S) boolean or additive, or None.
-        by_row: (B, T, up to R).
+        mask: (B or 1, 1 or Hq, T or 1, columns) boolean or additive, or None.
+        gates: (B, T, up to columns).
+        query: of the dtype that the mask is to have.
+        columns: in front of the text's, and the text's.
 
     Returns:
-        (B, 1, T, R + S) additive mask in the dtype of `query`.
+        (B, 1 or Hq, T, columns) additive mask.
     """
-    gates = F.pad(by_row.to(query.dtype), (0, key.shape[2] - by_row.shape[-1]))[:, None]
+    gates = F.pad(gates.to(query.dtype), (0, columns - gates.shape[-1]))[:, None]
     if mask is None:
         return gates
     if mask.dtype == torch.bool:

@@ -16,7 +16,7 @@ from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
-from .columns import Columns, MaskWithRows, Rows, columns_of, decoding_table, merge_columns
+from .columns import Columns, MaskWithRows, merge_columns
 from .kernels import find_kernel
 from .kernels.dense import SDPA
 from .kernels.kernel import Kernel
@@ -30,6 +30,7 @@ from .projection import (
 )
 from .prompt_layer import PROMPT_CALL, PromptLayer
 from .row_cache import cached_rows, note_keys
+from .rows import Rows, columns_of, decoding_table
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, ConfigView
 
@@ -227,14 +228,14 @@ class KeyValueLayer(PromptLayer):
             if cached is not None:
                 cached[adapter] = rows
                 if rows.experts is not None and kernel.adds_mask:
-                    rows.experts.table = decoding_table(rows, rows.experts)
+                    rows.experts.table = decoding_table(rows.experts)
         columns = columns_of(rows, choice, kernel.adds_mask)
         if self.site.bias_owner is not None:
             offsets = slot_offsets(config.num_virtual_tokens, config.num_virtual_tokens, x.device)
             offsets = offsets if config.prompt_positions == "prefix" else offsets * 0
             bias = relative_bias(self.site, first, offsets, x.shape[1])
             assert bias is not None
-            columns.bias = bias.repeat(1, 1, 1, columns.key.shape[2] // config.num_virtual_tokens)
+            columns.bias = bias.repeat(1, 1, 1, columns.rows // config.num_virtual_tokens)
             for chosen in columns.chosen:
                 chosen.bias = bias
         return columns

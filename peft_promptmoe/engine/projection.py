@@ -15,7 +15,8 @@ from ..models.call_arguments import CACHE_ARGUMENTS
 from ..models.inspection import parameter_names, unwrapped_forward
 from ..models.sites import Site
 from .chosen_slots import Rotate, Turn
-from .columns import Experts, Harvest, Rows
+from .columns import Harvest
+from .rows import Experts, Rows
 from .transformers_attention import COLUMNS
 
 

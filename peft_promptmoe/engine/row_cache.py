@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models.call_arguments import given_cache
 from ..models.sites import Site
-from .columns import Rows
+from .rows import Rows
 
 ROWS, KEYS = "_promptmoe_rows", "_promptmoe_keys"
 

@@ -20,17 +20,9 @@ from transformers.masking_utils import (
 )
 
 from peft_promptmoe import MEPTConfig
-from peft_promptmoe.engine.columns import (
-    Columns,
-    Experts,
-    Rows,
-    add_gates,
-    columns_of,
-    decoding_table,
-    join_rows,
-    merge_columns,
-)
+from peft_promptmoe.engine.columns import Columns, Slots, add_gates, gates_of, join_rows, merge_columns
 from peft_promptmoe.engine.model_hooks import prompt_layers
+from peft_promptmoe.engine.rows import Experts, Rows, columns_of, decoding_table
 from peft_promptmoe.engine.transformers_attention import INTERFACE, ConfigView
 from peft_promptmoe.models.call_arguments import first_real, real_tokens
 from peft_promptmoe.routing.record import Chosen
@@ -116,14 +108,14 @@ def test_masks_of_other_kernels_are_refused() -> None:
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
 def test_added_gates_keep_the_mask(masked: bool, additive: bool) -> None:
     rows, gated = 5, 3
-    query, key = torch.randn(B, 2, T, D, dtype=torch.float64), torch.randn(B, 2, rows + T, D, dtype=torch.float64)
+    query = torch.randn(B, 2, T, D, dtype=torch.float64)
     mask = None
     if masked:
         mask = F.pad(torch.ones(B, 1, T, T, dtype=torch.bool).tril(), (rows, 0), value=True)
         if additive:
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
     gates = torch.randn(B, T, gated, dtype=torch.float64)
-    got = add_gates(mask, gates, query, key)
+    got = add_gates(mask, gates, query, rows + T)
     rest = got[..., gated:]
     if mask is None:
         assert (rest == 0).all()
@@ -161,30 +153,33 @@ def test_gathered_columns_equal_slots_attended_apart(
         return joined.finish(output.transpose(1, 2))
 
     apart = columns_of(rows, choice)
-    assert len(apart.chosen) == 1 and apart.gates is None
+    assert len(apart.chosen) == 1 and apart.rows == shared * slots
     with torch.no_grad():
         gathered = columns_of(rows, choice)
-    assert not gathered.chosen and gathered.key.shape[2] == gathered.value.shape[2] == (active + shared) * slots
+    assert not gathered.chosen and gathered.rows == (active + shared) * slots
     torch.testing.assert_close(attend(gathered), attend(apart), rtol=0, atol=1e-13)
     assert rows.experts is not None
-    rows.experts.table = decoding_table(rows, rows.experts)
+    rows.experts.table = decoding_table(rows.experts)
     with torch.no_grad():
         assert torch.equal(attend(columns_of(rows, choice)), attend(gathered))
 
 
 def test_merged_columns_keep_their_gates_apart() -> None:
-    def part(batch: int, rows: int, gated: int | None) -> Columns:
-        gates = None if gated is None else torch.randn(B, T, gated)
-        return Columns(torch.randn(batch, 2, rows, D), torch.randn(batch, 2, rows, D), gates)
+    def part(gated: int, always: int) -> Columns:
+        def slots(count: int, gates: Tensor | None) -> Slots:
+            return Slots(torch.randn(1, 2, count, D), torch.randn(1, 2, count, D), gates)
 
-    parts = [part(1, 3, 2), part(B, 2, None), part(1, 4, 3)]
-    merged = merge_columns(parts)
-    assert merged.key.shape == (B, 2, 9, D)
-    assert merged.gates is not None and merged.gates.shape == (B, T, 9)
-    assert torch.equal(merged.gates[..., :2], parts[0].gates) and torch.equal(merged.gates[..., 5:8], parts[2].gates)
-    assert (merged.gates[..., [2, 3, 4, 8]] == 0).all()
+        found = [slots(gated, torch.randn(B, T, gated))] if gated else []
+        return Columns([*found, slots(always, None)])
+
+    parts = [part(2, 1), part(0, 2), part(3, 1)]
+    gates = gates_of(merge_columns(parts).slots)
+    assert gates is not None and gates.shape == (B, T, 9) and merge_columns(parts).number == 9
+    assert torch.equal(gates[..., :2], parts[0].slots[0].gates)
+    assert torch.equal(gates[..., 5:8], parts[2].slots[0].gates)
+    assert (gates[..., [2, 3, 4, 8]] == 0).all()
     assert merge_columns(parts[:1]) is parts[0]
-    assert merge_columns([part(1, 2, None), part(1, 2, None)]).gates is None
+    assert gates_of(merge_columns([parts[1], parts[1]]).slots) is None
 
 
 # -- the config view --------------------------------------------------------------------------------------------------

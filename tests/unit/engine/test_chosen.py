@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peft_promptmoe.engine.blocks import block_size, in_blocks
 from peft_promptmoe.engine.chosen import HALVES, LEAST, attend_chosen
 from peft_promptmoe.engine.chosen_slots import ChosenSlots, Turn
-from peft_promptmoe.engine.columns import Columns, join_rows, merge_columns
+from peft_promptmoe.engine.columns import Columns, Slots, join_rows, merge_columns
 
 DOUBLE = torch.float64
 
@@ -114,7 +114,7 @@ class Call:
             chosen.turn = Turn(angle.cos(), angle.sin(), rotate)
         open_key = self.leaf(1, s.heads, s.shared, s.width)
         open_value = self.leaf(1, s.heads, s.shared, s.value_width)
-        return Columns(open_key, open_value, chosen=[chosen])
+        return Columns([Slots(open_key, open_value)], [chosen])
 
     def make_mask(self) -> Tensor | None:
         s = self.scene
@@ -144,8 +144,9 @@ class Call:
             gates = torch.full((s.batch, s.tokens, s.experts), -torch.inf, dtype=self.dtype)
             gates = gates.scatter(-1, chosen.experts, chosen.log_gates).repeat_interleave(s.slots, -1)[:, None]
             bias = 0.0 if chosen.bias is None else chosen.bias.repeat(1, 1, 1, s.experts)
-            scores += [self.scores(chosen.key, query) + bias + gates, self.scores(part.key)]
-            values += [chosen.value, part.value]
+            (always,) = part.slots
+            scores += [self.scores(chosen.key, query) + bias + gates, self.scores(always.key)]
+            values += [chosen.value, always.value]
         text = self.scores(self.key)
         if s.mask == "causal":
             text = text.masked_fill(torch.ones(s.tokens, s.tokens).triu(1).bool(), -torch.inf)
