@@ -115,6 +115,8 @@ def counts(name: str, row: Row, depth: int | None = None) -> dict[str, int]:
     with torch.device("meta"):
         inputs = SHAPES[name].inputs(BATCH)
     found = {"forward_flops": forward_flops(model, inputs), "train_flops": train_flops(model, inputs)}
+    # What a training forward has left without values is nothing to go on from.
+    model = model if several else blank(name, row, depth)
     with fake(model, *beside):
         found["saved_bytes"] = saved_bytes(model, SHAPES[name].inputs(BATCH), beside)
     return found | ({"frozen_flops": frozen_flops(row.prompts, row.experts, depth)} if several else {})
@@ -132,7 +134,8 @@ def frozen_flops(prompts: int, number: int, depth: int) -> int:
 @lru_cache
 def small_graph_breaks(name: str, method: str, experts: int | None) -> int:
     shape = SHAPES[name]
-    model = build(shape, Row(method, 3, experts), depth=1, small=True)
+    # The small model's images have four patches, enough for one prototype.
+    model = build(shape, Row(method, 1 if method == "promotion" else 3, experts), depth=1, small=True)
     return graphs(model, shape.inputs(2, small=True))["graph_breaks"]
 
 

@@ -38,6 +38,19 @@ class AffineTable(PromptTable):
         return kept(self.weight), kept(self.bias)
 
 
+class TensorGroup(nn.Module):
+    """Several trained tensors by name, such as those of a dispatcher or a denoiser."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: kept(getattr(self, name)) for name in self._names}
+
+
 def kept(tensor: Tensor) -> Tensor:
     """A module's tensor as it may be read after the module's forward.
 

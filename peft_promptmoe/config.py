@@ -32,7 +32,6 @@ class PromptConfig(PeftConfig):
         layers_pattern: name of the module list that holds the blocks, where the first number in a path is another one.
         modules_to_save: modules to train and save besides the prompts, usually a head.
         init_weights: True for the method's initialisation, False for large random values (tests).
-        num_virtual_tokens: prompt slots per layer, P.
         check_base_weights: whether to keep a cheap hash of the base model's weights with the adapter, and to warn when
             it is loaded onto a model of the same shape with other weights.
         base_record: what the base model was when the adapter was made (type, width, depth, classes, that hash). Filled
@@ -63,8 +62,6 @@ class PromptConfig(PeftConfig):
         default=True, metadata={"help": "True for the method's initialisation, False for large random values."}
     )
 
-    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompt slots per layer, P."})
-
     check_base_weights: bool = field(
         default=True, metadata={"help": "Whether to warn when the adapter is loaded onto other base weights."}
     )
@@ -80,7 +77,6 @@ class PromptConfig(PeftConfig):
         check_bool("init_weights", self.init_weights)
         check_bool("check_base_weights", self.check_base_weights)
         check_record(self.base_record)
-        check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
         check_names("modules_to_save", self.modules_to_save)
         check_patterns("modules_to_save", self.modules_to_save)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -131,6 +127,21 @@ class PromptConfig(PeftConfig):
         """Write `adapter_config.json`, and the lines a stranger needs to load the adapter into the model card."""
         super().save_pretrained(str(save_directory), **kwargs)
         write_card(self.card_values(), save_directory)
+
+
+@dataclass
+class VirtualTokensConfig(PromptConfig):
+    """Base of the configs of methods that add prompts.
+
+    Args:
+        num_virtual_tokens: prompt slots per layer, P.
+    """
+
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompt slots per layer, P."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:

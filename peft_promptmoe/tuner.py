@@ -209,6 +209,7 @@ class PromptTuner(BaseTuner):
             site = self._sites[current_key]
             layer = self.prompt_layer_cls(site)
             layer.update_layer(adapter_name, peft_config)
+            layer.train(self.model.training)
             layer.attach()
             if isinstance(layer, KeyValueLayer) and self._is_read_by_decoder(site):
                 TokenForm(layer, self.model.get_decoder()).attach()
@@ -220,7 +221,7 @@ class PromptTuner(BaseTuner):
     def _share(self, layer: PromptLayer, adapter_name: str, config: Any) -> None:
         """Give the layer what it shares with the model's other layers."""
         hooks: Any = getattr(self.model, PROMPT_CHILD)
-        if layer.uses_grid(adapter_name) and layer.grids is None:
+        if layer.needs_patches(adapter_name) and layer.grids is None:
             layer.grids = hooks.grid_book(layer.site.patches)
             layer.grids.readers.append(layer)
         if self.shared_layer_cls is None or not layer.wants_shared(adapter_name):
@@ -277,8 +278,8 @@ class PromptTuner(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            f"{self.method} cannot be merged into the base weights: its prompts are extra attention rows, no change "
-            "of a weight. Keep the adapter loaded, or use unload() to get the base model back."
+            f"{self.method} cannot be merged into the base weights: {self.prompt_layer_cls.joins_as}, no change of a "
+            "weight. Keep the adapter loaded, or use unload() to get the base model back."
         )
 
     def unmerge_adapter(self) -> None:

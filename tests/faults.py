@@ -90,9 +90,9 @@ FAULTS = [
     ),
     Fault(
         "the balance loss never reaches the gradient",
-        "routing/balance_loss.py",
-        "return gradients[0], ctx.call.loss_gradient, None",
-        "return gradients[0], None, None",
+        "routing/auxiliary_loss.py",
+        "return gradients[0], None if gradient is None else gradient.to(ctx.device), None, None",
+        "return gradients[0], None, None, None",
         (TRAINING, "-k", "balance_loss_reaches and mept-bert"),
     ),
     Fault(
@@ -304,6 +304,41 @@ FAULTS = [
         "fitted = fit_pixels(pixels, incoming, _normalisation(record.mean, record.std), size)",
         "fitted = fit_pixels(pixels, incoming, incoming, size)",
         ("tests/unit/pmoe/test_pmoe.py", "-k", "normalisation"),
+    ),
+    Fault(
+        "prototypes are assigned over the whole batch",
+        "promotion/prototypes.py",
+        "log = scores.to(torch.promote_types(scores.dtype, torch.float32))",
+        "log = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, 1)[None]",
+        (INVARIANCE, "-k", "alone and promotion-vit"),
+    ),
+    Fault(
+        "the denoiser's target is not detached",
+        "promotion/denoiser.py",
+        "clean = clean.detach().to(routing_dtype(clean))",
+        "clean = clean.to(routing_dtype(clean))",
+        ("tests/unit/promotion/test_denoiser.py",),
+    ),
+    Fault(
+        "directions are compared with the image's mean in them",
+        "promotion/prototypes.py",
+        "v = v - v.mean(dim=1, keepdim=True)",
+        "v = v - 0.0",
+        ("tests/parity/test_promotion_parity.py", "-k", "equals_oracle and default"),
+    ),
+    Fault(
+        "the bank moves before the backward pass",
+        "promotion/bank.py",
+        "bank.pending, bank.pending_starts, bank.draft = draft, bank.may_be_unstarted, None",
+        "bank.pending, bank.pending_starts, bank.draft = draft, bank.may_be_unstarted, None; bank.settle()",
+        ("tests/unit/promotion/test_bank.py",),
+    ),
+    Fault(
+        "maps of backbones are taken before the unit adds to them",
+        "engine/block_layer.py",
+        "register_forward_hook(self._after_block, prepend=True)",
+        "register_forward_hook(self._after_block)",
+        ("tests/unit/promotion/test_unit.py", "-k", "maps"),
     ),
 ]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods compared in cost and time, by name: what each makes of a model, and which prompts and experts it has.
 
-In "static" and with one expert MEPT has no router; on images that is VPT-Deep, and has a row under that name only.
+"promotion" has its units behind all blocks, and its prototypes where others have prompts. In "static" and with one expert MEPT has no router; on images that is VPT-Deep, and has a row under that name only.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig, ProMotionConfig, VAPTConfig
 
 from .rows import DISPATCHERS, Row
 from .shapes import SHAPES, SMALL, Shape
 
+EVERY_BLOCK = r"(.*\.)?(layers|blocks)\.\d+\.(attention|attn)"
+PROTOTYPES = 16
 PROMPTS, EXPERTS = (10, 20, 50, 100), (4, 16, 64)
 
 
@@ -45,6 +47,8 @@ def config(shape: Shape, row: Row, further: list[nn.Module] | None = None) -> Pe
             return VAPTConfig(num_virtual_tokens=prompts, num_static_layers="all")
         case "vapt":
             return VAPTConfig(num_virtual_tokens=prompts)
+        case "promotion":
+            return ProMotionConfig(target_modules=EVERY_BLOCK, num_prototypes=row.prompts)
         case "static":
             return MEPTConfig(
                 task_type=task, num_virtual_tokens=prompts, num_experts=1, num_shared_experts=0, routing="sample"
@@ -146,6 +150,8 @@ def grid(name: str) -> Iterator[Row]:
     yield Row("full")
     yield Row("lora_r8")
     text = ("prompt_tuning", "prefix_tuning", "p_tuning", "static")
+    if not shape.task:
+        yield Row("promotion", PROTOTYPES)
     for method in text if shape.task else ("vpt_deep", "vapt"):
         yield from (Row(method, prompts, 1 if method == "static" else None) for prompts in PROMPTS)
     for method in ("mept_sample", "mept_token"):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..models.call_arguments import attention_mask
 from ..models.inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
 from ..models.query import query_of, refuse_packed_rows, warn_of_no_query
-from ..routing.balance_loss import add_balance_loss
+from ..routing.auxiliary_loss import add_losses
 from ..routing.prompt_call import CallBook, PromptCall
 from .prompt_layer import PROMPT_CALL, PromptLayer
 
@@ -21,10 +21,13 @@ class WholeModel(Protocol):
     """What a called module asks of the hooks on the whole model; `ModelHooks` answers."""
 
     calls: CallBook
-    last_balance: tuple[Tensor, ...]
+    last_losses: dict[tuple[str, str, str], Tensor]
 
     def begin(self) -> PromptCall:
         """A forward begins, whichever module it is of."""
+
+    def end(self, call: PromptCall, done: bool) -> None:
+        """A forward has come to its end, or failed."""
 
 
 class CalledModule:
@@ -94,32 +97,32 @@ class CalledModule:
         if call.within and call.within[-1] is self:
             call.within.pop()
         if not call.within:
-            self.whole.calls.end(call)
-        if not call.balance or output is None:
+            self.whole.end(call, done=output is not None)
+        if not call.losses or output is None:
             return None
-        self.whole.last_balance = tuple(call.balance.values())
+        self.whole.last_losses = call.losses
         if not torch.is_grad_enabled():
             return None
-        return self._with_balance(output, call, dict(zip(self.names, args, strict=False)) | kwargs)
+        return self._with_losses(output, call, dict(zip(self.names, args, strict=False)) | kwargs)
 
-    def _with_balance(self, output: Any, call: PromptCall, bound: dict[str, Any]) -> Any:
-        """The module's output, the balance loss in the gradient of its loss; None where there is no loss."""
+    def _with_losses(self, output: Any, call: PromptCall, bound: dict[str, Any]) -> Any:
+        """The module's output, auxiliary losses in the gradient of its loss; None where there is no loss."""
         if isinstance(output, tuple):
             loss = output[0] if output else None  # where transformers and everybody after them puts it
             if not isinstance(loss, Tensor) or loss.ndim > 0 or not loss.requires_grad:
                 return None
-            loss = add_balance_loss(loss, call, self._share(bound))
+            loss = add_losses(loss, self.whole.calls, call, self._share(bound))
             return type(output)(loss, *output[1:]) if hasattr(output, "_fields") else (loss, *output[1:])
         loss = output.get("loss") if hasattr(output, "get") else None
         if loss is not None:
-            output["loss"] = add_balance_loss(loss, call, self._share(bound))
+            output["loss"] = add_losses(loss, self.whole.calls, call, self._share(bound))
         return output
 
     def _share(self, bound: dict[str, Any]) -> Tensor | float:
         """Share of this forward in its optimiser step, where the caller says how many labels the step has.
 
         The Trainer then leaves it to the model to divide by them and does not divide by the accumulation steps. Models
-        that do not do so either have the balance loss's gradient grow with the task loss's.
+        that do not do so either have the auxiliary losses' gradient grow with the task loss's.
         """
         total, labels = bound.get("num_items_in_batch"), bound.get("labels")
         if total is None or labels is None or not self.divides:

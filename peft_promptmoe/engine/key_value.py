@@ -275,7 +275,6 @@ def no_call(attention: nn.Module) -> str:
     return (
         f"{type(attention).__name__} was called outside a forward of the model that holds its block, or is run again "
         "by checkpointing in a model that does not pass keyword arguments on. So its prompt layer cannot learn which "
-        "tokens belong to the query, keep a router's centre or take part in a balance loss. Call the model or its "
-        "encoder and not its blocks, do not checkpoint, or use routing='token' (causal models), "
-        "router_centering=False and balance_loss_weight=0."
+        "tokens belong to the query or keep a router's centre. Call the model or its encoder and not its blocks, do "
+        "not checkpoint, or use routing='token' (causal models) and router_centering=False."
     )

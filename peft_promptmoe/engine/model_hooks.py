@@ -13,6 +13,7 @@ from ..adapter_state import PROMPT_CHILD, SharedLayer
 from ..config import PromptConfig
 from ..models.patches import Patches
 from ..models.sites import Site
+from ..routing.balance_loss import BALANCE
 from ..routing.prompt_call import CallBook, PromptCall
 from ..sharing.load_checks import check_read, check_strangers, check_tensors
 from ..sharing.rollback import Unread, note_made, running_load
@@ -29,7 +30,7 @@ class ModelHooks(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls = CallBook()
-        self.last_balance: tuple[Tensor, ...] = ()
+        self.last_losses: dict[tuple[str, str, str], Tensor] = {}  # of the last forward that had any
         self._handles: list[Any] = []
         self._inner: list[Any] = []  # handles of hooks on modules within the model
         self._layers: list[PromptLayer] = []
@@ -88,6 +89,9 @@ class ModelHooks(nn.Module):
     def train(self, mode: bool = True) -> ModelHooks:
         """As the last child of the base model this hears of training mode last, and can keep the frozen part out."""
         super().train(mode)
+        if not mode:
+            for layer in self._layers:
+                layer.settle()
         self._held = []  # whatever is above this has just set the mode of all
         self.hold()
         return self
@@ -120,6 +124,7 @@ class ModelHooks(nn.Module):
         model = self._model[0]
         for layer in layers:
             layer.calls = self.calls
+            layer.meet(layers)
         for module in holders(model, layers):
             if module is not model:
                 self._inner += CalledModule(self, module).attach(module)
@@ -127,7 +132,7 @@ class ModelHooks(nn.Module):
     @property
     def last_balance_loss(self) -> float | None:
         """Mean over the routers of their weighted balance terms in the last forward that had any."""
-        values = [float(value) for value in self.last_balance]
+        values = [float(value) for (_, _, name), value in self.last_losses.items() if name == BALANCE]
         return sum(values) / len(values) if values else None
 
     def begin(self) -> PromptCall:
@@ -146,7 +151,26 @@ class ModelHooks(nn.Module):
                 call.asks |= layer.needs_call(name) and not layer.site.is_timm
                 call.reads_query |= layer.reads_query(name)
                 call.pools_rows |= layer.site.causal and layer.pools_rows(name)
+                call.leaves_word |= layer.leaves_word(name)
+        if call.leaves_word:
+            for method, layers in self._with_word().items():
+                method.before_training(layers)
         return call
+
+    def end(self, call: PromptCall, done: bool) -> None:
+        """A forward has come to its end, or failed."""
+        self.calls.end(call)
+        if done and call.leaves_word:
+            for method, layers in self._with_word().items():
+                method.after_training(layers)
+
+    def _with_word(self) -> dict[type[PromptLayer], list[PromptLayer]]:
+        """The layers that leave word in a forward of the current mode, by method."""
+        found: dict[type[PromptLayer], list[PromptLayer]] = {}
+        for layer in self._layers:
+            if any(map(layer.leaves_word, layer.working_adapters())):
+                found.setdefault(type(layer), []).append(layer)
+        return found
 
     def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         self._unread = {}
@@ -164,12 +188,28 @@ def prompt_layers(model: nn.Module) -> list[PromptLayer]:
     return [module for module in model.modules() if isinstance(module, PromptLayer)]
 
 
+def find_hooks(model: nn.Module) -> ModelHooks | None:
+    """The hooks on a model, or on the one within it that adapters were put into."""
+    return next((module for module in model.modules() if isinstance(module, ModelHooks)), None)
+
+
 def last_balance_loss(model: nn.Module) -> float | None:
     """Mean of the routers' weighted balance terms in the last forward that had any; None without a balance loss."""
-    for module in model.modules():
-        if isinstance(module, ModelHooks):
-            return module.last_balance_loss
-    return None
+    hooks = find_hooks(model)
+    return hooks.last_balance_loss if hooks is not None else None
+
+
+def last_aux_losses(model: nn.Module) -> dict[str, float]:
+    """Auxiliary losses of the last forward that had any, without their weights, each a mean over the layers.
+
+    Of ProMotion "denoise", "denoise_ratio" (over the noise's variance), "margin" and "compact"; of routers "balance",
+    which has its weight.
+    """
+    hooks = find_hooks(model)
+    found: dict[str, list[float]] = {}
+    for (_, _, name), value in hooks.last_losses.items() if hooks is not None else ():
+        found.setdefault(name, []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def set_frozen_eval(module: nn.Module) -> list[nn.Module]:

@@ -29,6 +29,8 @@ class PromptLayer(AdapterState):
     """
 
     method: ClassVar[str]
+    # What it is to the model, in the words of a refusal to merge.
+    joins_as: ClassVar[str] = "its prompts are extra attention rows"
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -70,9 +72,31 @@ class PromptLayer(AdapterState):
         """Whether the layer's router reads a whole row, which then must hold one sample only."""
         return False
 
+    def needs_patches(self, adapter: str) -> bool:
+        """Whether the adapter works on all patches of an image, in whatever shape."""
+        return self.uses_grid(adapter)
+
     def uses_grid(self, adapter: str) -> bool:
-        """Whether the adapter's rows are made from the patch grid."""
+        """Whether rows and columns of the patch grid matter to the adapter."""
         return False
+
+    def leaves_word(self, adapter: str) -> bool:
+        """Whether the layer leaves word of what it saw, in forwards of the current mode, for the method to act on."""
+        return False
+
+    def meet(self, layers: list[Any]) -> None:
+        """Hear of all layers of the model, this one among them; called after each injection."""
+
+    @classmethod
+    def before_training(cls, layers: list[Any]) -> None:
+        """What a method does with its layers before a forward in which they leave word."""
+
+    @classmethod
+    def after_training(cls, layers: list[Any]) -> None:
+        """What a method does with its layers after such a forward, on all processes alike."""
+
+    def settle(self) -> None:
+        """Let what training has left pending come into force; called when the model goes into evaluation."""
 
     def wants_shared(self, adapter: str) -> bool:
         """Whether the layer takes part in what the method's layers share."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PromptConfig
+from ..config import VirtualTokensConfig
 from ..models.call_arguments import first_real, real_tokens
 from ..models.inspection import parameter_names
 from ..models.sites import Site
@@ -93,7 +93,7 @@ class TokenForm:
         return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (more, 0), value=1)}
 
 
-def _positions(config: PromptConfig, device: torch.device) -> Tensor:
+def _positions(config: VirtualTokensConfig, device: torch.device) -> Tensor:
     """(P,) positions of an adapter's prompts relative to the first real token."""
     before = torch.arange(-config.num_virtual_tokens, 0, device=device)
     return before if config.prompt_positions == "prefix" else torch.zeros_like(before)

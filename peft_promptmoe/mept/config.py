@@ -6,12 +6,12 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
-from ..config import MAX_SLOTS_PER_LAYER, PromptConfig, check_bool, check_choice, check_int, check_number
+from ..config import MAX_SLOTS_PER_LAYER, VirtualTokensConfig, check_bool, check_choice, check_int, check_number
 from ..registration import ensure_peft_type
 
 
 @dataclass
-class MEPTConfig(PromptConfig):
+class MEPTConfig(VirtualTokensConfig):
     """Configuration of MEPT: in every layer a router chooses among prompt experts (arXiv 2509.00996).
 
     Letters: `P` slots, `E` routed experts, `K` active experts, `S` shared experts, `D` width. A layer trains

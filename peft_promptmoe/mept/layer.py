@@ -10,7 +10,8 @@ from ..adapter_state import PromptTable
 from ..config import PromptConfig
 from ..engine.key_value import KeyValueLayer
 from ..models.sites import Site
-from ..routing.balance_loss import balance_loss, carry_balance_loss
+from ..routing.auxiliary_loss import carry_loss
+from ..routing.balance_loss import BALANCE, balance_loss
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from ..routing.router import (
@@ -106,9 +107,8 @@ class MEPTLayer(KeyValueLayer):
             log_gates, index = top_k_log_gates(logits, config.top_k, config.renormalize_top_k)
             self.note(adapter, log_gates, None)
             if self._balances(config):
-                assert call is not None
                 term = config.balance_loss_weight * balance_loss(logits, index, some)
-                log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
+                log_gates = self._carry(log_gates, term, call, adapter)
             return mix_experts(experts, log_gates, index)
 
     def choice(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Chosen | None:
@@ -122,10 +122,12 @@ class MEPTLayer(KeyValueLayer):
             log_gates, experts = best_gates(logits, config.top_k, config.renormalize_top_k)
             self.note(adapter, Chosen(log_gates, experts, config.num_experts), real)
             if self._balances(config):
-                assert call is not None
                 term = config.balance_loss_weight * balance_loss(logits, experts, real)
-                log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
+                log_gates = self._carry(log_gates, term, call, adapter)
             return Chosen(log_gates, experts, config.num_experts)
+
+    def _carry(self, log_gates: Tensor, term: Tensor, call: PromptCall | None, adapter: str) -> Tensor:
+        return carry_loss(log_gates, term, self.calls, call, self.site.name, adapter, {BALANCE: term})
 
     def _perturbed(self, config: MEPTConfig, logits: Tensor) -> Tensor:
         return perturb(logits, config.router_noise, config.router_dropout) if self.training else logits
@@ -174,7 +176,7 @@ class MEPTLayer(KeyValueLayer):
     def needs_call(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]
         learns = self.training and config.num_experts > 1 and config.router_centering
-        return self.reads_query(adapter) or learns or self._balances(config)
+        return self.reads_query(adapter) or learns
 
     def _balances(self, config: MEPTConfig) -> bool:
         return self.training and config.num_experts > 1 and config.balance_loss_weight > 0.0

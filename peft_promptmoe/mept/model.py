@@ -106,8 +106,8 @@ class MEPTModel(PromptTuner):
                 f"{type(site.attention).__name__} depend on the text's length ({rotary_kind(site)!r}). Set "
                 "prompt_positions='unrotated'."
             )
-        if site.is_timm and config.num_experts > 1 and (config.balance_loss_weight > 0.0 or config.router_centering):
+        if site.is_timm and config.num_experts > 1 and config.router_centering:
             raise ValueError(
-                "balance_loss_weight and router_centering need the model to hand an argument on to its layers, and "
-                "timm's do not. Set balance_loss_weight=0 and router_centering=False."
+                "router_centering needs the model to hand an argument on to its layers, and timm's do not. Set "
+                "router_centering=False."
             )

@@ -50,20 +50,21 @@ class PromptCall:
         within: what is being called, from the outside in.
         given: the query as a user has said it; None if none has.
         query: (B or 1, T) the tokens that routers of a causal language model may read; None while nobody knows.
-        balance: detached balance values of the layers, by layer.
+        leaves_word: whether any layer leaves word of what it saw, for its method to act on when the forward is over.
+        losses: auxiliary losses to report, detached, by path of the attention layer, adapter and name.
         loss_gradient: gradient of the model's loss, known once its backward pass has begun.
-        terms: balance terms with their graph, for compiled code (see `add_balance_loss`).
+        terms: auxiliary losses with their graph, for compiled code (see `carry_loss`).
         centers: router centres as this forward's first pass saw them, by layer and adapter.
         warned: whether somebody was told that routers read the whole row.
     """
 
     def __init__(self, given: GivenQuery | None = None) -> None:
-        self.asks = self.reads_query = self.pools_rows = False
+        self.asks = self.reads_query = self.pools_rows = self.leaves_word = False
         self.learns = torch.is_grad_enabled()
         self.within: list[Any] = []
         self.given = given
         self.query: Tensor | None = None
-        self.balance: dict[tuple[str, str], Tensor] = {}
+        self.losses: dict[tuple[str, str, str], Tensor] = {}
         self.loss_gradient: Tensor | None = None
         self.terms: list[Tensor] = []
         self.centers: dict[tuple[str, str], Tensor] = {}
@@ -101,9 +102,15 @@ class PromptCall:
 
 
 class CallBook:
-    """The forwards of one base model that are under way, and the queries that users have given, by thread."""
+    """The forwards of one base model that are under way, and the queries that users have given, by thread.
+
+    Attributes:
+        loss_gradient: of the loss whose backward pass has begun last. A block that re-entrant checkpointing runs again
+            in a backward pass finds no call, and belongs to the forward of that loss. None since a forward began.
+    """
 
     def __init__(self) -> None:
+        self.loss_gradient: Tensor | None = None
         self._calls: dict[int, PromptCall] = {}
         self._given: dict[int, GivenQuery] = {}
 
@@ -119,6 +126,7 @@ class CallBook:
         compiled = torch.compiler.is_compiling()  # it cannot ask for the thread
         call = PromptCall(next(iter(self._given.values()), None) if compiled else self._given.get(_thread()))
         self._calls[_thread()] = call
+        self.loss_gradient = None
         return call
 
     def end(self, call: PromptCall) -> None:

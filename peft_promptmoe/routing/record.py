@@ -51,5 +51,20 @@ class RoutingRecord:
         return spread_gates(self.gates.log_gates, self.gates.experts, self.gates.of)
 
 
+@dataclass
+class Assignment:
+    """Which prototypes the patches of a forward were assigned to.
+
+    Attributes:
+        similarity: (B, N, K) cosines of patches and prototypes.
+        prototypes: (B, K, d).
+        grid: rows and columns of the patches; None where they are not known.
+    """
+
+    similarity: Tensor
+    prototypes: Tensor
+    grid: tuple[int, int] | None
+
+
 # Called with the path of the attention layer, the adapter and the record.
 Observer = Callable[[str, str, RoutingRecord], None]

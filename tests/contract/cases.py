@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import dense_models
 import pytest
 import torch
 import transformers
@@ -19,7 +20,7 @@ from experts import expert
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig, ProMotionConfig, VAPTConfig
 
 VOCAB, WIDTH, HEADS, LENGTH, TARGETS, IGNORED = 64, 32, 4, 8, 5, -100
 LENGTHS = (LENGTH, LENGTH - 4, LENGTH - 1)
@@ -33,7 +34,7 @@ class Architecture:
     """One architecture: how to build a tiny model of it, and how it differs from others in use.
 
     Attributes:
-        model: model class of transformers.
+        model: model class of transformers or `dense_models`.
         config: config class of transformers.
         settings: arguments of the config.
         task_type: PEFT's name for the task, which decides the inputs; "IMAGE" for images, of which PEFT has no name.
@@ -100,15 +101,14 @@ _LLAMA = {
     "eos_token_id": 2,
 }
 
-_VIT = {
+_SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": HEADS,
     "intermediate_size": 48,
-    "image_size": 32,
     "patch_size": 8,
-    "num_labels": 3,
 }
+_VIT = _SHAPE | {"image_size": 32, "num_labels": 3}
 
 
 def _timm(architecture: str, **model: Any) -> Architecture:
@@ -263,6 +263,38 @@ ARCHITECTURES: dict[str, Architecture] = {
         pixels=(32, 48),
     ),
     "deit": Architecture("DeiTForImageClassification", "DeiTConfig", _VIT, "IMAGE", None, ("classifier",)),
+    "dinov2_backbone": Architecture(
+        "BackboneForDenseLabels",
+        "UperNetConfig",
+        {
+            "backbone_config": transformers.Dinov2Config(
+                **_SHAPE, image_size=64, out_features=["stage1", "stage2"], reshape_hidden_states=True
+            ),
+            "num_labels": 3,
+        },
+        "IMAGE",
+        None,
+        ("classifier",),
+        pixels=(32, 48),
+        dense=True,
+    ),
+    "dpt_vit": Architecture(
+        "DPTForSemanticSegmentation",
+        "DPTConfig",
+        _VIT
+        | {
+            "backbone_out_indices": [0, 1],
+            "neck_hidden_sizes": [8, 8],
+            "fusion_hidden_size": 8,
+            "reassemble_factors": [1, 0.5],
+            "is_hybrid": False,
+            "semantic_classifier_dropout": 0.0,
+        },
+        "IMAGE",
+        None,
+        ("neck", "head.head", "auxiliary_head.head"),
+        dense=True,
+    ),
     "timm_vit": _timm("vit_tiny_patch16_224"),
     "timm_avg": _timm("vit_tiny_patch16_224", class_token=False, global_pool="avg", img_size=(32, 48)),
     "timm_registers": _timm("vit_tiny_patch16_224", reg_tokens=3),
@@ -341,11 +373,13 @@ class Variant:
         settings: arguments of the config.
         causal: whether no output of a causal language model may depend on later tokens, whatever the labels.
         kernels: attention kernels to run it under.
+        unread: blocks behind which the model reads no patches, so that what is added there is lost.
     """
 
     settings: dict[str, Any]
     causal: bool = False
     kernels: tuple[str, ...] = ("sdpa",)
+    unread: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -366,6 +400,8 @@ class Method:
         single: settings of one expert, which has nothing to balance.
         other: settings of a second adapter, of another size than the first.
         joins_attention: whether prompts are rows within attention, and not tokens of whole blocks.
+        auxiliary: names of the arguments that weigh losses of the method's own, other than a balance loss.
+        state: part of the names of tensors that are kept with the adapter and never trained.
     """
 
     config: type[PeftConfig]
@@ -381,6 +417,8 @@ class Method:
     single: dict[str, Any] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
     joins_attention: bool = True
+    auxiliary: tuple[str, ...] = ()
+    state: str | None = None
 
 
 _BOTH = ("sdpa", "eager")
@@ -414,6 +452,8 @@ def _vapt_variants() -> dict[str, dict[str, Variant]]:
         if architecture.for_its_head:  # found without being named
             table[name] = {"adaptive": Variant({})}
             continue
+        if architecture.dense:
+            continue
         table[name] = {"adaptive": Variant(size, kernels=_BOTH if name in ("vit", "dinov2") else ("sdpa",))}
     table["vit"]["deep"] = Variant({"num_static_layers": "all"})
     return table
@@ -427,6 +467,14 @@ def _pmoe_variants() -> dict[str, dict[str, Variant]]:
         "vit": {"dinov2": of("dinov2"), "three": of("dinov2", "timm", dispatcher="attention")},
         "timm_vit": {"vit": of("vit", dispatcher="expert"), "timm": of("timm")},
     }
+
+
+def _promotion_variants() -> dict[str, dict[str, Variant]]:
+    """Dense models and backbones, and classifiers, of which ViT's reads the class token only."""
+    both: dict[str, Any] = {"layers_to_transform": [0, 1]}
+    table = {name: {"units": Variant(both)} for name in ("dinov2_backbone", "dpt_vit", "timm_avg")}
+    table["vit"] = {"units": Variant({"layers_to_transform": [0]}, kernels=_BOTH, unread=frozenset({1}))}
+    return table
 
 
 _NO_TOKENS_FOR_DECODER = {"routing": "token", "decoder_sees_prompts": True}
@@ -475,6 +523,22 @@ METHODS: dict[str, Method] = {
         other={"num_virtual_tokens": 2, "dispatcher": "none"},
         joins_attention=False,
     ),
+    "promotion": Method(
+        config=ProMotionConfig,
+        prefix="promotion_",
+        # The denoiser's lessons are random, and units start at zero; see tests/unit.
+        settings={"num_prototypes": 3, "bottleneck_dim": 8, "init_weights": False, "denoise_weight": 0.0},
+        variants=_promotion_variants(),
+        refusals=(
+            ("vit", {"modules_to_save": ["projection"]}, "would copy the patch embedding"),
+            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "layers_to_transform names the layers .1."),
+        ),
+        noisy={"noisy_features": True, "denoise_weight": 1.0},
+        other={"num_prototypes": 2, "denoiser": "tokens"},
+        joins_attention=False,
+        auxiliary=("denoise_weight", "margin_weight", "compact_weight"),
+        state="promotion_bank",
+    ),
 }
 
 
@@ -516,13 +580,17 @@ class Case:
     def is_causal_lm(self) -> bool:
         return self.task_type == "CAUSAL_LM"
 
+    @property
+    def model_class(self) -> Any:
+        return getattr(transformers, self.architecture.model, None) or getattr(dense_models, self.architecture.model)
+
     # -- models -------------------------------------------------------------------------------------------------------
 
     def base(self, seed: int = 0, **settings: Any) -> nn.Module:
         """A random base model in eval mode whose weights are large enough for every prompt to matter."""
         kernel = {} if self.architecture.timm else {"attn_implementation": self.kernel}
         made = getattr(transformers, self.architecture.config)(**self.architecture.settings | settings, **kernel)
-        model = getattr(transformers, self.architecture.model)(made).eval()
+        model = self.model_class(made).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -685,10 +753,11 @@ def gradients(
 
 
 def adapter_parameters(case: Case, model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """What trains of an adapter."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if case.method.prefix in name and f".{adapter}." in name
+        if case.method.prefix in name and f".{adapter}." in name and (case.method.state or " ") not in name
     }
 
 
