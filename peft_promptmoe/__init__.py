@@ -4,6 +4,7 @@
 from .engine.given_query import given_query
 from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
+from .motion import DepthModel, FlowModel, MotionModel
 from .pmoe import DispatchReport, ParameterReport, PMoEConfig, PMoEModel, parameter_report, patch_maps
 from .reports.callback import RoutingCallback
 from .reports.recorder import record_routing
@@ -13,9 +14,12 @@ from .vapt import VAPTConfig, VAPTModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "DepthModel",
     "DispatchReport",
+    "FlowModel",
     "MEPTConfig",
     "MEPTModel",
+    "MotionModel",
     "PMoEConfig",
     "PMoEModel",
     "ParameterReport",
