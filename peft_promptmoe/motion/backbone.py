@@ -111,7 +111,9 @@ def make_reader(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tup
         )
     embedding = _patch_embedding(backbone)
     if not levels:
-        return Reader("hidden_states", [], (PYRAMID, PYRAMID) if embedding is None else tuple(embedding.kernel_size)), {}
+        return Reader(
+            "hidden_states", [], (PYRAMID, PYRAMID) if embedding is None else _patch_size(embedding)
+        ), {}
     if hasattr(backbone, "out_indices") and hasattr(backbone, "stage_names"):
         kind, chosen = _feature_maps(backbone, levels)
     elif hasattr(timm_part(backbone), "forward_intermediates"):
@@ -126,7 +128,7 @@ def make_reader(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tup
     reader = Reader(
         kind=kind,
         levels=sorted({level for each in chosen.values() for level in each}),
-        patch=tuple(embedding.kernel_size) if embedding is not None else (1, 1),
+        patch=_patch_size(embedding) if embedding is not None else (1, 1),
         prefix=_prefix(backbone, embedding) if kind == "hidden_states" else 0,
         interpolates=kind == "hidden_states" and "interpolate_pos_encoding" in _arguments(backbone),
     )
@@ -155,8 +157,8 @@ def _feature_maps(backbone: Any, levels: dict[str, list[int] | None]) -> tuple[K
         if task == "flow" and asked is None and given == stages[-1:] and len(blocks) > 4:
             middle = [level + len(stages) - len(blocks) for level in default_levels("flow", len(blocks))]
             warnings.warn(
-                f"This {type(backbone).__name__} gives the map of its last block only, and last blocks of image models "
-                f"match patches badly. Load it with maps from the middle, such as out_indices={middle}.",
+                f"This {type(backbone).__name__} gives the map of its last block only, and last blocks match "
+                f"patches badly. Load it with maps from the middle, such as out_indices={middle}.",
                 stacklevel=4,
             )
         chosen[task] = [given.index(name) for name in names]
@@ -208,6 +210,10 @@ def _arguments(backbone: nn.Module) -> list[str]:
     return list(inspect.signature(inspect.unwrap(type(backbone).forward)).parameters)
 
 
+def _patch_size(embedding: nn.Conv2d) -> Grid:
+    return embedding.kernel_size[0], embedding.kernel_size[1]
+
+
 def _patch_embedding(backbone: nn.Module) -> nn.Conv2d | None:
     first = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None or tuple(first.kernel_size) != tuple(first.stride) or min(first.kernel_size) < 2:
@@ -229,7 +235,9 @@ def _prefix(backbone: nn.Module, embedding: nn.Conv2d | None) -> int:
 @torch.no_grad()
 def _probe(reader: Reader, backbone: nn.Module, embedding: nn.Conv2d | None) -> None:
     """Fill in widths and strides."""
-    first: Any = embedding if embedding is not None else next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    first: Any = (
+        embedding if embedding is not None else next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    )
     size = _probe_size(reader, backbone)
     pixels = torch.zeros(1, first.in_channels, *size, device=first.weight.device, dtype=first.weight.dtype)
     with evaluating(backbone):

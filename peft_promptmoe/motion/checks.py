@@ -36,7 +36,7 @@ def check_settings(
         raise ValueError(f"min_depth={min_depth!r}, max_depth={max_depth!r}: has to be 0 < min_depth < max_depth.")
     if decoder_output not in (None, "inverse", "depth"):
         raise ValueError(f"decoder_output={decoder_output!r} has to be 'inverse', 'depth' or None.")
-    weights = {task: 1.0 for task in tasks} | dict(task_weights or {})
+    weights = dict.fromkeys(tasks, 1.0) | dict(task_weights or {})
     for task, weight in weights.items():
         if task not in tasks:
             raise ValueError(f"task_weights names {task!r}; this model has {' and '.join(tasks)}.")
@@ -55,7 +55,9 @@ def _levels(
         if chosen is None:
             continue
         if not chosen or not all(_is_whole(level) and level >= 0 for level in chosen) or len({*chosen}) < len(chosen):
-            raise ValueError(f"levels of {task} is {chosen!r}: has to be one or more different blocks, counted from 0.")
+            raise ValueError(
+                f"levels of {task} is {chosen!r}: has to be one or more different blocks, counted from 0."
+            )
     return {task: None if asked.get(task) is None else sorted(asked[task]) for task in tasks}
 
 
@@ -88,7 +90,9 @@ def check_flow(labels: Tensor | None, mask: Tensor | None, batch: int) -> None:
         return
     if labels.ndim != 4 or labels.shape[1] != 2:
         hint = " Put the channels in front: flow.movedim(-1, 1)." if labels.ndim == 4 and labels.shape[-1] == 2 else ""
-        raise ValueError(f"flow_labels of shape {tuple(labels.shape)}: has to be (B, 2, rows, columns), x first.{hint}")
+        raise ValueError(
+            f"flow_labels of shape {tuple(labels.shape)}: has to be (B, 2, rows, columns), x first.{hint}"
+        )
     _check_batch("flow", labels, batch)
     if not labels.is_floating_point():
         raise ValueError(f"flow_labels of {labels.dtype}: has to be pixels as floating point, decoded from the file.")

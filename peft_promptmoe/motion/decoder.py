@@ -33,7 +33,7 @@ def decoder_parts(model: nn.Module) -> tuple[str, ...]:
     return DECODERS[config.model_type]
 
 
-def decoder_output(model: nn.Module) -> DecoderOutput:
+def predicted_by(model: nn.Module) -> DecoderOutput:
     """What a depth model predicts: "depth", or "inverse" depth up to a factor.
 
     Depth Anything says it in its config. GLPN is trained on metric depth, DPT on inverse depth; some later weights of
@@ -117,4 +117,3 @@ class DepthScale(nn.Module):
 
     def extra_repr(self) -> str:
         return f"output={self.output!r}, depth {self.min_depth:g} to {self.max_depth:g}"
-

@@ -107,7 +107,7 @@ class FlowHead(nn.Module):
         """
         context = self.context(one)
         correlation = correlate(self.matching(one).float(), self.matching(two).float())
-        grid = cell_grid(*context.shape[-2:], context.device)
+        grid = cell_grid(context.shape[-2], context.shape[-1], context.device)
         flow = expected_flow(correlation * self.temperature.float().exp(), grid)
         hidden = torch.tanh(context)
         flows = []

@@ -77,8 +77,7 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         stored = config or {}
         if stored.get("model_class") != cls.__name__:
             raise ValueError(
-                f"{model_id!r} holds {stored.get('model_class') or 'no model of motion or depth'}, not "
-                f"{cls.__name__}."
+                f"{model_id!r} holds {stored.get('model_class') or 'no model of motion or depth'}, not {cls.__name__}."
             )
         if backbone is None:
             backbone = _load_backbone(folder / BACKBONE, stored.get("backbone_library"), model_id)
