@@ -111,9 +111,7 @@ def make_reader(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tup
         )
     embedding = _patch_embedding(backbone)
     if not levels:
-        return Reader(
-            "hidden_states", [], (PYRAMID, PYRAMID) if embedding is None else _patch_size(embedding)
-        ), {}
+        return Reader("hidden_states", [], (PYRAMID, PYRAMID) if embedding is None else _patch_size(embedding)), {}
     if hasattr(backbone, "out_indices") and hasattr(backbone, "stage_names"):
         kind, chosen = _feature_maps(backbone, levels)
     elif hasattr(timm_part(backbone), "forward_intermediates"):

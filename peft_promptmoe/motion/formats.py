@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,14 +100,24 @@ def read_kitti_flow(file: File) -> Array:
     Raises:
         ValueError: the file is no 16-bit png of three channels.
     """
-    # Pillow reads these files, too, but as 8 bit and without a word.
-    from torchvision.io import ImageReadMode, decode_png, read_file
+    high, low = _bytes_of(file, "RGB;16B"), _bytes_of(file, "RGB;16L")
+    values = (high.astype(np.float32) * 256 + low).transpose(2, 0, 1)
+    flow = (values[:2] - 2**15) / 64
+    return np.where(values[2] > 0, flow, np.float32(np.nan)).astype(np.float32)
 
-    values = decode_png(read_file(os.fspath(file)), mode=ImageReadMode.UNCHANGED).numpy()
-    if values.dtype != np.uint16 or values.shape[0] != 3:
-        raise ValueError(f"{os.fspath(file)} is no 16-bit png of three channels, as KITTI's flow is.")
-    flow = (values[:2].astype(np.float32) - 2**15) / 64
-    return np.where(values[2] > 0, flow, np.float32(np.nan))
+
+def _bytes_of(file: File, order: str) -> NDArray[np.uint8]:
+    """(rows, columns, 3) of the first or, with the order of bytes the wrong way round, the second byte of every value.
+
+    Pillow has no mode of 16 bits and three channels: it reads such files without a word as 8 bits, the first byte of
+    each. torchvision's decoder, which has one, is deprecated.
+    """
+    with Image.open(file) as opened:
+        image: Any = opened
+        if image.mode != "RGB" or any(tile[3] != "RGB;16B" for tile in image.tile):
+            raise ValueError(f"{os.fspath(file)} is no 16-bit png of three channels, as KITTI's flow is.")
+        image.tile = [(*tile[:3], order) for tile in image.tile]
+        return np.asarray(image)
 
 
 def read_png16(file: File, scale: float) -> Array:

@@ -190,7 +190,9 @@ def test_unknown_labels_reach_neither_losses_nor_gradients(unknown: float) -> No
 def test_without_valid_pixels_the_loss_is_zero_and_still_has_a_graph() -> None:
     flow, depth = random(1, 2, 2, 2).requires_grad_(), random(1, 2, 2).exp().requires_grad_()
     none = torch.zeros(1, 2, 2, dtype=torch.bool)
-    loss = flow_loss([flow], torch.full((1, 2, 2, 2), math.nan), none) + depth_loss([depth], torch.zeros(1, 2, 2), none)
+    loss = flow_loss([flow], torch.full((1, 2, 2, 2), math.nan), none) + depth_loss(
+        [depth], torch.zeros(1, 2, 2), none
+    )
     loss.backward()
     assert loss == 0
     assert all(x.grad is not None and x.grad.abs().sum() == 0 for x in (flow, depth))

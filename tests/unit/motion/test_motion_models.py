@@ -240,9 +240,10 @@ def test_full_training_trains_all_that_is_read() -> None:
     model = FlowModel(timm_vit(), freeze_backbone=False).train()
     model(**batch("flow")).loss.backward()
     without = {path for path, parameter in model.named_parameters() if parameter.grad is None}
-    assert all(path.startswith(("backbone.blocks.3", "backbone.blocks.4", "backbone.blocks.5")) for path in without - {
-        "backbone.norm.weight", "backbone.norm.bias"
-    })
+    assert all(
+        path.startswith(("backbone.blocks.3", "backbone.blocks.4", "backbone.blocks.5"))
+        for path in without - {"backbone.norm.weight", "backbone.norm.bias"}
+    )
     assert "backbone.blocks.2.attn.qkv.weight" not in without
 
 
