@@ -29,7 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoBackbone, Dinov2Backbone, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+import assets
+import motion_data
 import peft_promptmoe
+from moving_layers import GeneratedPairs
 from peft_promptmoe import DepthModel, FlowModel, MotionModel, VAPTConfig
 from peft_promptmoe.motion import (
     DepthError,
@@ -42,10 +45,6 @@ from peft_promptmoe.motion import (
     flow_picture,
     trainer_metrics,
 )
-
-import assets
-import motion_data
-from moving_layers import GeneratedPairs
 
 MODELS = {"flow": FlowModel, "depth": DepthModel, "joint": MotionModel}
 # Blocks that are read, counted from 0: features of the middle match best, depth wants the later ones too.

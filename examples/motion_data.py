@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+import assets
 from peft_promptmoe.motion import Example
 from peft_promptmoe.motion.formats import Array, flow_of_disparity, read_grey
-
-import assets
 
 MVTB = assets.Archive("mvtb-data", "1.6.1", "0ca9c30e100fa272421068a167ea6529085ff8f4afdca72e5fad681c52cabdbf")
 SHORTER_SIDE = 320  # pixels that photos are resized to

@@ -166,7 +166,8 @@ def make_pair(
 
     Returns:
         `frames` (2, size, size, 3) bytes; `flow` (2, size, size) of frame 1 in pixels; `occluded` (size, size), true
-        where frame 2 does not show the point; `inverse_depth` (size, size); `layer` (size, size), 0 for the background.
+        where frame 2 does not show the point; `inverse_depth` (size, size); `layer` (size, size), 0 for the
+        background.
     """
     layers = make_layers(rng, photos, size, mode, reach)
     y, x = np.mgrid[0:size, 0:size].astype(np.float64)

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..vision import Grid, count_prefix
+from ..models.patches import Grid, count_prefix
 
 Kind = Literal["feature_maps", "hidden_states", "timm"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..vision import set_frozen_eval
+from ..engine.model_hooks import set_frozen_eval
 from .backbone import make_reader
 from .checkpointing import Checkpointed
 from .checks import check_depth, check_flow, check_frames, check_settings
