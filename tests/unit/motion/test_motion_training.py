@@ -252,3 +252,16 @@ def test_other_depth_models_are_refused() -> None:
 
     with pytest.raises(ValueError, match="not supported; those of"):
         DepthModel(ZoeDepthForDepthEstimation())
+
+
+@pytest.mark.parametrize("kind", ["dinov2-backbone", "timm", "depth-anything"])
+def test_prompts_find_the_heads_by_themselves(kind: str) -> None:
+    """As `get_peft_model(FlowModel(backbone), VAPTConfig())`; a timm backbone has no head that could be meant."""
+    base = DepthModel(depth_anything()) if kind == "depth-anything" else FlowModel(BACKBONES[kind]())
+    heads = list(base.head_names)
+    model = get_peft_model(base, VAPTConfig(num_virtual_tokens=2))
+    assert sorted(model.peft_config["default"].modules_to_save) == sorted(heads)
+    trained = {path for path, parameter in model.named_parameters() if parameter.requires_grad}
+    for head in heads:
+        assert any(f"{head}.modules_to_save." in path for path in trained)
+    assert model.get_base_model().head_names == heads
