@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoBackbone, Dinov2Backbone, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import assets
 import motion_data
@@ -83,11 +83,8 @@ def blocks(task: str) -> list[int]:
 
 def base_model(task: str, name: str | None, frozen: bool) -> nn.Module:
     """The model without an adapter; blocks behind the last one that is read are left out."""
-    read = blocks(task)
-    settings: dict[str, Any] = {"num_hidden_layers": read[-1] + 1, "out_indices": [block + 1 for block in read]}
-    # AutoBackbone of transformers 5 asks the Hub even about a folder.
-    load = Dinov2Backbone if name is None else AutoBackbone
-    backbone = load.from_pretrained(name or assets.dinov2_small(), **settings)
+    depth = blocks(task)[-1] + 1
+    backbone = AutoModel.from_pretrained(name or assets.dinov2_small(), num_hidden_layers=depth)
     return MODELS[task](backbone, levels=levels(task), freeze_backbone=frozen, **DEPTHS)
 
 
@@ -338,7 +335,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", choices=sorted(MODELS), default="flow")
     best = "promotion" if "promotion" in ADAPTERS else "lora"
     parser.add_argument("--method", choices=["head", "full", *ADAPTERS], default=best)
-    parser.add_argument("--model", help="Hub id of a backbone, patches of 14 pixels, 12 blocks (default: DINOv2-S)")
+    parser.add_argument(
+        "--model", help="Hub id or folder of a backbone of 12 blocks, patches of 14 pixels (default: DINOv2-S)"
+    )
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="folders of data sets to evaluate on too")
     parser.add_argument("--steps", type=int, help="default: what two cores do in ten minutes")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")

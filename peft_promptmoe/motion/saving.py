@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 WEIGHTS, CONFIG, BACKBONE = "model.safetensors", "config.json", "backbone"
+STAGES = ("out_features", "out_indices", "stage_names")
 TIMM_ARGUMENTS = ("num_classes", "global_pool")
 
 
@@ -98,6 +99,8 @@ def _save_backbone(backbone: nn.Module, folder: Path) -> str | None:
     """
     if isinstance(backbone, PreTrainedModel):
         backbone.save_pretrained(folder)
+        if not hasattr(backbone, "out_indices"):
+            _drop_stages(folder / CONFIG)
         return "transformers"
     if hasattr(backbone, "pretrained_cfg") and type(backbone).__module__.startswith("timm."):
         from timm.models import save_for_hf
@@ -105,6 +108,17 @@ def _save_backbone(backbone: nn.Module, folder: Path) -> str | None:
         save_for_hf(backbone, str(folder), model_args=_timm_arguments(backbone), safe_serialization=True)
         return "timm"
     return None
+
+
+def _drop_stages(file: Path) -> None:
+    """Take out of a config what only an AutoBackbone reads.
+
+    A model that was loaded with fewer blocks than it had (`num_hidden_layers=6`) still names its old last stage there,
+    and transformers refuses to load it again.
+    """
+    config = json.loads(file.read_text())
+    kept = {key: value for key, value in config.items() if key not in STAGES}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def _timm_arguments(backbone: Any) -> dict[str, Any]:

@@ -127,6 +127,14 @@ def test_blocks_behind_the_last_level_can_be_left_out(tmp_path: Path) -> None:
         assert torch.equal(one, two)
 
 
+def test_a_model_that_was_loaded_with_fewer_blocks_is_saved_and_loaded(tmp_path: Path) -> None:
+    Dinov2Model(Dinov2Config(**SIZES)).save_pretrained(tmp_path / "whole")
+    model = FlowModel(Dinov2Model.from_pretrained(tmp_path / "whole", num_hidden_layers=3), levels=[1, 2]).eval()
+    model.save_pretrained(tmp_path / "flow")
+    inputs = batch("flow")
+    assert torch.equal(FlowModel.from_pretrained(tmp_path / "flow")(**inputs).flow, model(**inputs).flow)
+
+
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
