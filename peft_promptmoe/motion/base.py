@@ -164,18 +164,19 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         two = next_pixel_values is not None
         pixels = pixel_values if next_pixel_values is None else torch.cat([pixel_values, next_pixel_values])
         maps, decoded = self._encode(_pad(pixels, self.reader.patch))
-        self.last_losses = {}
+        # No attribute of the model is written before the end: forwards of other threads may run beside this one.
+        losses: dict[str, Tensor] = {}
         # Heads work in float32 where a model does: their coordinates have more digits than half precision.
         with torch.autocast(pixels.device.type, enabled=False):
             output = MotionOutput()
             if "flow" in self.tasks and two:
-                output.flow = self._flow(maps, size, flow_labels, flow_mask)
+                output.flow = self._flow(maps, size, flow_labels, flow_mask, losses)
             if "depth" in self.tasks:
                 decoded = None if decoded is None else decoded[: len(pixel_values)]
-                output.depth = self._depth(maps, decoded, len(pixel_values), size, depth_labels, depth_mask)
-        if self.last_losses:
-            output.loss = torch.stack([self.task_weights[task] * x for task, x in self.last_losses.items()]).sum()
-            self.last_losses = {task: loss.detach() for task, loss in self.last_losses.items()}
+                output.depth = self._depth(maps, decoded, len(pixel_values), size, depth_labels, depth_mask, losses)
+        if losses:
+            output.loss = torch.stack([self.task_weights[task] * loss for task, loss in losses.items()]).sum()
+        self.last_losses = {task: loss.detach() for task, loss in losses.items()}
         return output
 
     def _encode(self, pixels: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
@@ -191,7 +192,14 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         dtype = next(head.parameters()).dtype
         return [maps[level].to(dtype) for level in self.levels[task]]
 
-    def _flow(self, maps: dict[int, Tensor], size: Any, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _flow(
+        self,
+        maps: dict[int, Tensor],
+        size: Any,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        losses: dict[str, Tensor],
+    ) -> Tensor:
         both = self._head_maps(maps, "flow")
         count = len(both[0]) // 2
         flows = self.flow_head([m[:count] for m in both], [m[count:] for m in both], all_rounds=labels is not None)
@@ -199,7 +207,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         flows = [_resize_flow(flow[..., : size[0], : size[1]], wanted) for flow in flows]
         if labels is not None:
             labels = labels.float()
-            self.last_losses["flow"] = flow_loss(flows, labels, valid_flow(labels, self.max_flow, mask))
+            losses["flow"] = flow_loss(flows, labels, valid_flow(labels, self.max_flow, mask))
         return flows[-1]
 
     def _depth(
@@ -210,6 +218,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         size: Any,
         labels: Tensor | None,
         mask: Tensor | None,
+        losses: dict[str, Tensor],
     ) -> Tensor:
         wanted = size if labels is None else (labels.shape[-2], labels.shape[-1])
         labels = None if labels is None else labels.float()
@@ -224,7 +233,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
             depths = [self.depth_scale(decoded, padded)]
         depths = [_resize(depth[:, None, : size[0], : size[1]], wanted)[:, 0] for depth in depths]
         if labels is not None and valid is not None:
-            self.last_losses["depth"] = depth_loss(depths, labels, valid)
+            losses["depth"] = depth_loss(depths, labels, valid)
         return depths[-1]
 
     def _scale(self) -> DepthScale:

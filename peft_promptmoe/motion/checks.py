@@ -73,6 +73,8 @@ def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor
     """Raise ValueError where two frames are missing or do not belong together."""
     if pixels.ndim != 4:
         raise ValueError(f"pixel_values of shape {tuple(pixels.shape)}: has to be (B, channels, rows, columns).")
+    if not pixels.is_floating_point():
+        raise ValueError(f"pixel_values of {pixels.dtype}: has to be floating point, normalised for the backbone.")
     if next_pixels is None:
         if flow_labels is not None:
             raise ValueError("flow_labels without next_pixel_values: flow is between two frames. Give both.")

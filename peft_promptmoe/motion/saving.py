@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +17,26 @@ from transformers import PreTrainedModel
 WEIGHTS, CONFIG, BACKBONE = "model.safetensors", "config.json", "backbone"
 STAGES = ("out_features", "out_indices", "stage_names")
 TIMM_ARGUMENTS = ("num_classes", "global_pool")
+
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ model_class }}
+
+Optical flow or depth over a vision backbone. What `save_pretrained` wrote here is loaded by
+
+```
+pip install peft-promptmoe
+```
+
+```python
+from peft_promptmoe import {{ model_class }}
+
+model = {{ model_class }}.from_pretrained(".")  # this folder, or the id of this repository on the Hub
+```
+"""
 
 
 class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", "depth-estimation"]):
@@ -39,6 +59,11 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         arguments: Any = self._hub_mixin_config or {}
         config = {**arguments, "model_class": type(self).__name__, "backbone_library": library}
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def generate_model_card(self, **values: Any) -> ModelCard:
+        """The card that says how to load the model."""
+        data = self._hub_mixin_info.model_card_data
+        return ModelCard.from_template(data, template_str=CARD, model_class=type(self).__name__, **values)
 
     @classmethod
     def _from_pretrained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def test_saved_and_loaded_it_answers_the_same(name: str, tmp_path: Path) -> None
             parameter.add_(0.01 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
     loaded = MotionModel.from_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert 'MotionModel.from_pretrained(".")' in card and "More Information Needed" not in card
     assert not loaded.training and loaded.max_flow == 77.0 and loaded.name_or_path == str(tmp_path)
     inputs = batch("joint")
     expected, found = model(**inputs), loaded(**inputs)
@@ -230,6 +233,19 @@ def test_joint_losses_are_weighted_and_a_task_without_labels_is_left_out() -> No
     assert single.flow is None and torch.allclose(single.depth, output.depth, atol=1e-4)
 
 
+def test_threads_do_not_mix_up_their_losses() -> None:
+    """Flow's loss of one batch and depth's of another, side by side."""
+    model = MotionModel(dinov2()).eval()
+    inputs = batch("joint")
+    pixels = {key: inputs[key] for key in ("pixel_values", "next_pixel_values")}
+    kinds = [pixels | {key: inputs[key]} for key in ("flow_labels", "depth_labels")] + [inputs]
+    expected = [model(**each).loss for each in kinds]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda number: model(**kinds[number % 3]).loss, range(36)))
+    for number, loss in enumerate(found):
+        assert torch.allclose(loss, expected[number % 3], atol=1e-4)
+
+
 # -- what trains ------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +332,10 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "labels without a second frame": ({"next_pixel_values": None}, "flow is between two frames"),
     "frames of different sizes": ({"next_pixel_values": torch.zeros(2, 3, 60, 56)}, "different shapes"),
     "one image without a batch": ({"pixel_values": torch.zeros(3, 60, 70)}, "has to be \\(B, channels"),
+    "pixels as bytes": (
+        dict.fromkeys(("pixel_values", "next_pixel_values"), torch.zeros(2, 3, 60, 70, dtype=torch.uint8)),
+        "normalised",
+    ),
     "flow with channels last": ({"flow_labels": torch.zeros(2, 60, 70, 2)}, "movedim"),
     "flow as integers": ({"flow_labels": torch.zeros(2, 2, 60, 70, dtype=torch.int32)}, "floating point"),
     "flow of another batch": ({"flow_labels": torch.zeros(1, 2, 60, 70)}, "of 1 images, and pixel_values of 2"),

@@ -220,6 +220,14 @@ def test_the_scale_starts_in_training_with_labels_only() -> None:
     assert model.depth_scale.started
 
 
+def test_under_peft_the_scale_of_the_adapter_starts_and_the_models_own_does_not() -> None:
+    model = make("depth", "lora", depth_anything())
+    model.train()(**batch("depth", size=SIZE)).loss.backward()
+    scale = model.get_base_model().depth_scale
+    assert scale.modules_to_save["default"].started and not scale.original_module.started
+    assert scale.modules_to_save["default"].log_scale.grad is not None
+
+
 def test_what_a_decoder_means_is_read_from_the_model_or_named() -> None:
     assert DepthModel(depth_anything("metric")).depth_scale.output == "depth"
     assert DepthModel(depth_anything("relative")).depth_scale.output == "inverse"
