@@ -53,9 +53,9 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         levels: blocks whose maps the heads read, counted from 0: a list, or one for each task
             (`{"flow": [3, 4, 5], "depth": [5, 8, 11]}`). Unset, an AutoBackbone is read at all its `out_indices`;
             in other models flow reads the blocks at 1/3, 5/12 and 1/2 of the depth, depth those at 1/2, 3/4 and the
-            last. Blocks behind the last level are computed in vain (not in timm), and an adapter in them gets no gradient,
-            for which DDP needs `find_unused_parameters` (the Trainer's default): leave them out when loading, as in
-            `AutoBackbone.from_pretrained(id, num_hidden_layers=6, out_indices=[4, 5, 6])` or
+            last. Blocks behind the last level are computed in vain (not in timm), and an adapter in them gets no
+            gradient, for which DDP needs `find_unused_parameters` (the Trainer's default). Leave them out when
+            loading: `AutoBackbone.from_pretrained(id, num_hidden_layers=6, out_indices=[4, 5, 6])`, or
             `AutoModel.from_pretrained(id, num_hidden_layers=6)`.
         channels: of the features that are matched, and of the map that depth is read from.
         refinements: rounds of refinement; 3 for flow and 2 for depth if unset.

@@ -121,6 +121,17 @@ def test_auto_peft_model_finds_the_base_it_was_loaded_from(tmp_path: Path) -> No
     assert torch.equal(loaded(**inputs).flow, model(**inputs).flow)
 
 
+def test_an_adapters_card_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FlowModel(dinov2()).save_pretrained(tmp_path / "base")
+    model = get_peft_model(FlowModel.from_pretrained(tmp_path / "base"), VAPTConfig(num_virtual_tokens=2))
+    model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "adapter")
+    found: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], found)
+    assert isinstance(found["model"].get_base_model(), FlowModel)
+
+
 def test_trainer_checkpoints_activations(tmp_path: Path) -> None:
     for backbone in (dinov2(), timm_vit()):
         model = make("flow", "lora", backbone)
