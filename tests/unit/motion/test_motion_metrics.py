@@ -52,6 +52,8 @@ def test_the_best_constant_flow_is_no_worse_than_any_other() -> None:
         assert best <= (points - other[:, None]).norm(dim=0).mean() + 1e-9
     assert best <= (points - points.mean(dim=1, keepdim=True)).norm(dim=0).mean() + 1e-9
     assert torch.allclose(geometric_median(torch.ones(2, 5).double()), torch.ones(2).double())
+    most = torch.tensor([[0.0, 0.0, 0.0, 10.0], [0.0] * 4], dtype=torch.float64)  # their mean is at 2.5
+    assert geometric_median(most).norm() < 1e-3
 
 
 def test_masks_and_occlusion() -> None:
