@@ -5,6 +5,7 @@ from .engine.given_query import given_query
 from .engine.model_hooks import last_aux_losses
 from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
+from .motion import DepthModel, FlowModel, MotionModel
 from .pmoe import DispatchReport, ParameterReport, PMoEConfig, PMoEModel, parameter_report, patch_maps
 from .promotion import ProMotionConfig, ProMotionModel
 from .reports.assignment_callback import AssignmentCallback
@@ -19,9 +20,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AssignmentCallback",
     "AssignmentReport",
+    "DepthModel",
     "DispatchReport",
+    "FlowModel",
     "MEPTConfig",
     "MEPTModel",
+    "MotionModel",
     "PMoEConfig",
     "PMoEModel",
     "ParameterReport",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods compared in cost and time, by name: what each makes of a model, and which prompts and experts it has.
 
-"promotion" has its units behind all blocks, and its prototypes where others have prompts. In "static" and with one expert MEPT has no router; on images that is VPT-Deep, and has a row under that name only.
+"promotion" has its units behind all blocks, and its prototypes where others have prompts. In "static" and with one
+expert MEPT has no router; on images that is VPT-Deep, and has a row under that name only.
 """
 
 from __future__ import annotations

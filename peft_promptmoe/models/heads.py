@@ -25,7 +25,9 @@ HEADS = (
 
 
 def vision_heads(model: nn.Module, patches: Patches) -> list[str]:
-    """Names of the heads of an image model that train along with prompts."""
+    """Names of the heads of an image model that train along with prompts; a model may say so itself (`head_names`)."""
+    if isinstance(named := getattr(model, "head_names", None), list):
+        return named
     # A bare encoder has no head; what is called so there (SigLIP) pools.
     bare = any(child is patches.owner for child in model.children()) or patches.owner is model
     children = [] if bare else model.named_children()

@@ -64,11 +64,13 @@ class BaseModelCard:
         num_labels: outputs of its head.
         timm_weights: name and tag of timm's weights; None for models of transformers.
         image_size: rows and columns of pixels, where they are not the usual ones of timm's weights; else None.
+        own_class: whether it is a class of this package, which PEFT imports only where it is told to.
     """
 
     num_labels: int = 2
     timm_weights: str | None = None
     image_size: tuple[int, int] | None = None
+    own_class: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ class CardValues:
 
 def base_model_card(model: Any) -> BaseModelCard:
     """Read off a model what its snippet has to say."""
+    if type(model).__module__.split(".")[0] == __package__.split(".")[0]:
+        return BaseModelCard(own_class=True)
     timm = getattr(model, "pretrained_cfg", None)
     if not timm or hasattr(model, "config"):
         return BaseModelCard(getattr(getattr(model, "config", None), "num_labels", 2))
@@ -132,6 +136,8 @@ def _load(values: CardValues) -> str:
     auto_class = AUTO_CLASSES.get(str(values.task_type or ""), "AutoPeftModel")
     # The head of the base checkpoint may be of another size; the adapter brings its own.
     arguments = f", num_labels={base.num_labels}, ignore_mismatched_sizes=True" if base.num_labels != 2 else ""
+    if base.own_class:
+        arguments = ', import_allowlist=["peft_promptmoe"]'
     if preparation:
         arguments = f", config=config{arguments}"
     return LOAD.format(auto_class=auto_class, arguments=arguments, preparation=preparation)
