@@ -32,8 +32,9 @@ COPIED = {
 }
 LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)")
 FIELDS = re.compile(r"<!-- fields: (\w+) -->")
-# Whose fields they are, beside the method's own.
-OWNERS = {PromptConfig: "Fields that all methods share", PeftConfig: "Fields of every PEFT config"}
+
+# Whose fields they are.
+OWN, SHARED, PEFTS = "Fields of its own", "Fields that all methods share", "Fields of every PEFT config"
 
 
 def urls() -> dict[str, str]:
@@ -79,17 +80,19 @@ def _address(link: str, source: str) -> str:
 
 def field_tables(config: type[PeftConfig]) -> str:
     """Markdown tables of all fields of a config: its own, then those it inherits."""
-    own = [field for field in dataclasses.fields(config) if owner(config, field.name) not in OWNERS]
-    parts = ["#### Fields of its own\n", table(config, own)]
-    for base, heading in OWNERS.items():
-        inherited = [field for field in dataclasses.fields(config) if owner(config, field.name) is base]
-        parts += [f"\n#### {heading}\n", table(config, inherited)]
+    parts = []
+    for heading in (OWN, SHARED, PEFTS):
+        fields = [field for field in dataclasses.fields(config) if owner(config, field.name) == heading]
+        parts += [f"#### {heading}\n", table(config, fields)]
     return "\n".join(parts)
 
 
-def owner(config: type, name: str) -> type:
-    """The class that declares a field last, as the config has it."""
-    return next(base for base in config.__mro__ if name in inspect.get_annotations(base))
+def owner(config: type, name: str) -> str:
+    """Under which heading a field stands, by the class that declares it last."""
+    declares = next(base for base in config.__mro__ if name in inspect.get_annotations(base))
+    if declares.__module__.startswith("peft."):
+        return PEFTS
+    return SHARED if declares is PromptConfig else OWN
 
 
 def table(config: type, fields: list[dataclasses.Field[Any]]) -> str:

@@ -9,8 +9,7 @@ from .reports.callback import RoutingCallback
 from .reports.recorder import record_routing
 from .reports.routing_report import RoutingReport, routing_report
 from .vapt import VAPTConfig, VAPTModel
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "DispatchReport",
@@ -23,6 +22,7 @@ __all__ = [
     "RoutingReport",
     "VAPTConfig",
     "VAPTModel",
+    "__version__",
     "cached_prompts",
     "given_query",
     "parameter_report",

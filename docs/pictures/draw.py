@@ -25,15 +25,14 @@ EXPERTS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 @dataclass(frozen=True)
 class Theme:
     name: str
-    ground: str
     ink: str
     frozen: str
     soft: str
     map: str
 
 
-LIGHT = Theme("light", "#ffffff", "#1f2328", "#dbe4ef", "#8b949e", "Blues")
-DARK = Theme("dark", "#0d1117", "#e6edf3", "#2b3a4d", "#8b949e", "Blues_r")
+LIGHT = Theme("light", "#1f2328", "#dbe4ef", "#8b949e", "Blues")
+DARK = Theme("dark", "#e6edf3", "#2b3a4d", "#8b949e", "Blues_r")
 
 
 def box(
@@ -109,7 +108,7 @@ def routing_map(figure: Figure, grid: list[Axes], theme: Theme) -> None:
 
 
 def overview(theme: Theme) -> Figure:
-    figure = Figure(figsize=(10, 3.6), layout="constrained", facecolor=theme.ground)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, first, second = figure.subplots(1, 3, width_ratios=[3.2, 1, 1])
     routed_layer(left, theme)
     routing_map(figure, [first, second], theme)
@@ -117,13 +116,13 @@ def overview(theme: Theme) -> Figure:
 
 
 def mept(theme: Theme) -> Figure:
-    figure = Figure(figsize=(6.6, 3.5), layout="constrained", facecolor=theme.ground)
+    figure = Figure(figsize=(6.6, 3.5), layout="constrained")
     routed_layer(figure.subplots(), theme)
     return figure
 
 
 def vapt(theme: Theme) -> Figure:
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained", facecolor=theme.ground)
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     canvas(axes, 10.4, 4.6)
     for line in range(4):
@@ -152,7 +151,7 @@ def vapt(theme: Theme) -> Figure:
 
 
 def pmoe(theme: Theme) -> Figure:
-    figure = Figure(figsize=(7.2, 3.2), layout="constrained", facecolor=theme.ground)
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     canvas(axes, 10.4, 4.6)
     box(axes, (0.2, 1.8), (1.1, 1.0), theme.soft, "image", "#ffffff")
@@ -187,7 +186,7 @@ def main() -> None:
         with rc_context(colours | {"axes.edgecolor": theme.soft, "svg.hashsalt": "peft_promptmoe"}):
             for draw in (overview, mept, vapt, pmoe):
                 path = HERE / f"{draw.__name__}-{theme.name}.svg"
-                draw(theme).savefig(path, metadata={"Date": None})
+                draw(theme).savefig(path, transparent=True, metadata={"Date": None})
                 print(path)
 
 
