@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := peft_promptmoe tests examples benchmarks noxfile.py
+SOURCES := peft_promptmoe tests examples benchmarks docs noxfile.py
 
-.PHONY: demo test test-full test-gpu matrix faults coverage check format bench bench-full bench-gpu learn-gpu clean
+.PHONY: demo test test-full test-gpu matrix faults coverage check docs dist format bench bench-full bench-gpu learn-gpu clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/text_classification.py
@@ -40,6 +40,17 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir build/site
+
+# The site, in build/site. A broken link or reference fails.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir build/site
+
+# Both archives as they would be published, in dist/.
+dist: $(VENV)/.installed-release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -76,6 +76,27 @@ def learning(name: str, score: str = "test accuracy") -> str:
     return table(headings, rows)
 
 
+# What README shows: a task, its results, and the routing that MEPT takes there by default.
+FRONT = (
+    ("sentiment", "learning_text", "mept-sample"),
+    ("four text tasks mixed", "learning_text_mixture", "mept-sample"),
+    ("answers of a chat model", "learning_causal", "mept-token"),
+    ("CIFAR-10, 1,000 images", "learning_vision_cifar10", "mept-sample"),
+    ("MNIST, 1,000 images", "learning_vision_mnist", "mept-sample"),
+)
+
+
+def front() -> str:
+    """One line for each task, one column for each kind of method."""
+    lines = []
+    for task, name, routed in FRONT:
+        summary = results(name)["summary"]
+        shown = ("head",), ("static", "vpt-deep"), (routed,), ("vapt",), ("lora",)
+        scores = [next((summary[method]["mean"] for method in kinds if method in summary), None) for kinds in shown]
+        lines.append([task, *(number(score) for score in scores)])
+    return table(["", "head only", "deep prompts or VPT-Deep", "MEPT", "VAPT", "LoRA r8"], lines)
+
+
 def low_data(name: str) -> str:
     """Accuracy by number of training images."""
     curves = results(name)["low_data"]
@@ -184,6 +205,7 @@ def claim_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "front": front,
     "learning_text": lambda: learning("learning_text"),
     "learning_text_mixture": lambda: learning("learning_text_mixture"),
     "learning_vision_cifar10": lambda: learning("learning_vision_cifar10"),

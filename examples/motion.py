@@ -32,7 +32,7 @@ from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments,
 import assets
 import motion_data
 from moving_layers import GeneratedPairs
-from peft_promptmoe import DepthModel, FlowModel, MotionModel, VAPTConfig
+from peft_promptmoe import DepthModel, FlowModel, MotionModel, ProMotionConfig, VAPTConfig
 from peft_promptmoe.motion import (
     DepthError,
     EndPointError,

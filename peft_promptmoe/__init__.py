@@ -14,8 +14,7 @@ from .reports.callback import RoutingCallback
 from .reports.recorder import record_routing
 from .reports.routing_report import RoutingReport, routing_report
 from .vapt import VAPTConfig, VAPTModel
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "AssignmentCallback",
@@ -35,6 +34,7 @@ __all__ = [
     "RoutingReport",
     "VAPTConfig",
     "VAPTModel",
+    "__version__",
     "assignment_report",
     "cached_prompts",
     "given_query",

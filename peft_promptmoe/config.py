@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from .sharing.base_model import BaseModelCard
 from .sharing.base_record import check_record
-from .sharing.model_card import BaseModelCard, CardValues, write_card
+from .sharing.model_card import CardValues, write_card, write_card_of_run
 
 # Far above any useful setting, and low enough that a config from a stranger cannot ask for the machine's memory.
 MAX_SLOTS_PER_LAYER = 16_384
@@ -121,12 +122,20 @@ class PromptConfig(PeftConfig):
             base_model=self.base_model_name_or_path,
             base=self.card_base,
             preparation=self.card_preparation(),
+            settings=self.card_settings(),
         )
+
+    def card_settings(self) -> dict[str, Any]:
+        """Numbers, switches and choices of the method, which are checked; names and patterns may be a stranger's."""
+        inherited = {each.name for each in fields(PromptConfig)} - {"num_virtual_tokens"}
+        named = [each.name for each in fields(self) if each.name not in inherited]
+        return {name: value for name in named if isinstance(value := getattr(self, name), (int, float, str))}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the lines a stranger needs to load the adapter into the model card."""
         super().save_pretrained(str(save_directory), **kwargs)
         write_card(self.card_values(), save_directory)
+        write_card_of_run(self.card_values(), save_directory)
 
 
 @dataclass

@@ -26,8 +26,8 @@ from .models.patches import Patches
 from .models.sites import Site, find_site
 from .models.targets import check_at_hand, default_targets, is_encoder_decoder, model_type
 from .sharing.adapter_names import check_adapter_name, check_apart
+from .sharing.base_model import base_model_card
 from .sharing.base_record import check_type, describe_base, hash_weights, remark, warn_of_other_weights
-from .sharing.model_card import base_model_card
 from .sharing.rollback import Unread, running_load
 from .sharing.saved_modules import saved_modules, take_saved_modules_out
 
