@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.claims import claims
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
 from harness.rows import Row
-from harness.targets import targets
+from harness.targets import GPU, targets
 
 HERE = Path(__file__).resolve().parent
 READMES = (HERE.parent / "README.md", HERE / "README.md")
@@ -194,6 +194,35 @@ def cost_experts() -> str:
     return table(headings, rows)
 
 
+def gpu() -> str:
+    """Steps, memory and decoding on a GPU over LoRA r8, decoding over the base model, by method."""
+    columns = {
+        "ViT-B/16: step": ("step vit-b16-hf", "step", "lora_r8"),
+        "peak memory": ("step vit-b16-hf", "peak_bytes", "lora_r8"),
+        "compiled, 4 layers: step": ("compiled vit-b16-hf 4 layers", "step", "lora_r8"),
+        "Llama-1B: step": ("step llama-1b", "step", "lora_r8"),
+        "Llama-1B: peak memory": ("step llama-1b", "peak_bytes", "lora_r8"),
+        "decoding, over the base": ("decode llama-1b", "decode", "base"),
+        "8,192 tokens: step": ("long llama-1b 8192 tokens", "step", "lora_r8"),
+        "8,192 tokens, padded: step": ("long llama-1b 8192 tokens, padded", "step", "lora_r8"),
+    }
+    found = times(GPU)
+
+    def value(group: str, kind: str, name: str) -> float | None:
+        measured = found.get(group, {}).get(name, {}).get(kind)
+        return measured["min_s"] if isinstance(measured, dict) else measured
+
+    names = list(dict.fromkeys(name for group, _, _ in columns.values() for name in found.get(group, {})))
+    rows = []
+    for name in sorted(names, key=lambda name: (name != "base", name != "lora_r8")):
+        cells = [f"`{name}`"]
+        for group, kind, to in columns.values():
+            own, other = value(group, kind, name), value(group, kind, to)
+            cells.append("" if own is None or other is None else f"{own / other:.2f}")
+        rows.append(cells)
+    return table(["", *columns], rows)
+
+
 def target_table() -> str:
     rows = [[target.name, target.what, target.limit, target.measured, target.verdict] for target in targets()]
     return table(["", "target", "at most", "measured", "verdict"], rows)
@@ -218,6 +247,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost_t5": cost_t5,
     "cost_vision": cost_vision,
     "cost_experts": cost_experts,
+    "gpu": gpu,
     "targets": target_table,
     "claims": claim_table,
 }
