@@ -292,7 +292,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "IMAGE",
         None,
-        ("neck", "head.head", "auxiliary_head.head"),
+        (),
         dense=True,
     ),
     "timm_vit": _timm("vit_tiny_patch16_224"),
@@ -472,7 +472,9 @@ def _pmoe_variants() -> dict[str, dict[str, Variant]]:
 def _promotion_variants() -> dict[str, dict[str, Variant]]:
     """Dense models and backbones, and classifiers, of which ViT's reads the class token only."""
     both: dict[str, Any] = {"layers_to_transform": [0, 1]}
-    table = {name: {"units": Variant(both)} for name in ("dinov2_backbone", "dpt_vit", "timm_avg")}
+    table = {name: {"units": Variant(both)} for name in ("dinov2_backbone", "timm_avg")}
+    # Its heads have dropout of their own, and a layer that nothing reads; here they stay frozen.
+    table["dpt_vit"] = {"units": Variant(both | {"modules_to_save": []})}
     table["vit"] = {"units": Variant({"layers_to_transform": [0]}, kernels=_BOTH, unread=frozenset({1}))}
     return table
 
