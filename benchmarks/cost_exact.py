@@ -85,7 +85,8 @@ def changed(model: torch.nn.Module) -> Record:
     config: PeftConfig = model.peft_config["default"]
     usual, found = type(config)().to_dict(), config.to_dict()
     # What PEFT fills in from the model, and the model's own names.
-    left_out = {"auto_mapping", "base_model_name_or_path", "expert_records", "experts", "modules_to_save", "task_type"}
+    left_out = {"auto_mapping", "base_model_name_or_path", "base_record", "expert_records", "experts"}
+    left_out |= {"modules_to_save", "task_type"}
     settings = {name: value for name, value in found.items() if name not in left_out and value != usual.get(name)}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     return {"peft_type": str(config.peft_type.value), **plain}
