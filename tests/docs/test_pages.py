@@ -16,6 +16,8 @@ import pytest
 from run_pages import blocks
 from tiny_hub import fill
 
+import peft_promptmoe
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_CODE = [page for page in PAGES if blocks(page)]
@@ -105,6 +107,12 @@ def test_addresses_are_those_of_pyproject() -> None:
             raw = f"https://raw.githubusercontent.com/{place}"
             assert found.startswith((repository, raw, project["urls"]["Documentation"])), (page, found)
     assert f'git+{repository}"' in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: peft_promptmoe\.(\w+)$", text, re.MULTILINE))
+    assert named == set(peft_promptmoe.__all__) - {"__version__"}
 
 
 def test_files_that_readme_shows_are_there() -> None:

@@ -57,7 +57,8 @@ def vit(folder: Path) -> None:
 
 
 def dinov2(folder: Path) -> None:
-    transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, patch_size=14, image_size=518)).save_pretrained(folder)
+    sizes = SIZES | {"num_hidden_layers": 6, "patch_size": 14, "image_size": 518}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
     transformers.BitImageProcessor().save_pretrained(folder)
 
 
