@@ -40,10 +40,11 @@ from harness.reading import FOLDER, row_of
 from harness.records import provenance, write
 from harness.refusals import MAY_BE_REFUSED
 from harness.rows import Row
-from harness.shapes import SHAPES, quiet
+from harness.shapes import LONG, SHAPES, quiet
 
 RESULTS = FOLDER / "cost_exact.json"
-MODELS = ("bert-base", "t5-base", "llama-1b", "vit-b16-hf", "vit-b16-timm")
+MODELS = ("bert-base", "t5-base", "llama-1b", "vit-b16-hf", "vit-b16-timm", *LONG)
+ALL = SHAPES | LONG
 BATCH = 8
 TOLERANCE = 0.01
 Record = dict[str, Any]
@@ -66,7 +67,7 @@ def record(name: str, row: Row) -> Record:
 
 def blank(name: str, row: Row, depth: int | None = None) -> Any:
     """The model without values; for pMoE in memory, for it tells its backbones apart by their weights."""
-    shape = SHAPES[name]
+    shape = ALL[name]
     if row.experts is None or not row.method.startswith("pmoe_"):
         with torch.device("meta"):
             return build(shape, row, depth)
@@ -93,7 +94,7 @@ def changed(model: torch.nn.Module) -> Record:
 
 
 def parameters(name: str, model: torch.nn.Module) -> Record:
-    shape = SHAPES[name]
+    shape = ALL[name]
     trained = [(each, parameter) for each, parameter in model.named_parameters() if parameter.requires_grad]
     file = stored(model)
     return {
@@ -108,18 +109,18 @@ def parameters(name: str, model: torch.nn.Module) -> Record:
 def counts(name: str, row: Row, depth: int | None = None) -> dict[str, int]:
     """FLOPs and saved bytes at full depth by arithmetic, or counted at the depth given."""
     if depth is None:
-        return at_depth(SHAPES[name].depth, SHAPES[name].ends, lambda blocks: counts(name, row, blocks))
+        return at_depth(ALL[name].depth, ALL[name].ends, lambda blocks: counts(name, row, blocks))
     several = row.method.startswith("pmoe_")
     model = blank(name, row, depth)
     beside = model.peft_config["default"].experts if several else []
     model.to("meta")
     with torch.device("meta"):
-        inputs = SHAPES[name].inputs(BATCH)
+        inputs = ALL[name].inputs(BATCH)
     found = {"forward_flops": forward_flops(model, inputs), "train_flops": train_flops(model, inputs)}
     # What a training forward has left without values is nothing to go on from.
     model = model if several else blank(name, row, depth)
     with fake(model, *beside):
-        found["saved_bytes"] = saved_bytes(model, SHAPES[name].inputs(BATCH), beside)
+        found["saved_bytes"] = saved_bytes(model, ALL[name].inputs(BATCH), beside)
     return found | ({"frozen_flops": frozen_flops(row.prompts, row.experts, depth)} if several else {})
 
 
@@ -142,6 +143,7 @@ def small_graph_breaks(name: str, method: str, experts: int | None) -> int:
 
 def compiled(name: str, row: Row) -> dict[str, int]:
     """Counted on a small model of the same code, once for all sizes, and once where nothing is added to the model."""
+    name = next(short for short in SHAPES if name.startswith(short))
     method = "base" if row.method in ("head", "full") else row.method
     few = 2 if method.startswith("pmoe_") else 4
     return {"graph_breaks": small_graph_breaks(name, method, row.experts and min(row.experts, few))}
@@ -184,7 +186,7 @@ def main() -> None:
         for each in records:
             print(json.dumps(each))
     else:
-        batch = {name: {"batch": BATCH, "length": SHAPES[name].length, "depth": SHAPES[name].depth} for name in MODELS}
+        batch = {name: {"batch": BATCH, "length": ALL[name].length, "depth": ALL[name].depth} for name in MODELS}
         write(RESULTS, {**provenance(), "models": batch}, records)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.claims import claims
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
 from harness.rows import Row
-from harness.targets import GPU, targets
+from harness.targets import GPU, LENGTHS, targets
 
 HERE = Path(__file__).resolve().parent
 READMES = (HERE.parent / "README.md", HERE / "README.md")
@@ -174,6 +174,36 @@ def cost_vision() -> str:
     return cost(IMAGES, models, timed)
 
 
+def cost_many() -> str:
+    """Token routing by number of experts, beside its plain form, in which every expert's rows are columns."""
+    before = {(each["model"], each["experts"]): each for each in results("token_routing_dense")["records"]}
+    models = {"bert-base": "128 tokens", "bert-base-1024": "1,024 tokens"}
+    lines = []
+    for experts in (4, 16, 64, 256):
+        line = [f"{experts} experts"]
+        for model in models:
+            now = figures(model, Row("mept_token", 10, experts))
+            then = [number(before[model, experts][figure]) for figure in ("forward", "train", "saved")]
+            line += [f"{one}, {other}" for one, other in zip(then, now, strict=True)]
+        lines.append(line)
+    what = ("forward", "train", "saved")
+    return table(["", *(f"{length}: {each}" for length in models.values() for each in what)], lines)
+
+
+def cost_long() -> str:
+    """Methods on long texts, without a mask and with one."""
+    rows = (Row("prefix_tuning", 20), Row("mept_sample", 20, 4), Row("mept_token", 20, 4), Row("mept_token", 20, 64))
+    lines = []
+    for mask in ("", "-mask"):
+        for row in rows:
+            found = [figures(f"llama-1b-{length}{mask}", row) for length in LENGTHS]
+            if any(found[0]):
+                name = name_of(*row) + (", masked" if mask else "")
+                lines.append([name, *(ratio for ratios in found for ratio in ratios)])
+    what = ("forward", "train", "saved")
+    return table(["", *(f"{length:,}: {each}" for length in LENGTHS for each in what)], lines)
+
+
 def cost_experts() -> str:
     rows = []
     group = "several backbones forward"
@@ -248,6 +278,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost_vision": cost_vision,
     "cost_experts": cost_experts,
     "gpu": gpu,
+    "cost_many": cost_many,
+    "cost_long": cost_long,
     "targets": target_table,
     "claims": claim_table,
 }

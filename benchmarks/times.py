@@ -65,6 +65,7 @@ IMAGES = (
 )
 EXPERTS = tuple(Row(f"pmoe_{dispatcher}", 10, 2) for dispatcher in DISPATCHERS)
 LANGUAGE = (*FROZEN, *(row for row in TEXT if row != Row("static", 50, 1)))
+MANY = tuple(Row("mept_token", 10, experts) for experts in (4, 16, 64, 256))
 ADAPTERS = {
     "bert-base": (Row("lora_r8"), Row("prompt_tuning", 20), *TEXT[3:4], *TEXT[5:]),
     "vit-b16-hf": (Row("lora_r8"), *IMAGES[:3]),
@@ -217,6 +218,7 @@ def compilations(name: str) -> Group:
 
 GROUPS: dict[str, Group] = {
     "bert-base step": models("bert-base", step, (*BASELINES, *TEXT)),
+    "bert-base experts step": models("bert-base", step, (Row("lora_r8"), *MANY)),
     "bert-base forward": models("bert-base", forward, (*FROZEN, *TEXT, Row("static_cached", 50, 1))),
     "vit-b16-hf step": models("vit-b16-hf", step, (*BASELINES, *IMAGES, EXPERTS[0])),
     "vit-b16-hf forward": models("vit-b16-hf", forward, (*FROZEN, *IMAGES, Row("vpt_cached", 50))),

@@ -22,11 +22,12 @@ from transformers import ViTConfig, ViTModel
 from peft_promptmoe import MEPTConfig, PMoEConfig, ProMotionConfig, VAPTConfig
 
 from .rows import DISPATCHERS, Row
-from .shapes import SHAPES, SMALL, Shape
+from .shapes import LONG, SHAPES, SMALL, Shape
 
 EVERY_BLOCK = r"(.*\.)?(layers|blocks)\.\d+\.(attention|attn)"
 PROTOTYPES = 16
 PROMPTS, EXPERTS = (10, 20, 50, 100), (4, 16, 64)
+MANY_EXPERTS = (4, 16, 64, 256)
 
 
 def config(shape: Shape, row: Row, further: list[nn.Module] | None = None) -> PeftConfig:
@@ -144,6 +145,14 @@ def _idle_tokens(number: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[
 
 def grid(name: str) -> Iterator[Row]:
     """The rows of the exact tier for a shape: every method that the shape can have, in every size."""
+    if name in LONG:
+        yield from (Row("base"), Row("lora_r8"))
+        if name == "bert-base-1024":
+            yield from (Row("mept_token", 10, experts) for experts in MANY_EXPERTS)
+            return
+        yield from (Row("prefix_tuning", 20),) if not LONG[name].padded else ()  # it takes no mask that is ready
+        yield from (Row("mept_sample", 20, 4), Row("mept_token", 20, 4), Row("mept_token", 20, 64))
+        return
     shape = SHAPES[name]
     yield Row("base")
     if shape.head:
@@ -158,6 +167,8 @@ def grid(name: str) -> Iterator[Row]:
     for method in ("mept_sample", "mept_token"):
         yield from (Row(method, prompts, EXPERTS[0]) for prompts in PROMPTS)
         yield from (Row(method, 20, experts) for experts in EXPERTS[1:])
+    if name == "bert-base":
+        yield from (Row("mept_token", 10, experts) for experts in MANY_EXPERTS[1:])
     if name == "vit-b16-hf":
         yield from (Row(f"pmoe_{dispatcher}", 10, 2) for dispatcher in DISPATCHERS)
         yield from (Row("pmoe_token", prompts, 2) for prompts in PROMPTS[1:])

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 
 from ..models.call_arguments import attention_mask
@@ -84,7 +85,9 @@ class CalledModule:
 
     def _look_at(self, query: Tensor | None, bound: dict[str, Any], module: nn.Module) -> None:
         """Look once, in the first step of training, whether routers have anything to read."""
-        if query is None or not module.training or self._looked or torch.compiler.is_compiling() or query.is_meta:
+        if query is None or not module.training or self._looked or torch.compiler.is_compiling():
+            return
+        if query.is_meta or isinstance(query, FakeTensor):  # which have no values to look at
             return
         self._looked = True
         mask = attention_mask(bound)

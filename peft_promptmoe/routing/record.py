@@ -26,7 +26,7 @@ class Chosen(NamedTuple):
     of: int
 
     def detach(self) -> Chosen:
-        return Chosen(self.log_gates.detach(), self.experts, self.of)
+        return Chosen(self.log_gates.detach(), self.experts, self.of) if self.log_gates.requires_grad else self
 
 
 @dataclass

@@ -129,6 +129,10 @@ def top_k_log_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, 
 
 def best_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Log-gates (..., K) of the `k` best experts, best first, and which they are (..., K); see `top_k_log_gates`."""
+    if not renormalize and not torch.is_grad_enabled():
+        # Fewer operations; with a gradient it would keep another tensor of the logits' size.
+        best, index = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
+        return best, index
     best, index = logits.topk(k, dim=-1)
     return best - (best if renormalize else logits).logsumexp(dim=-1, keepdim=True), index
 
