@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := peft_promptmoe tests examples benchmarks noxfile.py
+SOURCES := peft_promptmoe tests examples benchmarks docs noxfile.py
 
-.PHONY: demo test test-full matrix faults coverage check format bench reach bench-full clean
+.PHONY: demo test test-full test-gpu matrix faults coverage check docs dist format bench reach bench-full bench-gpu learn-gpu clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/text_classification.py
@@ -18,6 +18,10 @@ test: $(VENV)/.installed-test
 # With the cells that cost more time than they add coverage.
 test-full: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The real kernels, on a CUDA device.
+test-gpu: $(VENV)/.installed-test
+	PEFT_PROMPTMOE_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu
 
 # The promises of the package, method by method and architecture by architecture, with the tests that hold them.
 matrix: $(VENV)/.installed-test
@@ -36,6 +40,17 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir build/site
+
+# The site, in build/site. A broken link or reference fails.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --site-dir build/site
+
+# Both archives as they would be published, in dist/.
+dist: $(VENV)/.installed-release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -70,6 +85,14 @@ bench-full: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/learning_causal.py --times
 	$(BIN)/python benchmarks/learning_experts.py --times
 	$(MAKE) bench
+
+# On a GPU: steps, memory, decoding, waiting and kernels in under eight minutes. Try it on a CPU with --small.
+bench-gpu: $(VENV)/.installed-benchmarks
+	$(BIN)/python benchmarks/gpu.py
+
+# On a GPU: what each method learns on CIFAR-10 at 224 pixels, in some seven minutes.
+learn-gpu: $(VENV)/.installed-benchmarks
+	$(BIN)/python benchmarks/learning_gpu.py
 
 clean:
 	rm -rf $(VENV)

@@ -40,10 +40,11 @@ from harness.reading import FOLDER, row_of
 from harness.records import provenance, write
 from harness.refusals import MAY_BE_REFUSED
 from harness.rows import Row
-from harness.shapes import SHAPES, quiet
+from harness.shapes import LONG, SHAPES, quiet
 
 RESULTS = FOLDER / "cost_exact.json"
-MODELS = ("bert-base", "t5-base", "llama-1b", "vit-b16-hf", "vit-b16-timm")
+MODELS = ("bert-base", "t5-base", "llama-1b", "vit-b16-hf", "vit-b16-timm", *LONG)
+ALL = SHAPES | LONG
 BATCH = 8
 TOLERANCE = 0.01
 Record = dict[str, Any]
@@ -66,7 +67,7 @@ def record(name: str, row: Row) -> Record:
 
 def blank(name: str, row: Row, depth: int | None = None) -> Any:
     """The model without values; for pMoE in memory, for it tells its backbones apart by their weights."""
-    shape = SHAPES[name]
+    shape = ALL[name]
     if row.experts is None or not row.method.startswith("pmoe_"):
         with torch.device("meta"):
             return build(shape, row, depth)
@@ -85,14 +86,15 @@ def changed(model: torch.nn.Module) -> Record:
     config: PeftConfig = model.peft_config["default"]
     usual, found = type(config)().to_dict(), config.to_dict()
     # What PEFT fills in from the model, and the model's own names.
-    left_out = {"auto_mapping", "base_model_name_or_path", "expert_records", "experts", "modules_to_save", "task_type"}
+    left_out = {"auto_mapping", "base_model_name_or_path", "base_record", "expert_records", "experts"}
+    left_out |= {"modules_to_save", "task_type"}
     settings = {name: value for name, value in found.items() if name not in left_out and value != usual.get(name)}
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     return {"peft_type": str(config.peft_type.value), **plain}
 
 
 def parameters(name: str, model: torch.nn.Module) -> Record:
-    shape = SHAPES[name]
+    shape = ALL[name]
     trained = [(each, parameter) for each, parameter in model.named_parameters() if parameter.requires_grad]
     file = stored(model)
     return {
@@ -107,16 +109,18 @@ def parameters(name: str, model: torch.nn.Module) -> Record:
 def counts(name: str, row: Row, depth: int | None = None) -> dict[str, int]:
     """FLOPs and saved bytes at full depth by arithmetic, or counted at the depth given."""
     if depth is None:
-        return at_depth(SHAPES[name].depth, SHAPES[name].ends, lambda blocks: counts(name, row, blocks))
+        return at_depth(ALL[name].depth, ALL[name].ends, lambda blocks: counts(name, row, blocks))
     several = row.method.startswith("pmoe_")
     model = blank(name, row, depth)
     beside = model.peft_config["default"].experts if several else []
     model.to("meta")
     with torch.device("meta"):
-        inputs = SHAPES[name].inputs(BATCH)
+        inputs = ALL[name].inputs(BATCH)
     found = {"forward_flops": forward_flops(model, inputs), "train_flops": train_flops(model, inputs)}
+    # What a training forward has left without values is nothing to go on from.
+    model = model if several else blank(name, row, depth)
     with fake(model, *beside):
-        found["saved_bytes"] = saved_bytes(model, SHAPES[name].inputs(BATCH), beside)
+        found["saved_bytes"] = saved_bytes(model, ALL[name].inputs(BATCH), beside)
     return found | ({"frozen_flops": frozen_flops(row.prompts, row.experts, depth)} if several else {})
 
 
@@ -132,12 +136,14 @@ def frozen_flops(prompts: int, number: int, depth: int) -> int:
 @lru_cache
 def small_graph_breaks(name: str, method: str, experts: int | None) -> int:
     shape = SHAPES[name]
-    model = build(shape, Row(method, 3, experts), depth=1, small=True)
+    # The small model's images have four patches, enough for one prototype.
+    model = build(shape, Row(method, 1 if method == "promotion" else 3, experts), depth=1, small=True)
     return graphs(model, shape.inputs(2, small=True))["graph_breaks"]
 
 
 def compiled(name: str, row: Row) -> dict[str, int]:
     """Counted on a small model of the same code, once for all sizes, and once where nothing is added to the model."""
+    name = next(short for short in SHAPES if name.startswith(short))
     method = "base" if row.method in ("head", "full") else row.method
     few = 2 if method.startswith("pmoe_") else 4
     return {"graph_breaks": small_graph_breaks(name, method, row.experts and min(row.experts, few))}
@@ -180,7 +186,7 @@ def main() -> None:
         for each in records:
             print(json.dumps(each))
     else:
-        batch = {name: {"batch": BATCH, "length": SHAPES[name].length, "depth": SHAPES[name].depth} for name in MODELS}
+        batch = {name: {"batch": BATCH, "length": ALL[name].length, "depth": ALL[name].depth} for name in MODELS}
         write(RESULTS, {**provenance(), "models": batch}, records)
 
 

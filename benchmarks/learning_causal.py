@@ -38,7 +38,7 @@ from harness.records import rounded
 from harness.rows import Row
 from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps
 from harness.shapes import SHAPES
-from harness.training import Budget, Results, Stopwatch, train_cell
+from harness.training import Budget, Results, Stopwatch, device_of, train_cell
 
 SIZES = {"train": 256, "dev": 128, "test": 320}
 
@@ -110,7 +110,7 @@ class Bench:
 
     def exact_match(self, model: torch.nn.Module, split: str) -> float:
         data = self.splits[split]
-        with self.budget.autocast():
+        with self.budget.autocast(device_of(model)):
             answers = causal_lm.generate(model, self.tokenizer, list(data["text"]))
         return causal_lm.exact_match(answers, data)
 

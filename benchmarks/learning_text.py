@@ -5,6 +5,8 @@
     python benchmarks/learning_text.py --task mixture           # four tasks in one training set, 2 to 16 experts
     python benchmarks/learning_text.py --methods lora head      # some methods only
     python benchmarks/learning_text.py --task mixture --pathways mept-centered    # draws each task's way
+    python benchmarks/learning_text.py --sizes --epochs 10      # every method in several sizes, on a longer budget
+    python benchmarks/learning_text.py --sizes --epochs 10 --device cuda --workers 12    # the same on a GPU
 
 Every method gets the same texts, epochs, batches and number of learning rates. The rate is chosen on the development
 split with seed 0; the test split is scored at that rate only, with seeds 1 to 3. Classifiers read the mean over the
@@ -13,6 +15,7 @@ cells are kept in the JSON file and not run again, and any method may be added l
 """
 
 import argparse
+import copy
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -35,7 +38,16 @@ from harness.methods import config
 from harness.reading import FOLDER
 from harness.records import rounded
 from harness.rows import Row
-from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step
+from harness.search import (
+    HEADINGS,
+    admitted,
+    line,
+    ranking,
+    run_cells_beside,
+    run_method,
+    time_steps,
+    training_step,
+)
 from harness.shapes import SHAPES
 from harness.training import Budget, Results, predict, prediction_order, train, train_cell
 from pooling import pool_by_mean
@@ -55,6 +67,14 @@ def head_only(model: nn.Module) -> nn.Module:
 def peft(row: Row) -> Callable[[nn.Module], nn.Module]:
     """A method of PEFT's own; MiniLM is a BERT."""
     return lambda model: get_peft_model(model, config(SHAPES["bert-base"], row))
+
+
+def lora(rank: int, targets: str | None = None) -> Callable[[nn.Module], nn.Module]:
+    """LoRA of a rank; without `targets` on queries, keys, values and outputs of attention."""
+    made = LoraConfig(
+        task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules=targets or SHAPES["bert-base"].attention
+    )
+    return lambda model: get_peft_model(model, copy.deepcopy(made))
 
 
 def mept(**options: Any) -> Callable[[nn.Module], nn.Module]:
@@ -90,8 +110,23 @@ SIZES_OF_MEPT = {
     "mept-centered-16": Method(mept(routing="sample", router_centering=True, num_experts=16), MATRICES, routed=True),
     "mept-token-16": Method(mept(routing="token", num_experts=16), MATRICES, routed=True),
 }
+# Accuracy against trained parameters. LoRA of rank 1 on queries and values is as small as ten static prompts.
+CURVES = {
+    "lora-r1-qv": Method(lora(1, r".*attention\.self\.(query|value)"), MATRICES),
+    **{f"lora-r{rank}": Method(lora(rank), MATRICES) for rank in (1, 2, 4, 16)},
+    **{
+        f"static-{slots}": Method(mept(num_experts=1, num_shared_experts=0, num_virtual_tokens=slots), MATRICES)
+        for slots in (5, 20, 100)
+    },
+    **{
+        f"mept-{routing}-{slots}x4": Method(mept(routing=routing, num_virtual_tokens=slots), MATRICES, routed=True)
+        for routing in ("sample", "token")
+        for slots in (2, 5, 20)
+    },
+}
+IN_SIZES = ["head", "lora", "prompt", "prefix", "static", "static-50", "mept-sample", "mept-centered", "mept-token"]
 DEFAULTS = {"sentiment": list(METHODS), "mixture": [*METHODS, *SIZES_OF_MEPT]}
-METHODS |= SIZES_OF_MEPT
+METHODS |= SIZES_OF_MEPT | CURVES
 
 
 @dataclass(frozen=True)
@@ -101,6 +136,7 @@ class Bench:
     model: str
     data: text_tasks.Data
     budget: Budget
+    device: str = "cpu"
 
     def lrs(self, name: str) -> tuple[float, ...]:
         return METHODS[name].lrs
@@ -133,7 +169,7 @@ class Bench:
         base = AutoModelForSequenceClassification.from_pretrained(
             self.model, num_labels=2, attn_implementation="eager"
         )
-        return METHODS[name].build(pool_by_mean(base)), self.data.splits["train"]
+        return METHODS[name].build(pool_by_mean(base)).to(self.device), self.data.splits["train"]
 
     def _scores(self, model: nn.Module, split: text_tasks.Texts, routed: bool) -> dict[str, Any]:
         """Accuracy, by task where there are several; for a routed method also what its routers did, layer by layer.
@@ -186,6 +222,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="JSON file (default: benchmarks/results/learning_text[_TASK].json)"
     )
+    parser.add_argument("--sizes", action="store_true", help="every method in several sizes")
+    parser.add_argument("--epochs", type=int, default=Budget.epochs)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="cells that are made side by side")
     parser.add_argument(
         "--pathways",
         choices=[name for name, method in METHODS.items() if method.routed],
@@ -196,11 +236,11 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     search.prepare(args)
-    folder, budget, max_length = args.model or assets.minilm(), Budget(), 64
+    folder, budget, max_length = args.model or assets.minilm(), Budget(epochs=args.epochs), 64
     tokenizer = AutoTokenizer.from_pretrained(folder)
     make = {"sentiment": text_tasks.sentiment, "mixture": text_tasks.mixture}[args.task]
     data = make(tokenizer, SIZES[args.task], max_length)
-    bench = Bench(folder, data, budget)
+    bench = Bench(folder, data, budget, args.device)
     settings = {
         "task": args.task,
         "model": args.model or "all-MiniLM-L6-v2",
@@ -209,8 +249,9 @@ def main(args: argparse.Namespace) -> None:
         "budget": asdict(budget),
     }
     suffix = "" if args.task == "sentiment" else f"_{args.task}"
+    suffix += f"_sizes_{args.epochs}_epochs" if args.sizes else ""
     results = Results(args.results or FOLDER / f"learning_text{suffix}.json", settings)
-    methods = args.methods or DEFAULTS[args.task]
+    methods = args.methods or ([*IN_SIZES, *CURVES] if args.sizes else DEFAULTS[args.task])
     if args.times:
         time_steps(bench, results, methods)
         return
@@ -219,9 +260,11 @@ def main(args: argparse.Namespace) -> None:
         accuracy = bench.draw_pathways(args.pathways, row["lr"], args.seeds[0], path)
         print(f"{path}: of a model with accuracy {accuracy:.4f}; the results have {row['test']}")
         return
+    methods = [name for name in methods if admitted(results, name, lambda name=name: training_step(bench, name)())]
+    if args.workers > 1:
+        run_cells_beside(bench, results, methods, args.seeds, args.workers)
     for name in methods:
-        if admitted(results, name, lambda name=name: training_step(bench, name)()):
-            run_method(bench, results, name, args.seeds)
+        run_method(bench, results, name, args.seeds)
     print_table(results)
 
 

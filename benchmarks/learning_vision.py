@@ -15,78 +15,28 @@ JSON file and not run again, and any method may be added later.
 import argparse
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
-
-from peft_promptmoe import MEPTConfig, VAPTConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import assets
 from harness import search, vision_tasks
-from harness.methods import config
 from harness.reading import FOLDER
-from harness.rows import Row
 from harness.search import HEADINGS, line, ranking, run_cell, run_method, spread, time_steps
-from harness.shapes import SHAPES
 from harness.training import Budget, Results, Split, predict, train_cell
+from harness.vision_methods import METHODS, PROMPTS
 
 SIZES = {"cifar10": 98, "mnist": 56}  # pixels, grids of 7 x 7 and 4 x 4 patches
 TEST = 2000
-PROMPTS = 10
 LOW_DATA = ("vpt-deep", "vapt")
 SHARES = (0.01, 0.1, 0.3)
 FEWEST_STEPS = 100  # with few images an epoch is a step or two, and five of them would teach no method anything
-
-
-def everything(model: nn.Module, size: int) -> nn.Module:
-    return model
-
-
-def adapted(make: Callable[[int], PeftConfig]) -> Callable[[nn.Module, int], nn.Module]:
-    return lambda model, size: get_peft_model(model, make(size))
-
-
-def lora(size: int) -> PeftConfig:
-    return config(SHAPES["vit-b16-hf"], Row("lora_r8"))  # DINOv2's modules have ViT's names
-
-
-def vapt(**options: Any) -> Callable[[int], PeftConfig]:
-    return lambda size: VAPTConfig(num_virtual_tokens=PROMPTS, image_size=size, **options)
-
-
-def mept(size: int) -> PeftConfig:
-    return MEPTConfig(num_virtual_tokens=PROMPTS, routing="sample")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to train: what it makes of a base model for images of a size, None to train a head on features that are
-    computed once.
-    """
-
-    build: Callable[[nn.Module, int], nn.Module] | None
-    lrs: tuple[float, ...]
-
-
-# Six rates each, a factor of about three apart, around what trial runs suggest.
-MATRICES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-PROMPT_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-METHODS = {
-    "head": Method(None, PROMPT_RATES),
-    "full": Method(everything, (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)),
-    "lora": Method(adapted(lora), MATRICES),
-    "vpt-deep": Method(adapted(vapt(num_static_layers="all")), PROMPT_RATES),
-    "vapt": Method(adapted(vapt()), MATRICES),
-    "mept-sample": Method(adapted(mept), MATRICES),
-}
 
 
 @dataclass(frozen=True)

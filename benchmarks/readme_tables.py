@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.claims import claims
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
 from harness.rows import Row
-from harness.targets import targets
+from harness.targets import GPU, LENGTHS, targets
 
 HERE = Path(__file__).resolve().parent
 READMES = (HERE.parent / "README.md", HERE / "README.md")
@@ -74,6 +74,27 @@ def learning(name: str, score: str = "test accuracy") -> str:
             line += [spread(row[measure]) if measure in row else ""] * shown
         rows.append(line)
     return table(headings, rows)
+
+
+# What README shows: a task, its results, and the routing that MEPT takes there by default.
+FRONT = (
+    ("sentiment", "learning_text", "mept-sample"),
+    ("four text tasks mixed", "learning_text_mixture", "mept-sample"),
+    ("answers of a chat model", "learning_causal", "mept-token"),
+    ("CIFAR-10, 1,000 images", "learning_vision_cifar10", "mept-sample"),
+    ("MNIST, 1,000 images", "learning_vision_mnist", "mept-sample"),
+)
+
+
+def front() -> str:
+    """One line for each task, one column for each kind of method."""
+    lines = []
+    for task, name, routed in FRONT:
+        summary = results(name)["summary"]
+        shown = ("head",), ("static", "vpt-deep"), (routed,), ("vapt",), ("lora",)
+        scores = [next((summary[method]["mean"] for method in kinds if method in summary), None) for kinds in shown]
+        lines.append([task, *(number(score) for score in scores)])
+    return table(["", "head only", "deep prompts or VPT-Deep", "MEPT", "VAPT", "LoRA r8"], lines)
 
 
 def low_data(name: str) -> str:
@@ -153,6 +174,36 @@ def cost_vision() -> str:
     return cost(IMAGES, models, timed)
 
 
+def cost_many() -> str:
+    """Token routing by number of experts, beside its plain form, in which every expert's rows are columns."""
+    before = {(each["model"], each["experts"]): each for each in results("token_routing_dense")["records"]}
+    models = {"bert-base": "128 tokens", "bert-base-1024": "1,024 tokens"}
+    lines = []
+    for experts in (4, 16, 64, 256):
+        line = [f"{experts} experts"]
+        for model in models:
+            now = figures(model, Row("mept_token", 10, experts))
+            then = [number(before[model, experts][figure]) for figure in ("forward", "train", "saved")]
+            line += [f"{one}, {other}" for one, other in zip(then, now, strict=True)]
+        lines.append(line)
+    what = ("forward", "train", "saved")
+    return table(["", *(f"{length}: {each}" for length in models.values() for each in what)], lines)
+
+
+def cost_long() -> str:
+    """Methods on long texts, without a mask and with one."""
+    rows = (Row("prefix_tuning", 20), Row("mept_sample", 20, 4), Row("mept_token", 20, 4), Row("mept_token", 20, 64))
+    lines = []
+    for mask in ("", "-mask"):
+        for row in rows:
+            found = [figures(f"llama-1b-{length}{mask}", row) for length in LENGTHS]
+            if any(found[0]):
+                name = name_of(*row) + (", masked" if mask else "")
+                lines.append([name, *(ratio for ratios in found for ratio in ratios)])
+    what = ("forward", "train", "saved")
+    return table(["", *(f"{length:,}: {each}" for length in LENGTHS for each in what)], lines)
+
+
 def cost_experts() -> str:
     rows = []
     group = "several backbones forward"
@@ -173,6 +224,35 @@ def cost_experts() -> str:
     return table(headings, rows)
 
 
+def gpu() -> str:
+    """Steps, memory and decoding on a GPU over LoRA r8, decoding over the base model, by method."""
+    columns = {
+        "ViT-B/16: step": ("step vit-b16-hf", "step", "lora_r8"),
+        "peak memory": ("step vit-b16-hf", "peak_bytes", "lora_r8"),
+        "compiled, 4 layers: step": ("compiled vit-b16-hf 4 layers", "step", "lora_r8"),
+        "Llama-1B: step": ("step llama-1b", "step", "lora_r8"),
+        "Llama-1B: peak memory": ("step llama-1b", "peak_bytes", "lora_r8"),
+        "decoding, over the base": ("decode llama-1b", "decode", "base"),
+        "8,192 tokens: step": ("long llama-1b 8192 tokens", "step", "lora_r8"),
+        "8,192 tokens, padded: step": ("long llama-1b 8192 tokens, padded", "step", "lora_r8"),
+    }
+    found = times(GPU)
+
+    def value(group: str, kind: str, name: str) -> float | None:
+        measured = found.get(group, {}).get(name, {}).get(kind)
+        return measured["min_s"] if isinstance(measured, dict) else measured
+
+    names = list(dict.fromkeys(name for group, _, _ in columns.values() for name in found.get(group, {})))
+    rows = []
+    for name in sorted(names, key=lambda name: (name != "base", name != "lora_r8")):
+        cells = [f"`{name}`"]
+        for group, kind, to in columns.values():
+            own, other = value(group, kind, name), value(group, kind, to)
+            cells.append("" if own is None or other is None else f"{own / other:.2f}")
+        rows.append(cells)
+    return table(["", *columns], rows)
+
+
 def target_table() -> str:
     rows = [[target.name, target.what, target.limit, target.measured, target.verdict] for target in targets()]
     return table(["", "target", "at most", "measured", "verdict"], rows)
@@ -184,6 +264,7 @@ def claim_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "front": front,
     "learning_text": lambda: learning("learning_text"),
     "learning_text_mixture": lambda: learning("learning_text_mixture"),
     "learning_vision_cifar10": lambda: learning("learning_vision_cifar10"),
@@ -196,6 +277,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost_t5": cost_t5,
     "cost_vision": cost_vision,
     "cost_experts": cost_experts,
+    "gpu": gpu,
+    "cost_many": cost_many,
+    "cost_long": cost_long,
     "targets": target_table,
     "claims": claim_table,
 }

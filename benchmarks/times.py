@@ -14,7 +14,6 @@ JSON file and not run again. Models have random weights: a step takes as long wi
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ import torch._dynamo
 from torch import nn
 
 from harness.counting import graphs
-from harness.methods import build, config, frozen_backbones
+from harness.methods import build, config, frozen_backbones, share_frozen
 from harness.reading import FOLDER
 from harness.refusals import refusal
 from harness.rows import DISPATCHERS, Row
@@ -66,6 +65,7 @@ IMAGES = (
 )
 EXPERTS = tuple(Row(f"pmoe_{dispatcher}", 10, 2) for dispatcher in DISPATCHERS)
 LANGUAGE = (*FROZEN, *(row for row in TEXT if row != Row("static", 50, 1)))
+MANY = tuple(Row("mept_token", 10, experts) for experts in (4, 16, 64, 256))
 ADAPTERS = {
     "bert-base": (Row("lora_r8"), Row("prompt_tuning", 20), *TEXT[3:4], *TEXT[5:]),
     "vit-b16-hf": (Row("lora_r8"), *IMAGES[:3]),
@@ -91,20 +91,13 @@ class Setting:
         return 2 if self.small else shape.depth
 
     def build(self, shape: Shape, row: Row, frozen: Frozen | None = None) -> nn.Module:
-        """A row's model; those that are given the same `frozen` hold the same frozen weights, in the same memory.
-
-        Where weights lie decides how fast they are read, by a tenth and more from one copy to the next.
-        """
+        """A row's model; those that are given the same `frozen` hold the same frozen weights, in the same memory."""
         torch.manual_seed(0)  # rows of the same prompts in two forms have the same values
         row = row._replace(method=FORMS.get(row.method, row.method))
         with torch.device(self.device.name):
             model = build(shape, row, self.depth(shape), self.small, self.device.dtype)
-        for name, parameter in model.named_parameters():
-            if frozen is not None and not parameter.requires_grad:
-                key = re.sub(r"^(base_model\.|model\.)*", "", name).replace(".base_layer", "")
-                held = frozen.setdefault(key, parameter.data)
-                if torch.equal(held, parameter.data):
-                    parameter.data = held
+        if frozen is not None:
+            share_frozen(model, frozen)
         return model
 
     def timed(self, runs: dict[str, Run], desc: str) -> Times:
@@ -225,6 +218,7 @@ def compilations(name: str) -> Group:
 
 GROUPS: dict[str, Group] = {
     "bert-base step": models("bert-base", step, (*BASELINES, *TEXT)),
+    "bert-base experts step": models("bert-base", step, (Row("lora_r8"), *MANY)),
     "bert-base forward": models("bert-base", forward, (*FROZEN, *TEXT, Row("static_cached", 50, 1))),
     "vit-b16-hf step": models("vit-b16-hf", step, (*BASELINES, *IMAGES, EXPERTS[0])),
     "vit-b16-hf forward": models("vit-b16-hf", forward, (*FROZEN, *IMAGES, Row("vpt_cached", 50))),

@@ -1,28 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
+from .engine.given_query import given_query
+from .engine.model_hooks import last_aux_losses
 from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
+from .motion import DepthModel, FlowModel, MotionModel
 from .pmoe import DispatchReport, ParameterReport, PMoEConfig, PMoEModel, parameter_report, patch_maps
+from .promotion import ProMotionConfig, ProMotionModel
+from .reports.assignment_callback import AssignmentCallback
+from .reports.assignment_report import AssignmentReport, assignment_report
 from .reports.callback import RoutingCallback
 from .reports.recorder import record_routing
 from .reports.routing_report import RoutingReport, routing_report
 from .vapt import VAPTConfig, VAPTModel
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
+    "AssignmentCallback",
+    "AssignmentReport",
+    "DepthModel",
     "DispatchReport",
+    "FlowModel",
     "MEPTConfig",
     "MEPTModel",
+    "MotionModel",
     "PMoEConfig",
     "PMoEModel",
     "ParameterReport",
+    "ProMotionConfig",
+    "ProMotionModel",
     "RoutingCallback",
     "RoutingReport",
     "VAPTConfig",
     "VAPTModel",
+    "__version__",
+    "assignment_report",
     "cached_prompts",
+    "given_query",
+    "last_aux_losses",
     "parameter_report",
     "patch_maps",
     "record_routing",

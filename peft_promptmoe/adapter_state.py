@@ -38,6 +38,19 @@ class AffineTable(PromptTable):
         return kept(self.weight), kept(self.bias)
 
 
+class TensorGroup(nn.Module):
+    """Several trained tensors by name, such as those of a dispatcher or a denoiser."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    def forward(self) -> dict[str, Tensor]:
+        return {name: kept(getattr(self, name)) for name in self._names}
+
+
 def kept(tensor: Tensor) -> Tensor:
     """A module's tensor as it may be read after the module's forward.
 
@@ -61,6 +74,8 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("prompt_config",)
+    # The container and name of a tensor that a checkpoint may lack when it has the container's others; else empty.
+    dispensable: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,9 +91,25 @@ class AdapterState(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if name in self.prompt_config]
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Do nothing: PEFT's loop over all layers passes here when an adapter of another method is merged.
+
+        `PromptTuner.merge_adapter` and its like refuse to merge adapters of this package.
+        """
+
+    def unmerge(self) -> None:
+        """Do nothing, as `merge`."""
+
     @abstractmethod
     def update_layer(self, adapter: str, config: Any) -> None:
         """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""
+
+    def freeze_kept(self, adapter: str) -> None:
+        """Freeze what an adapter has that never trains; loaders that make new parameters thaw it."""
+        for name in self.other_param_names:
+            held = getattr(self, name)
+            if isinstance(held, nn.ModuleDict) and adapter in held:
+                held[adapter].requires_grad_(False)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module

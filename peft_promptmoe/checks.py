@@ -6,8 +6,9 @@ from __future__ import annotations
 from torch import nn
 
 from .config import PromptConfig
+from .engine.kernels import find_kernel
 from .engine.timm_attention import check_fused
-from .engine.transformers_attention import check_kernel
+from .models.heads import takes
 from .models.sites import Site
 
 
@@ -42,10 +43,11 @@ def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site
         parts = site.name.split(".")
         touched = {".".join(parts[: end + 1]) for end in range(len(parts))} | {paths.get(id(site.norm), site.name)}
         for name in config.modules_to_save or ():
-            if any(path == name or path.endswith(f".{name}") for path in touched):
+            if (path := next((path for path in sorted(touched) if takes(name, path)), None)) is not None:
                 raise ValueError(
-                    f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through. Leave "
-                    "it out of modules_to_save, or leave that layer out by exclude_modules."
+                    f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through: PEFT takes "
+                    f"every module whose path ends so, also {path!r}. Leave it out of modules_to_save, write more of "
+                    "the path that you mean, or leave that layer out by exclude_modules."
                 )
 
 
@@ -53,8 +55,42 @@ def check_attention(site: Site) -> None:
     """Refuse attention kernels that rows cannot join."""
     if site.is_timm:
         check_fused(site.attention, site.name)
-    elif (config := getattr(site.attention, "config", None)) is not None:
-        check_kernel(config._attn_implementation_internal)
+    elif site.own is None:
+        find_kernel(site.attention.config._attn_implementation_internal)
+
+
+def check_has_patches(site: Site, method: str) -> None:
+    """Refuse attention layers of models without one patch grid."""
+    if site.patches is None:
+        raise ValueError(
+            f"{site.name!r} does not attend over one patch grid, on which {method} works: it is no vision "
+            "transformer's, or one's of windows or several resolutions (Swin, Hiera, PVT). Use a plain vision "
+            "transformer of transformers or timm."
+        )
+
+
+def check_whole_grid(model: nn.Module, config: PromptConfig, site: Site, method: str) -> None:
+    """Refuse settings by which patches get lost, or the patch embedding is not the one that the engine watches."""
+    assert site.patches is not None
+    dropped = getattr(site.patches.owner, "patch_drop", None)
+    if not config.backbone_eval and getattr(dropped, "prob", 0.0) > 0.0:
+        raise ValueError(
+            f"backbone_eval=False lets the model drop patches in training, and {method} works on all of them. Set "
+            "backbone_eval=True, or make the model with patch_drop_rate=0."
+        )
+    paths = {id(module): path for path, module in model.named_modules()}
+    read = [paths[id(site.patches.embedding)], paths[id(site.patches.owner)]]
+    for name in config.modules_to_save or ():
+        if any(takes(name, part) for path in read for part in _and_above(path)):
+            raise ValueError(
+                f"modules_to_save={name!r} would copy the patch embedding, by which {method} knows the grid of an "
+                "image. Leave it out of modules_to_save."
+            )
+
+
+def _and_above(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def refuse_task_type(config: PromptConfig) -> None:

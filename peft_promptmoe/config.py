@@ -6,16 +6,19 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
-from .sharing.model_card import BaseModelCard, CardValues, write_card
+from .sharing.base_model import BaseModelCard
+from .sharing.base_record import check_record
+from .sharing.model_card import CardValues, write_card, write_card_of_run
 
 # Far above any useful setting, and low enough that a config from a stranger cannot ask for the machine's memory.
 MAX_SLOTS_PER_LAYER = 16_384
 MAX_LAYERS = 10_000
+MAX_INTEGER = 2**63  # from here on torch multiplies no tensor by one
 
 
 @dataclass
@@ -30,7 +33,10 @@ class PromptConfig(PeftConfig):
         layers_pattern: name of the module list that holds the blocks, where the first number in a path is another one.
         modules_to_save: modules to train and save besides the prompts, usually a head.
         init_weights: True for the method's initialisation, False for large random values (tests).
-        num_virtual_tokens: prompt slots per layer, P.
+        check_base_weights: whether to keep a cheap hash of the base model's weights with the adapter, and to warn when
+            it is loaded onto a model of the same shape with other weights.
+        base_record: what the base model was when the adapter was made (type, width, depth, classes, that hash). Filled
+            in when the model is made and checked when the adapter is loaded.
     """
 
     # Where prompt keys stand for rotary embeddings and T5 biases; a method that offers the choice makes it a field.
@@ -57,7 +63,12 @@ class PromptConfig(PeftConfig):
         default=True, metadata={"help": "True for the method's initialisation, False for large random values."}
     )
 
-    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompt slots per layer, P."})
+    check_base_weights: bool = field(
+        default=True, metadata={"help": "Whether to warn when the adapter is loaded onto other base weights."}
+    )
+    base_record: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the base model was when the adapter was made."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +76,8 @@ class PromptConfig(PeftConfig):
         self.task_type = getattr(self.task_type, "value", self.task_type)
         check_bool("inference_mode", self.inference_mode)
         check_bool("init_weights", self.init_weights)
-        check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
+        check_bool("check_base_weights", self.check_base_weights)
+        check_record(self.base_record)
         check_names("modules_to_save", self.modules_to_save)
         check_patterns("modules_to_save", self.modules_to_save)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -110,12 +122,35 @@ class PromptConfig(PeftConfig):
             base_model=self.base_model_name_or_path,
             base=self.card_base,
             preparation=self.card_preparation(),
+            settings=self.card_settings(),
         )
+
+    def card_settings(self) -> dict[str, Any]:
+        """Numbers, switches and choices of the method, which are checked; names and patterns may be a stranger's."""
+        inherited = {each.name for each in fields(PromptConfig)} - {"num_virtual_tokens"}
+        named = [each.name for each in fields(self) if each.name not in inherited]
+        return {name: value for name in named if isinstance(value := getattr(self, name), (int, float, str))}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, and the lines a stranger needs to load the adapter into the model card."""
         super().save_pretrained(str(save_directory), **kwargs)
         write_card(self.card_values(), save_directory)
+        write_card_of_run(self.card_values(), save_directory)
+
+
+@dataclass
+class VirtualTokensConfig(PromptConfig):
+    """Base of the configs of methods that add prompts.
+
+    Args:
+        num_virtual_tokens: prompt slots per layer, P.
+    """
+
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompt slots per layer, P."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -131,6 +166,8 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, o
     """Raise TypeError unless `value` is a number (no bool), ValueError unless it is finite and in [low, high)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}.")
+    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
+        raise ValueError(f"{name} must be an integer that tensors can hold, or a float.")
     if not math.isfinite(value) or value < low or (open_low and value == low) or value >= high:
         above = f"greater than {low}" if open_low else f"at least {low}"
         below = "finite" if high == math.inf else f"below {high}"

@@ -9,11 +9,13 @@ know where a method comes from.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import RepoCard
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
@@ -21,7 +23,7 @@ from peft.utils import register_peft_method
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .config import PromptConfig
-from .sharing.model_card import write_card
+from .sharing.model_card import carry_section, write_card
 from .sharing.rollback import all_or_nothing
 
 
@@ -61,7 +63,7 @@ def register_tuner(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], nam
         RuntimeError: the name or the prefix is held by PEFT itself or by another package. PEFT notices a taken name
             late and a taken prefix never, and a shared prefix would mix the weights of two methods in one file.
     """
-    keep_section_when_pushing()
+    keep_cards()
     undo_failed_loads()
     member = ensure_peft_type(name)
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
@@ -91,26 +93,36 @@ def _rebind(member: PeftType, config_cls: type[PeftConfig], tuner_cls: type[Base
     PEFT_TYPE_TO_TUNER_MAPPING[member] = tuner_cls
 
 
-def keep_section_when_pushing() -> None:
-    """Let the section survive `push_to_hub`.
+def keep_cards() -> None:
+    """Let what a card says of an adapter survive everybody who writes cards.
 
-    transformers saves the model into a folder, then writes the Hub's own card (for a new repository: a template) over
-    the one there and uploads the folder. Nothing of ours is asked in between, hence the wrapper around the upload of
-    PEFT models; it does nothing for other methods' adapters.
+    There are three: PEFT when it saves (from a template of blanks), the Trainer when it pushes (its own text over the
+    card, then PEFT's), and whoever saves a card of huggingface_hub over the one that is there (`push_to_hub` of
+    models, TRL's trainers). None of them asks anything of ours. The wrappers do nothing for adapters of other methods.
     """
-    upload = PeftModel._upload_modified_files
-    if getattr(upload, "keeps_section", False):
+    if getattr(PeftModel.create_or_update_model_card, "keeps_cards", False):
         return
+    update, save = PeftModel.create_or_update_model_card, RepoCard.save
 
-    @functools.wraps(upload)
-    def upload_with_section(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        for name, config in self.peft_config.items():
-            if isinstance(config, PromptConfig):
-                write_card(config.card_values(), Path(working_dir) / ("" if name == "default" else name))
-        return upload(self, working_dir, *args, **kwargs)
+    @functools.wraps(update)
+    def update_and_keep(self: PeftModel, output_dir: str) -> None:
+        config = self.peft_config.get("default")
+        if not isinstance(config, PromptConfig):
+            update(self, output_dir)
+            return
+        os.makedirs(output_dir, exist_ok=True)
+        write_card(config.card_values(), output_dir)  # before PEFT takes its template
+        update(self, output_dir)
+        write_card(config.card_values(), output_dir)  # PEFT sets the header anew
 
-    upload_with_section.keeps_section = True  # type: ignore[attr-defined]
-    PeftModel._upload_modified_files = upload_with_section  # type: ignore[assignment,method-assign]
+    @functools.wraps(save)
+    def save_and_keep(self: RepoCard, filepath: Path | str) -> None:
+        carry_section(Path(filepath), self)
+        save(self, filepath)
+
+    update_and_keep.keeps_cards = True  # type: ignore[attr-defined]
+    PeftModel.create_or_update_model_card = update_and_keep  # type: ignore[method-assign]
+    RepoCard.save = save_and_keep  # type: ignore[method-assign]
 
 
 def undo_failed_loads() -> None:
@@ -125,13 +137,17 @@ def undo_failed_loads() -> None:
     from_pretrained = PeftModel.__dict__["from_pretrained"].__func__
     PeftModel.from_pretrained = classmethod(_undoing(from_pretrained))  # type: ignore[assignment,method-assign]
     PeftModel.load_adapter = _undoing(PeftModel.load_adapter)  # type: ignore[method-assign]
-    PeftAdapterMixin.load_adapter = _undoing(PeftAdapterMixin.load_adapter)  # type: ignore[method-assign]
+    mixin: Any = PeftAdapterMixin
+    mixin.load_adapter = _undoing(mixin.load_adapter, looks=True)
 
 
-def _undoing(load: Callable[..., Any]) -> Callable[..., Any]:
+def _undoing(load: Callable[..., Any], looks: bool = False) -> Callable[..., Any]:
+    signature = inspect.signature(load)
+
     @functools.wraps(load)
     def load_or_undo(*args: Any, **kwargs: Any) -> Any:
-        with all_or_nothing():
+        adapter = signature.bind(*args, **kwargs).arguments.get("adapter_name") or "default"
+        with all_or_nothing(adapter, looks):
             return load(*args, **kwargs)
 
     load_or_undo.undoes = True  # type: ignore[attr-defined]

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
@@ -18,17 +19,19 @@ from .config import PromptConfig
 from .engine.choice import join_all, join_what_can_be
 from .engine.key_value import KeyValueLayer
 from .engine.model_hooks import ModelHooks, prompt_layers
-from .engine.prompt_layer import PromptLayer, no_merge
+from .engine.prompt_layer import PromptLayer
 from .engine.rehearsal import rehearse
 from .engine.token_form import TokenForm
 from .models.families import FAMILIES, VISION_FAMILIES
-from .models.heads import vision_heads
+from .models.heads import apart, vision_heads
 from .models.patches import Patches
 from .models.sites import Site
 from .models.targets import check_at_hand, default_targets, is_encoder_decoder, model_type
 from .sharing.adapter_names import check_adapter_name, check_apart
-from .sharing.model_card import base_model_card
-from .sharing.rollback import Unread
+from .sharing.base_model import base_model_card
+from .sharing.base_record import check_type, describe_base, hash_weights, remark, warn_of_other_weights
+from .sharing.rollback import Unread, running_load
+from .sharing.saved_modules import saved_modules, take_saved_modules_out
 
 # Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
 MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
@@ -51,6 +54,9 @@ class PromptTuner(BaseTuner):
 
     # Holds what all layers of the method share, one per model; None where they share nothing.
     shared_layer_cls: type[SharedLayer] | None = None
+    # Config and saved modules of another method's adapter that has the name of this tuner's first one.
+    _replaced: dict[str, Any]
+    _not_ours: list[nn.Module]
 
     def default_targets(self) -> str | list[str]:
         """Attention layers to prompt when the user names none; ValueError if the model has none."""
@@ -68,6 +74,13 @@ class PromptTuner(BaseTuner):
     def prepare_shared(self, shared: Any, adapter_name: str) -> None:
         """Hand what `resolve` has found for an adapter to the shared layer, before that makes its tensors."""
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT's register of adapters is the model's, where this one takes the place of another of the same name.
+        held = getattr(model, "peft_config", {})
+        vars(self)["_replaced"] = {adapter_name: held[adapter_name]} if adapter_name in held else {}
+        vars(self)["_not_ours"] = saved_modules(model) if adapter_name in held else []
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     # -- checks before the model is touched ---------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -83,7 +96,7 @@ class PromptTuner(BaseTuner):
             # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
             inner = f".{PROMPT_CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
-        unread = Unread(self, adapter_name)
+        unread = Unread(self, adapter_name, self._replaced.get(adapter_name))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
@@ -112,6 +125,9 @@ class PromptTuner(BaseTuner):
         )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
+        self._check_base(peft_config)
+        if peft_config.modules_to_save:
+            peft_config.modules_to_save = apart(self.model, peft_config.modules_to_save, self._own_names())
         chosen = peft_config.target_modules is None
         if chosen:
             found = self.default_targets()
@@ -135,13 +151,29 @@ class PromptTuner(BaseTuner):
                     f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
                     f"{self.method} cannot share an attention layer with it."
                 )
+        self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
         check_saved_modules(self.model, peft_config, sites)
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)
-        self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
+        self._note_base(peft_config, [site.name for site in sites])
         self._sites = {site.name: site for site in sites}
         return peft_config
+
+    def _check_base(self, config: PromptConfig) -> None:
+        """Refuse a file that was made for a model of another type; of other differences the checks of tensors tell."""
+        if (load := running_load()) is not None:
+            check_type(config.base_record, self.model, config.base_model_name_or_path)
+            if said := remark(config.base_record, self.model, config.base_model_name_or_path):
+                load.remarks.append(said)
+
+    def _note_base(self, config: PromptConfig, paths: list[str]) -> None:
+        """Keep what the base model is with a new adapter; of a loaded one, compare the weights."""
+        if running_load() is None:
+            weights = hash_weights(self.model, paths) if config.check_base_weights else None
+            config.base_record = describe_base(self.model) | {"weights": weights}
+        elif config.check_base_weights:
+            warn_of_other_weights(config.base_record, self.model, config.base_model_name_or_path)
 
     def _save_heads(self, config: PromptConfig, patches: Patches | None) -> None:
         """Train and save the heads that PEFT's task wrappers do not know; `modules_to_save=[]` keeps an image head."""
@@ -149,9 +181,15 @@ class PromptTuner(BaseTuner):
         heads = [head for head in MORE_HEADS.get(str(config.task_type or ""), ()) if head in present]
         if patches is not None and config.task_type is None and config.modules_to_save != []:
             heads += vision_heads(self.model, patches)
-        if new := [head for head in heads if head not in (config.modules_to_save or ())]:
-            config.modules_to_save = [*(config.modules_to_save or ()), *new]
+        if heads:
+            config.modules_to_save = apart(self.model, [*(config.modules_to_save or ()), *heads], self._own_names())
         config.card_base = base_model_card(self.model)  # type: ignore[misc]
+
+    def _own_names(self) -> set[str]:
+        """Names of modules that the method puts into the base model."""
+        holders = [cls for cls in (self.prompt_layer_cls, self.shared_layer_cls) if cls is not None]
+        names = (name for cls in holders for name in cls.adapter_layer_names + cls.other_param_names)
+        return {PROMPT_CHILD, *names}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if getattr(model, PROMPT_CHILD, None) is None:
@@ -184,6 +222,7 @@ class PromptTuner(BaseTuner):
             site = self._sites[current_key]
             layer = self.prompt_layer_cls(site)
             layer.update_layer(adapter_name, peft_config)
+            layer.train(self.model.training)
             layer.attach()
             if isinstance(layer, KeyValueLayer) and self._is_read_by_decoder(site):
                 TokenForm(layer, self.model.get_decoder()).attach()
@@ -195,7 +234,7 @@ class PromptTuner(BaseTuner):
     def _share(self, layer: PromptLayer, adapter_name: str, config: Any) -> None:
         """Give the layer what it shares with the model's other layers."""
         hooks: Any = getattr(self.model, PROMPT_CHILD)
-        if layer.uses_grid(adapter_name) and layer.grids is None:
+        if layer.needs_patches(adapter_name) and layer.grids is None:
             layer.grids = hooks.grid_book(layer.site.patches)
             layer.grids.readers.append(layer)
         if self.shared_layer_cls is None or not layer.wants_shared(adapter_name):
@@ -215,22 +254,54 @@ class PromptTuner(BaseTuner):
         blocks = site.name.split(f".{site.index}.")[0]
         return site.index == len(self.model.get_submodule(blocks)) - 1
 
+    def layers(self) -> list[PromptLayer]:
+        """The method's prompt layers in the model."""
+        return [layer for layer in prompt_layers(self.model) if isinstance(layer, self.prompt_layer_cls)]
+
+    def take_out(self, layers: list[PromptLayer]) -> None:
+        """Take prompt layers of the method out of the model, and what they shared when none is left."""
+        hooks: Any = getattr(self.model, PROMPT_CHILD, None)
+        if hooks is None:
+            return
+        for layer in layers:
+            layer.detach()
+        hooks.disown(self.method, layers)
+        if not prompt_layers(self.model):
+            hooks.detach(self.model)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
-        super()._unload_and_optionally_merge(False, *args, **kwargs)
-        layers = prompt_layers(self.model)
-        own = [layer for layer in layers if isinstance(layer, self.prompt_layer_cls)]
-        for layer in own:
-            layer.detach()
-        hooks: Any = getattr(self.model, PROMPT_CHILD)
-        hooks.disown(self.method, own)
-        if len(own) == len(layers):
-            hooks.detach(self.model)
+        self.take_out(self.layers())
+        if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
+            return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        # PEFT's would take other methods' adapters out as well, which stood in the model that it is to give back.
+        own = [name for name, config in self.peft_config.items() if config.peft_type == self.prefix[:-1].upper()]
+        take_saved_modules_out(self.model, own, but=self._not_ours)
+        for name in own:
+            del self.peft_config[name]
+        self.peft_config.update(self._replaced)
+        if isinstance(self.model, PeftModel):
+            self.model.set_adapter(self.model.active_adapter)
         return self.model
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's also copies a weight and bias between the two, and a head of several layers has none.
+        setattr(parent, child_name, new_module)
+
     def _check_merge_allowed(self) -> None:
-        raise ValueError(no_merge(self.method))
+        raise ValueError(
+            f"{self.method} cannot be merged into the base weights: {self.prompt_layer_cls.joins_as}, no change of a "
+            "weight. Keep the adapter loaded, or use unload() to get the base model back."
+        )
+
+    def unmerge_adapter(self) -> None:
+        """Refuse, as `merge_adapter` does.
+
+        Raises:
+            ValueError: always.
+        """
+        self._check_merge_allowed()
 
     # -- forward ------------------------------------------------------------------------------------------------------
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: no network, one thread, fixed seeds."""
+"""What all tests share: no network, no GPU unless asked for, one thread, fixed seeds."""
 
 from __future__ import annotations
 
 import os
 
-os.environ.update(
-    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1", CUDA_VISIBLE_DEVICES=""
-)
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+if "PEFT_PROMPTMOE_TEST_GPU" not in os.environ:  # `make test-gpu`
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections.abc import Iterator
 

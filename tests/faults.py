@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "tests" / "FAULTS.md"
 INVARIANCE, PARITY = "tests/contract/test_invariance.py", "tests/parity/test_mept_parity.py"
+CHOSEN = "tests/unit/engine/test_chosen.py"
 TRAINING, SWITCHING = "tests/contract/test_training.py", "tests/contract/test_switching.py"
 
 
@@ -48,7 +49,7 @@ FAULTS = [
     Fault(
         "the padding mask is dropped",
         "engine/key_value.py",
-        "real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None",
+        "real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None",
         "real = None",
         (INVARIANCE, "-k", "padding and mept-bert"),
     ),
@@ -62,8 +63,8 @@ FAULTS = [
     Fault(
         "the router's softmax runs over the batch",
         "routing/router.py",
-        "best, index = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)",
-        "best, index = torch.log_softmax(logits, dim=0).topk(k, dim=-1)",
+        "(best if renormalize else logits).logsumexp(dim=-1, keepdim=True)",
+        "(best if renormalize else logits).logsumexp(dim=0, keepdim=True)",
         (INVARIANCE, "-k", "alone and mept-bert"),
     ),
     Fault(
@@ -71,7 +72,7 @@ FAULTS = [
         "routing/router.py",
         "closed = best.new_full((*best.shape[:-1], experts), -torch.inf)",
         "closed = best.new_full((*best.shape[:-1], experts), -1.0)",
-        (PARITY, "-k", "equals_oracle and bert-token"),
+        ("tests/unit/reports/test_routing_report.py",),
     ),
     Fault(
         "the router reads the input without its norm",
@@ -89,42 +90,70 @@ FAULTS = [
     ),
     Fault(
         "the balance loss never reaches the gradient",
-        "routing/balance_loss.py",
-        "return gradients[0], ctx.call.loss_gradient, None",
-        "return gradients[0], None, None",
+        "routing/auxiliary_loss.py",
+        "return gradients[0], None if gradient is None else gradient.to(ctx.device), None, None",
+        "return gradients[0], None, None, None",
         (TRAINING, "-k", "balance_loss_reaches and mept-bert"),
     ),
     Fault(
         "the balance loss counts padding",
         "mept/layer.py",
-        "term = config.balance_loss_weight * balance_loss(logits, index, real)",
-        "term = config.balance_loss_weight * balance_loss(logits, index, None)",
+        "term = config.balance_loss_weight * balance_loss(logits, experts, real)",
+        "term = config.balance_loss_weight * balance_loss(logits, experts, None)",
         (TRAINING, "-k", "padding and mept-bert"),
     ),
     Fault(
         "gates are not applied where no gradient is needed",
         "engine/columns.py",
-        "gates = F.pad(by_row.to(query.dtype), (0, key.shape[2] - by_row.shape[-1]))[:, None]",
-        "gates = F.pad(torch.zeros_like(by_row), (0, key.shape[2] - by_row.shape[-1]))[:, None]",
+        "gates = F.pad(gates.to(query.dtype), (0, columns - gates.shape[-1]))[:, None]",
+        "gates = F.pad(0 * gates.to(query.dtype), (0, columns - gates.shape[-1]))[:, None]",
         ("tests/contract/test_generation.py", "-k", "uncached and mept-llama-token"),
     ),
     Fault(
-        "gates are folded into queries without the scale",
-        "engine/columns.py",
-        "opened = (log_gates / scaling).clamp(min=CLOSED)",
-        "opened = log_gates.clamp(min=CLOSED)",
+        "the score of the chosen experts is written without the scale",
+        "engine/chosen.py",
+        "value = (score / settings.scale).clamp(",
+        "value = score.clamp(",
         (PARITY, "-k", "equals_oracle and bert-token"),
     ),
     Fault(
         "a decoding step gathers the wrong experts",
-        "engine/columns.py",
-        "chosen, number = gates.experts[:, 0], table.shape[1]",
-        "chosen, number = gates.experts[:, 0].flip(0), table.shape[1]",
+        "engine/rows.py",
+        "chosen = choice.experts[:, 0] if first is None",
+        "chosen = choice.experts[:, 0].flip(0) if first is None",
         ("tests/unit/engine/test_attention.py", "-k", "gathered"),
     ),
     Fault(
+        "what fills blocks up takes part in gradients",
+        "engine/chosen_slots.py",
+        "filled = (self.order.source >= 0)",
+        "filled = (self.order.source >= -1)",
+        (CHOSEN, "-k", "apart"),
+    ),
+    Fault(
+        "a token's several experts are not weighed against each other",
+        "engine/chosen_slots.py",
+        "score = share * (score + inner - (share * inner).sum(dim=1, keepdim=True))",
+        "score = share * score",
+        (CHOSEN, "-k", "apart"),
+    ),
+    Fault(
+        "queries are not turned back to where their text begins",
+        "engine/chosen_slots.py",
+        "return self._by(-self.sin, rows)",
+        "return self._by(0 * self.sin, rows)",
+        (PARITY, "-k", "equals_oracle and llama-token and left_columns"),
+    ),
+    Fault(
+        "scores of chosen experts are not capped",
+        "engine/chosen_slots.py",
+        "self.slope, scores = 1 - squashed.square(), squashed * cap",
+        "self.slope = 1 - squashed.square()",
+        ("tests/contract/test_token_routing.py", "-k", "gemma2"),
+    ),
+    Fault(
         "prompts stand one position too far back",
-        "engine/key_value.py",
+        "engine/projection.py",
         "return torch.arange(rows, device=device) % slots - slots",
         "return torch.arange(rows, device=device) % slots - slots - 1",
         ("tests/contract/test_reference.py", "-k", "static and llama"),
@@ -149,6 +178,41 @@ FAULTS = [
         "        past = length > 0\n    rows",
         "        past = False\n    rows",
         ("tests/contract/test_generation.py", "-k", "uncached and mept-llama-token"),
+    ),
+    Fault(
+        "rows stay behind when a cache changes its batch",
+        "engine/row_cache.py",
+        "return change(kept) if kept.shape[0] > 1 else kept",
+        "return kept",
+        ("tests/contract/test_generation.py", "-k", "follow and mept-llama-token"),
+    ),
+    Fault(
+        "rows go on with keys that were changed by hand",
+        "engine/row_cache.py",
+        "        _check_unchanged(layer, own)\n",
+        "",
+        ("tests/unit/engine/test_row_cache.py", "-k", "by_hand"),
+    ),
+    Fault(
+        "a causal body without a head is routed as if nobody read its tokens",
+        "models/sites.py",
+        "by_token=causal and not answers_by_row(model, path)",
+        'by_token=causal and hasattr(model, "lm_head")',
+        ("tests/unit/models/test_causality.py",),
+    ),
+    Fault(
+        "a part of a model that is called by itself tells its routers nothing",
+        "engine/model_hooks.py",
+        "self._inner += CalledModule(self, module).attach(module)",
+        "pass",
+        ("tests/unit/engine/test_called_module.py", "-k", "by_itself"),
+    ),
+    Fault(
+        "a loss in a tuple has no balance loss",
+        "engine/called_module.py",
+        "if not isinstance(loss, Tensor) or loss.ndim > 0 or not loss.requires_grad:",
+        "if True:",
+        ("tests/contract/test_training.py", "-k", "tuples and mept-bert"),
     ),
     Fault(
         "disabling does not disable",
@@ -240,6 +304,41 @@ FAULTS = [
         "fitted = fit_pixels(pixels, incoming, _normalisation(record.mean, record.std), size)",
         "fitted = fit_pixels(pixels, incoming, incoming, size)",
         ("tests/unit/pmoe/test_pmoe.py", "-k", "normalisation"),
+    ),
+    Fault(
+        "prototypes are assigned over the whole batch",
+        "promotion/prototypes.py",
+        "log = scores.to(torch.promote_types(scores.dtype, torch.float32))",
+        "log = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, 1)[None]",
+        (INVARIANCE, "-k", "alone and promotion-vit"),
+    ),
+    Fault(
+        "the denoiser's target is not detached",
+        "promotion/denoiser.py",
+        "clean = clean.detach().to(routing_dtype(clean))",
+        "clean = clean.to(routing_dtype(clean))",
+        ("tests/unit/promotion/test_denoiser.py",),
+    ),
+    Fault(
+        "directions are compared with the image's mean in them",
+        "promotion/prototypes.py",
+        "v = v - v.mean(dim=1, keepdim=True)",
+        "v = v - 0.0",
+        ("tests/parity/test_promotion_parity.py", "-k", "equals_oracle and default"),
+    ),
+    Fault(
+        "the bank moves before the backward pass",
+        "promotion/bank.py",
+        "bank.pending, bank.pending_starts, bank.draft = draft, bank.may_be_unstarted, None",
+        "bank.pending, bank.pending_starts, bank.draft = draft, bank.may_be_unstarted, None; bank.settle()",
+        ("tests/unit/promotion/test_bank.py",),
+    ),
+    Fault(
+        "maps of backbones are taken before the unit adds to them",
+        "engine/block_layer.py",
+        "register_forward_hook(self._after_block, prepend=True)",
+        "register_forward_hook(self._after_block)",
+        ("tests/unit/promotion/test_unit.py", "-k", "maps"),
     ),
 ]
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods compared in cost and time, by name: what each makes of a model, and which prompts and experts it has.
 
-In "static" and with one expert MEPT has no router; on images that is VPT-Deep, and has a row under that name only.
+"promotion" has its units behind all blocks, and its prototypes where others have prompts. In "static" and with one
+expert MEPT has no router; on images that is VPT-Deep, and has a row under that name only.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,12 +19,15 @@ from peft import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig, ProMotionConfig, VAPTConfig
 
 from .rows import DISPATCHERS, Row
-from .shapes import SHAPES, SMALL, Shape
+from .shapes import LONG, SHAPES, SMALL, Shape
 
+EVERY_BLOCK = r"(.*\.)?(layers|blocks)\.\d+\.(attention|attn)"
+PROTOTYPES = 16
 PROMPTS, EXPERTS = (10, 20, 50, 100), (4, 16, 64)
+MANY_EXPERTS = (4, 16, 64, 256)
 
 
 def config(shape: Shape, row: Row, further: list[nn.Module] | None = None) -> PeftConfig:
@@ -44,6 +49,8 @@ def config(shape: Shape, row: Row, further: list[nn.Module] | None = None) -> Pe
             return VAPTConfig(num_virtual_tokens=prompts, num_static_layers="all")
         case "vapt":
             return VAPTConfig(num_virtual_tokens=prompts)
+        case "promotion":
+            return ProMotionConfig(target_modules=EVERY_BLOCK, num_prototypes=row.prompts)
         case "static":
             return MEPTConfig(
                 task_type=task, num_virtual_tokens=prompts, num_experts=1, num_shared_experts=0, routing="sample"
@@ -92,6 +99,19 @@ def build(
         return get_peft_model(model, config(shape, row, further))
 
 
+def share_frozen(model: nn.Module, frozen: dict[str, Tensor]) -> None:
+    """Make a model hold those of its frozen weights that `frozen` has with the same values, and add the others to it.
+
+    Where weights lie decides how fast they are read, by a tenth and more from one copy to the next.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            key = re.sub(r"^(base_model\.|model\.)*", "", name).replace(".base_layer", "")
+            held = frozen.setdefault(key, parameter.data)
+            if torch.equal(held, parameter.data):
+                parameter.data = held
+
+
 def is_head(name: str, shape: Shape) -> bool:
     """Whether a module or parameter of this name is the model's head, or belongs to it."""
     return shape.head in name.split(".")
@@ -125,6 +145,14 @@ def _idle_tokens(number: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[
 
 def grid(name: str) -> Iterator[Row]:
     """The rows of the exact tier for a shape: every method that the shape can have, in every size."""
+    if name in LONG:
+        yield from (Row("base"), Row("lora_r8"))
+        if name == "bert-base-1024":
+            yield from (Row("mept_token", 10, experts) for experts in MANY_EXPERTS)
+            return
+        yield from (Row("prefix_tuning", 20),) if not LONG[name].padded else ()  # it takes no mask that is ready
+        yield from (Row("mept_sample", 20, 4), Row("mept_token", 20, 4), Row("mept_token", 20, 64))
+        return
     shape = SHAPES[name]
     yield Row("base")
     if shape.head:
@@ -132,11 +160,15 @@ def grid(name: str) -> Iterator[Row]:
     yield Row("full")
     yield Row("lora_r8")
     text = ("prompt_tuning", "prefix_tuning", "p_tuning", "static")
+    if not shape.task:
+        yield Row("promotion", PROTOTYPES)
     for method in text if shape.task else ("vpt_deep", "vapt"):
         yield from (Row(method, prompts, 1 if method == "static" else None) for prompts in PROMPTS)
     for method in ("mept_sample", "mept_token"):
         yield from (Row(method, prompts, EXPERTS[0]) for prompts in PROMPTS)
         yield from (Row(method, 20, experts) for experts in EXPERTS[1:])
+    if name == "bert-base":
+        yield from (Row("mept_token", 10, experts) for experts in MANY_EXPERTS[1:])
     if name == "vit-b16-hf":
         yield from (Row(f"pmoe_{dispatcher}", 10, 2) for dispatcher in DISPATCHERS)
         yield from (Row("pmoe_token", prompts, 2) for prompts in PROMPTS[1:])

@@ -9,7 +9,7 @@ DISPATCHERS = ("token", "expert", "attention", "mean", "none")
 
 
 class Row(NamedTuple):
-    """A method with its sizes: active prompts, and routed experts (of pMoE: backbones)."""
+    """A method with its sizes: active prompts (of ProMotion: prototypes), and routed experts (of pMoE: backbones)."""
 
     method: str
     prompts: int | None = None

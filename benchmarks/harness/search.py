@@ -5,6 +5,7 @@ Besides: what the command lines and the tables of all learning benchmarks have i
 """
 
 import argparse
+import multiprocessing
 import statistics
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from torch import nn
 
 from .refusals import refusal
 from .timing import Device, Run, interleaved, step
-from .training import Budget, Results, Split
+from .training import Budget, Results, Split, device_of
 
 
 class Bench(Protocol):
@@ -59,6 +60,44 @@ def run_method(bench: Bench, results: Results, name: str, seeds: list[int]) -> N
         **bench.details(cells),
     }
     results.save()
+
+
+# A cell that one of several processes is to make: method, learning rate, seed, whether of the test split.
+Job = tuple[str, float, int, bool]
+
+
+def run_cells_beside(bench: Bench, results: Results, names: list[str], seeds: list[int], workers: int) -> None:
+    """Make all cells that `run_method` will ask for in several processes, which pays on a GPU and many cores."""
+
+    def make(jobs: list[Job]) -> None:
+        missing = [job for job in jobs if cell_key(*job) not in results.cells]
+        for job, cell in pool.imap_unordered(_made, missing):
+            results.cell(cell_key(*job), lambda cell=cell: cell)
+
+    with multiprocessing.get_context("spawn").Pool(workers, _begin, (bench,)) as pool:
+        make([(name, lr, 0, False) for name in names for lr in bench.lrs(name)])
+        best: dict[str, float] = {}
+        for name in names:
+            dev = {lr: results.cells[cell_key(name, lr, 0, False)]["accuracy"] for lr in bench.lrs(name)}
+            best[name] = max(dev, key=lambda lr: dev[lr])
+        make([(name, best[name], seed, True) for name in names for seed in seeds])
+
+
+_bench: Bench | None = None  # of a worker process
+
+
+def _begin(bench: Bench) -> None:
+    global _bench  # noqa: PLW0603  set once, as a process begins
+    _bench = bench
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+
+
+def _made(job: Job) -> tuple[Job, dict[str, Any]]:
+    name, lr, seed, final = job
+    assert _bench is not None
+    of = {"method": name, "lr": lr, "seed": seed, "split": "test" if final else "dev"}
+    return job, of | _bench.run(name, lr, seed, final)
 
 
 def admitted(results: Results, name: str, work: Callable[[], object]) -> bool:
@@ -115,7 +154,9 @@ def training_step(bench: Bench, name: str) -> Run:
     (model, data), budget = bench.ready(name), bench.budget
     middle = len(data) // 2 - budget.batch_size // 2
     chosen = sorted(range(len(data)), key=data.length)[middle : middle + budget.batch_size]
-    return step(model, data.batch(chosen), Device(bf16=budget.bf16))
+    device = device_of(model)
+    batch = {name: value.to(device) for name, value in data.batch(chosen).items()}
+    return step(model, batch, Device(device.type, bf16=budget.bf16))
 
 
 def spread(cells: list[dict[str, Any]]) -> dict[str, Any]:

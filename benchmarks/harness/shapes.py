@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Shape:
         small_length: `length` of the small model.
         ends: blocks after which every further one costs the same. The first block's input needs no gradient; in
             Llama the second is the first to keep rotations for queries, and T5's decoder sees the last one's prompts.
+        padded: whether texts come with a mask, in the form in which transformers hands it to attention.
     """
 
     make: Callable[[int, bool], nn.Module]
@@ -52,10 +54,11 @@ class Shape:
     head: str | None
     small_length: int = 12
     ends: int = 1
+    padded: bool = False
 
-    def inputs(self, batch: int, small: bool = False) -> Batch:
+    def inputs(self, batch: int, small: bool = False, length: int | None = None) -> Batch:
         """Inputs and labels on the default device; texts without padding, of which transformers makes no mask."""
-        length = self.small_length if small else self.length
+        length = length or (self.small_length if small else self.length)
         if self.task is None:
             labels = torch.zeros(batch, dtype=torch.long)
             return {"pixel_values": torch.randn(batch, 3, length, length), "labels": labels}
@@ -66,14 +69,15 @@ class Shape:
             labels = ids[:, :ANSWER].contiguous()
         else:  # a question, which has no loss, and an answer
             labels = ids.masked_fill(torch.arange(length) < length // 2, -100)
-        return {"input_ids": ids, "labels": labels}
+        mask = torch.ones(batch, 1, length, length, dtype=torch.bool).tril() if self.padded else None
+        return {"input_ids": ids, "labels": labels, **({} if mask is None else {"attention_mask": mask})}
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
 
 
-def bert(depth: int, small: bool = False) -> nn.Module:
-    settings = {**SMALL, "vocab_size": 100} if small else {}
+def bert(depth: int, small: bool = False, longest: int = 512) -> nn.Module:
+    settings: dict[str, Any] = {**SMALL, "vocab_size": 100} if small else {"max_position_embeddings": longest}
     config = BertConfig(num_hidden_layers=depth, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **settings)
     return BertForSequenceClassification(config)
 
@@ -138,6 +142,13 @@ SHAPES = {
     "smollm2": Shape(smollm2, 30, 128, "CAUSAL_LM", LLAMA_ATTENTION, head=None, ends=2),
     "vit-b16-hf": Shape(vit, 12, 224, None, LLAMA_ATTENTION, head="classifier", small_length=32),
     "vit-b16-timm": Shape(timm_vit, 12, 224, None, r".*\.attn\.(qkv|proj)", head="head", small_length=32),
+}
+LENGTHS = (512, 2048, 8192)
+# The same models on longer texts, of which few methods are counted.
+LONG = {
+    "bert-base-1024": replace(SHAPES["bert-base"], make=partial(bert, longest=1024), length=1024),
+    **{f"llama-1b-{length}": replace(SHAPES["llama-1b"], length=length) for length in LENGTHS},
+    **{f"llama-1b-{length}-mask": replace(SHAPES["llama-1b"], length=length, padded=True) for length in LENGTHS},
 }
 
 

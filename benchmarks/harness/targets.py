@@ -12,8 +12,9 @@ IMAGE_MODELS = ("vit-b16-hf", "vit-b16-timm")
 MODELS = ("bert-base", "t5-base", "llama-1b", *IMAGE_MODELS)
 OURS = ("static", "vpt_deep", "vapt", "mept_sample", "mept_token")
 BY_SAMPLE = ("static", "vpt_deep", "vapt", "mept_sample")
+EXACT, LENGTHS = ("forward_flops", "train_flops", "saved_bytes"), (512, 2048, 8192)
 EXPERTS = {"static": 1, "mept_sample": 4, "mept_token": 4}
-GPU = "times_cuda_bf16_compile"
+GPU = "gpu_nvidia_h100_80gb_hbm3"
 Found = tuple[float, str]  # a figure, and what it is of
 
 
@@ -65,6 +66,9 @@ def targets() -> Iterator[Target]:
     yield from overhead()
     yield from compilation()
     yield from several_backbones()
+    yield from many_experts()
+    yield from decoding()
+    yield from long_texts()
 
 
 def against(
@@ -134,9 +138,11 @@ def step_time() -> Iterator[Target]:
     text = ("static_20", "mept_sample_20_E4", "mept_token_20_E4")
     images = ("vpt_deep_10", "vapt_10", "mept_sample_10_E4")
     rows = {"bert-base step": text} | {f"{model} step": images for model in IMAGE_MODELS}
-    for limit, name, file in ((1.10, "CPU", "times_cpu"), (1.05, "GPU, bf16, compiled", GPU)):
-        found = [each for group, methods in rows.items() for each in timed(group, "step", "lora_r8", methods, file)]
-        yield Target("P4", f"step time over LoRA r8, {name}", limit, found, needs_gpu=file == GPU)
+    found = [each for group, methods in rows.items() for each in timed(group, "step", "lora_r8", methods)]
+    yield Target("P4", "step time over LoRA r8, CPU", 1.10, found)
+    compiled = ("vapt_10", "mept_token_10_E4")
+    found = timed("compiled vit-b16-hf 4 layers", "step", "lora_r8", compiled, GPU)
+    yield Target("P4", "step time over LoRA r8, GPU, bf16, compiled", 1.05, found, needs_gpu=True)
     found = timed("bert-base step", "step", "prompt_tuning_20", text)
     yield Target("P4", "step time over PEFT prompt tuning, 20 prompts", 1.0, found)
 
@@ -209,3 +215,39 @@ def several_backbones() -> Iterator[Target]:
         1.03,
         timed(group, "forward", "frozen", names),
     )
+
+
+def many_experts() -> Iterator[Target]:
+    """Token routing at a cost that does not grow with the number of experts, of 10 prompts each."""
+    growth: dict[str, list[Found]] = {"bert-base": [], "bert-base-1024": []}
+    for model, found in growth.items():
+        few, many = (exact_row(model, "mept_token", 10, number) for number in (4, 64))
+        found += [(many[figure] / few[figure], figure) for figure in EXACT]
+    what = "FLOPs and saved bytes of 64 experts over 4, by token, 8 texts of"
+    yield Target("P10", f"{what} 1,024 tokens", 1.02, growth["bert-base-1024"])
+    yield Target("P10", f"{what} 128 tokens", 1.02, growth["bert-base"])
+    step = timed("bert-base experts step", "step", "mept_token_10_E4", ("mept_token_10_E64",))
+    yield Target("P10", "step time of 64 experts over 4, by token", 1.10, step)
+    for figure, limit in (("train_flops", 1.06), ("saved_bytes", 1.15)):
+        found = [
+            (exact_row(model, "mept_token", 10, 64)[figure] / exact_row(model, "lora_r8")[figure], model)
+            for model in growth
+        ]
+        yield Target("P10", f"{figure.replace('_', ' ')} over LoRA r8, 64 experts by token", limit, found)
+    found = against("saved_bytes", "lora_r8", ("bert-base",), ("mept_token",), (10, 20))
+    yield Target("P10", "saved bytes over LoRA r8, 4 experts by token, BERT-base", 1.10, found)
+
+
+def decoding() -> Iterator[Target]:
+    rows = ("mept_token_20_E4", "mept_token_20_E64")
+    for limit, how, file in ((1.10, "eager", "times_cpu"), (1.05, "compiled, static cache", "times_cpu_compile")):
+        found = timed("smollm2 generation", "decode", "base", rows, file)
+        yield Target("P11", f"decoding time by token over the frozen model, {how}", limit, found)
+
+
+def long_texts() -> Iterator[Target]:
+    models = tuple(f"llama-1b-{length}{mask}" for length in LENGTHS for mask in ("", "-mask"))
+    for figure in ("train_flops", "saved_bytes"):
+        found = against(figure, "lora_r8", models, ("mept_sample", "mept_token"), (20,))
+        what = f"{figure.replace('_', ' ')} over LoRA r8, texts of 512 to 8,192 tokens, with and without a mask"
+        yield Target("P12", what, 1.05, found)

@@ -45,8 +45,12 @@ class Budget:
     warmup: float = 0.06
     bf16: bool = True
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def batches(data: Split, size: int, generator: torch.Generator) -> list[list[int]]:
@@ -77,19 +81,21 @@ def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, l
     optimizer = torch.optim.AdamW(parameter_groups(model, lr, budget.head_lr), weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda step: _linear(step, steps, budget.warmup))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    losses: list[float] = []
+    device = device_of(model)
+    losses: list[Tensor] = []  # on the device, which a step need not wait for
     model.train()
     order = (chosen for _ in range(budget.epochs) for chosen in batches(data, budget.batch_size, generator))
     for chosen in tqdm(order, total=steps, desc=label, mininterval=5.0):
-        with budget.autocast():
-            loss = model(**data.batch(chosen)).loss
+        batch = {name: value.to(device) for name, value in data.batch(chosen).items()}
+        with budget.autocast(device):
+            loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    return sum(losses[-50:]) / len(losses[-50:])
+        losses.append(loss.detach())
+    return torch.stack(losses[-50:]).double().mean().item()
 
 
 def train_cell(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, label: str) -> dict[str, Any]:
@@ -122,14 +128,13 @@ def predict(model: nn.Module, data: Split, budget: Budget) -> Tensor:
 def predict_logits(model: nn.Module, data: Split, budget: Budget) -> Tensor:
     """Logits of every sample, (N, C)."""
     model.eval()
-    found: dict[int, Tensor] = {}
+    device, found = device_of(model), dict[int, Tensor]()
     order = prediction_order(data)
     for start in range(0, len(order), 64):
         chosen = order[start : start + 64]
-        batch = data.batch(chosen)
-        batch.pop("labels")
-        with budget.autocast():
-            found |= zip(chosen, model(**batch).logits.float(), strict=True)
+        batch = {name: value.to(device) for name, value in data.batch(chosen).items() if name != "labels"}
+        with budget.autocast(device):
+            found |= zip(chosen, model(**batch).logits.float().cpu(), strict=True)
     return torch.stack([found[i] for i in range(len(order))])
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..models.reachable import CannotJoin
 from ..models.sites import Site, find_site
-from ..models.targets import has_language_model_head, is_encoder_decoder
+from ..models.targets import is_encoder_decoder
 from .trial import try_on_rows
 
 
@@ -57,7 +57,8 @@ def _site(model: nn.Module, path: str, tried: bool) -> Site:
 
 def _check_language_layers(model: Any, sites: list[Site]) -> None:
     """Refuse to prompt only the images of a language model whose own layers cannot be reached (GIT)."""
-    if is_encoder_decoder(model) or not has_language_model_head(model) or not hasattr(model.config, "get_text_config"):
+    writes = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+    if is_encoder_decoder(model) or not writes or not hasattr(model.config, "get_text_config"):
         return
     text = model.config.get_text_config(decoder=True).model_type
     if all(getattr(getattr(site.attention, "config", None), "model_type", text) != text for site in sites):

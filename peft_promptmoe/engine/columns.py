@@ -1,50 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt rows as columns of one attention call: what they are, gates on them, and how they meet keys and values."""
+"""Prompt rows as columns of one attention call: what they are, who may see them, how they meet keys and values."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..routing.record import Chosen
-
-# Score of a slot outside a token's top-k, before the scale. Finite, because it is multiplied with the zeros of the
-# other slots' codes, and small enough for float16; times any usual scale its exponential is zero in float64, too.
-CLOSED = -3e4
+from .chosen import HALVES, attend_chosen
+from .chosen_slots import ChosenSlots
 
 
-@dataclass
-class Columns:
-    """Key and value rows that join one attention call.
-
-    Shapes: `B` batch, `H` key/value heads, `R` prompt rows, `T` query tokens, `G` gates, `d` head width.
+class Slots(NamedTuple):
+    """Rows that become columns side by side.
 
     Attributes:
-        key: (B or 1, H, R, d), positions already applied.
-        value: (B or 1, H, R, d).
-        log_gates: (B, T, G) added to the scores of the rows they own, minus infinity for a closed gate; or None.
-        owner: (R,) index of the gate that a row answers to, -1 for rows that are always open; None without gates, or
-            where the rows of each gate stand in order and `slots` says all.
-        slots: rows of one gate, of columns that have gates and no owner.
-        table: of `expert_table`, to gather from; None where nothing is gathered.
-        bias: (B or 1, query heads, T, R) relative position bias, for models that have one.
-        offsets: (R,) positions relative to the first real token, and
-        first: (B,) its column (None for column 0 of all), for layers that compute attention themselves.
-        calls: how many kernel calls the layer makes (differential attention: two), whose keys and values stand side by
-            side along d.
-        arrived: how often the attention interface has seen these rows.
+        key: (B or 1, H, R, d), positions applied.
+        value: (B or 1, H, R, v).
+        gates: (B, T, R) added to their scores; None where they are simply open.
     """
 
     key: Tensor
     value: Tensor
-    log_gates: Tensor | None = None
-    owner: Tensor | None = None
-    slots: int = 0
-    table: Tensor | None = None
+    gates: Tensor | None = None
+
+
+@dataclass
+class Columns:
+    """What joins one attention call.
+
+    Shapes: `B` batch, `H` key/value heads, `R` prompt rows, `T` query tokens, `d` and `v` widths of a head.
+
+    Attributes:
+        slots: rows that become columns.
+        chosen: slots of experts that are attended apart, adapter by adapter, and become one column each.
+        bias: (B or 1, query heads, T, all R) relative position bias, for models that have one.
+        offsets: (all R,) positions relative to the first real token, and
+        first: (B,) its column (None for column 0 of all), for layers that compute attention themselves.
+        calls: how many kernel calls the layer makes (differential attention: two), whose keys and values stand side by
+            side along d.
+        arrived: how often the attention interface has seen these columns.
+    """
+
+    slots: list[Slots]
+    chosen: list[ChosenSlots] = field(default_factory=list)
     bias: Tensor | None = None
     offsets: Tensor | None = None
     first: Tensor | None = None
@@ -52,13 +56,28 @@ class Columns:
     arrived: int = 0
 
     def arrive(self) -> Columns:
-        """The rows of the kernel call that comes next."""
+        """The columns of the kernel call that comes next."""
         self.arrived += 1
         if self.calls == 1 or self.arrived > self.calls:
             return self
         which = self.arrived - 1
-        key, value = (part.chunk(self.calls, dim=-1)[which] for part in (self.key, self.value))
-        return replace(self, key=key, value=value)
+        slots = [Slots(self._part(each.key, which), self._part(each.value, which), each.gates) for each in self.slots]
+        chosen = [
+            replace(each, key=self._part(each.key, which), value=self._part(each.value, which)) for each in self.chosen
+        ]
+        return replace(self, slots=slots, chosen=chosen)
+
+    def _part(self, rows: Tensor, which: int) -> Tensor:
+        return rows.chunk(self.calls, dim=-1)[which]
+
+    @property
+    def rows(self) -> int:
+        return sum(slots.key.shape[2] for slots in self.slots)
+
+    @property
+    def number(self) -> int:
+        """Columns in front of the text's."""
+        return len(self.chosen) + self.rows
 
 
 @dataclass
@@ -66,7 +85,7 @@ class MaskWithRows:
     """An attention mask with the prompt rows of its call, for layers that hand on their mask and nothing else."""
 
     mask: Tensor | None
-    columns: Columns | Harvest | Overheard
+    columns: Columns | Overheard
 
 
 class Overheard:
@@ -96,73 +115,38 @@ class Harvest(Overheard):
 
 
 def merge_columns(parts: list[Columns]) -> Columns:
-    """Rows of several active adapters, side by side."""
+    """Columns of several active adapters, side by side."""
     if len(parts) == 1:
         return parts[0]
-    batch = max(part.key.shape[0] for part in parts)
-    gates, owners, count = [], [], 0
-    for part in parts:
-        if part.log_gates is None:
-            owners.append(torch.full((part.key.shape[2],), -1, device=part.key.device))
-            continue
-        owner = owner_of(part)
-        owners.append(torch.where(owner >= 0, owner + count, owner))
-        gates.append(part.log_gates)
-        count += part.log_gates.shape[-1]
     biases = [part.bias for part in parts if part.bias is not None]
+    batch = max((bias.shape[0] for bias in biases), default=1)
     offsets = [part.offsets for part in parts if part.offsets is not None]
-    bias_batch = max((bias.shape[0] for bias in biases), default=1)
     return Columns(
-        key=torch.cat([part.key.expand(batch, -1, -1, -1) for part in parts], dim=2),
-        value=torch.cat([part.value.expand(batch, -1, -1, -1) for part in parts], dim=2),
-        log_gates=torch.cat(gates, dim=-1) if gates else None,
-        owner=torch.cat(owners) if gates else None,
-        bias=torch.cat([bias.expand(bias_batch, -1, -1, -1) for bias in biases], dim=-1) if biases else None,
-        offsets=torch.cat(offsets) if offsets else None,
-        first=parts[0].first,
+        [slots for part in parts for slots in part.slots],
+        [chosen for part in parts for chosen in part.chosen],
+        torch.cat([bias.expand(batch, -1, -1, -1) for bias in biases], dim=-1) if biases else None,
+        torch.cat(offsets) if offsets else None,
+        parts[0].first,
     )
 
 
-def open_columns(columns: Columns, gates: Tensor | Chosen, slots: int) -> Columns:
-    """Put gates on columns; where each sample has one token, keep only the columns of the experts it chose.
+@dataclass
+class Joined:
+    """What an attention kernel takes, with prompt columns in front of the keys and values, and the way back.
 
-    So a decoding step costs the active experts, not all of them. It is short, and the number of operations is most of
-    what it costs: one gather fetches keys and values, those that are always open among them.
-
-    Args:
-        columns: key and value of (B or 1, H, R, d), the gated experts' rows first.
-        gates: log-gates (B, T, G), or what was chosen for one token.
-        slots: rows of one expert.
+    Attributes:
+        query: (B, Hq, lead + T, width).
+        key, value: (B, H, columns + S, width).
+        mask, scaling: as the kernel takes them.
+        finish: makes (B, T, Hq, v) of the kernel's output (B, lead + T, Hq, width).
     """
-    if isinstance(gates, Tensor):
-        return Columns(columns.key, columns.value, gates, slots=slots)
-    table = columns.table if columns.table is not None else expert_table(columns, slots)
-    chosen, number = gates.experts[:, 0], table.shape[1]
-    if number > gates.of:
-        always = torch.arange(gates.of, number, device=chosen.device).expand(chosen.shape[0], -1)
-        chosen = torch.cat([chosen, always], dim=1)
-    if table.shape[0] > 1:
-        chosen = chosen + torch.arange(0, table.shape[0] * number, number, device=chosen.device)[:, None]
-    rows = table.flatten(0, 1).index_select(0, chosen.flatten()).unflatten(0, chosen.shape)
-    rows = rows.flatten(1, 2).transpose(1, 2)
-    key, value = rows.split([columns.key.shape[-1], columns.value.shape[-1]], dim=-1)
-    return Columns(key, value, gates.log_gates, slots=slots)
 
-
-def expert_table(columns: Columns, slots: int) -> Tensor:
-    """(B or 1, R / slots, slots, H, width of a key and a value) keys and values, expert by expert."""
-    batch = max(columns.key.shape[0], columns.value.shape[0])
-    rows = [part.expand(batch, -1, -1, -1).transpose(1, 2) for part in (columns.key, columns.value)]
-    return torch.cat(rows, dim=-1).unflatten(1, (-1, slots))
-
-
-def owner_of(columns: Columns) -> Tensor:
-    """(R,) the gate that each row answers to, -1 for rows that are always open."""
-    if columns.owner is not None:
-        return columns.owner
-    assert columns.log_gates is not None
-    owner = torch.arange(columns.key.shape[2], device=columns.key.device) // columns.slots
-    return torch.where(owner < columns.log_gates.shape[-1], owner, -1)
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float | None
+    finish: Callable[[Tensor], Tensor]
 
 
 def join_rows(
@@ -172,92 +156,103 @@ def join_rows(
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None,
-    *,
-    maskless: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None]:
-    """What an attention kernel takes, with prompt rows in front of the keys and values.
+    lead: int = 0,
+    cap: float | None = None,
+) -> Joined:
+    """Put prompt columns in front of the keys and values of one attention call.
 
     Args:
-        columns: the rows.
+        columns: what joins.
         query: (B, Hq, T, d).
-        key, value: (B, H, S, d).
+        key, value: (B, H, S, d) and (B, H, S, v).
         mask: (B or 1, 1 or Hq, T or 1, S) boolean or additive, or None.
         scaling: factor of the scores; None for 1 / sqrt(d).
-        maskless: whether to leave the mask None if it is.
-
-    Returns:
-        query, key, value, mask and scaling. The width of the first three may have grown, then the scaling is given and
-        the output is to be cut to the values' old width.
+        lead: blank queries to put in front.
+        cap: what the kernel squashes scores by, before it adds the mask.
     """
-    batch, width, rows = query.shape[0], query.shape[3], columns.key.shape[2]
-    if columns.key.shape[0] not in (1, batch):
-        raise ValueError(
-            f"The prompt rows were made for a batch of {columns.key.shape[0]} and attention now runs on {batch}. A "
-            "cache that is filled with one batch cannot go on with another; start from a new cache."
-        )
+    width, value_width, gates = query.shape[3], value.shape[3], gates_of(columns.slots)
     if mask is not None:
-        mask = F.pad(mask, (rows, 0), value=True if mask.dtype == torch.bool else 0.0)
-    key = torch.cat([columns.key.to(key.dtype).expand(batch, *columns.key.shape[1:]), key], dim=2)
-    value = torch.cat([columns.value.to(value.dtype).expand(batch, *columns.value.shape[1:]), value], dim=2)
-    if columns.log_gates is None:
-        return query, key, value, mask, scaling
-    if not columns.log_gates.requires_grad and not maskless:
-        return query, key, value, add_gates(mask, gates_by_row(columns), query, key), scaling
-    scaling = scaling if scaling is not None else 1.0 / math.sqrt(width)
-    query, key, value = fold_gates(query, key, value, columns.log_gates, owner_of(columns), scaling)
-    return query, key, value, mask, scaling
+        mask = F.pad(mask, (columns.number, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if gates is not None:
+        gates = F.pad(gates, (len(columns.chosen), 0)) if columns.chosen else gates
+        mask = add_gates(mask, gates, query, columns.number + key.shape[2])
+    keys, values = [slots.key for slots in columns.slots], [slots.value for slots in columns.slots]
+    if not columns.chosen:
+        query = F.pad(query, (0, 0, lead, 0)) if lead else query
+        key, value = _in_front(key, keys), _in_front(value, values)
+        return Joined(query, key, value, mask, scaling, lambda output: output[:, lead:])
+    adapters, scaling = len(columns.chosen), scaling if scaling is not None else 1.0 / math.sqrt(width)
+    apart = attend_chosen(query, value, columns.chosen, scaling, lead, cap)
+    codes, wide = torch.eye(adapters, dtype=key.dtype, device=key.device), apart.query.shape[-1]
+    # A cap comes between products and softmax; what is behind it is the mask, which then takes the score there.
+    of_score = codes.repeat_interleave(HALVES, dim=1) if cap is None else codes[:, :0]
+    key = _in_front(key, keys, _code(of_score, width, wide))
+    value = _in_front(value, values, _code(codes, value_width, wide))
+    if cap is not None:
+        mask = _with_scores(mask, apart.score.permute(1, 3, 2, 0), key)
+    return Joined(apart.query, key, value, mask, scaling, apart.finish)
 
 
-def fold_gates(
-    query: Tensor, key: Tensor, value: Tensor, log_gates: Tensor, owner: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write gates into queries and keys so that attention adds them to the scores by itself.
+def _in_front(text: Tensor, rows: list[Tensor], code: Tensor | None = None) -> Tensor:
+    """(B, H, columns + S, width) rows in front of the text's; with features, all as wide as `code`, which is first."""
+    batch, parts = text.shape[0], [each.to(text.dtype) for each in (*rows, text)]
+    for each in parts:
+        if each.shape[0] not in (1, batch):
+            raise ValueError(
+                f"The prompt rows were made for a batch of {each.shape[0]} and attention now runs on {batch}. A cache "
+                "that is filled with one batch cannot go on with another; start from a new cache."
+            )
+    if code is not None:
+        fill = code.shape[-1] - text.shape[-1]
+        parts = [code.expand(1, text.shape[1], -1, -1), *[F.pad(each, (0, fill)) for each in parts]]
+    return torch.cat([each.expand(batch, -1, -1, -1) if each.shape[0] < batch else each for each in parts], dim=2)
 
-    An additive mask would do the same, but one that needs a gradient throws sdpa off its fused kernels and saves the
-    attention weights. The gates become extra query features and every row's owner an extra one-hot key feature; the
-    widths are filled up to a multiple of 8, which is what the fused kernels take.
+
+def _code(codes: Tensor, width: int, wide: int) -> Tensor:
+    """(A, wide) the columns of chosen slots, which are nothing but features."""
+    return F.pad(codes, (width, wide - width - codes.shape[-1]))
+
+
+def _with_scores(mask: Tensor | None, scores: Tensor, key: Tensor) -> Tensor:
+    """(B, Hq, T, columns + S) additive mask with the scores (B, Hq, T, A) of the first columns."""
+    if mask is None:
+        mask = scores.new_zeros(1, 1, 1, key.shape[2])
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=key.dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(key.dtype).min
+        )
+    rest = mask[..., scores.shape[-1] :].to(key.dtype)
+    return torch.cat([scores.to(key.dtype), rest.expand(*scores.shape[:3], -1)], dim=-1)
+
+
+def gates_of(slots: list[Slots]) -> Tensor | None:
+    """(B, T, up to all R) gates of all rows; those behind the last gated ones are open. None if all are."""
+    gated = [number for number, each in enumerate(slots) if each.gates is not None]
+    if not gated:
+        return None
+    if gated == [0]:
+        return slots[0].gates
+    like = slots[gated[0]].gates
+    assert like is not None
+    return torch.cat(
+        [like.new_zeros(*like.shape[:2], each.key.shape[2]) if each.gates is None else each.gates for each in slots],
+        dim=-1,
+    )
+
+
+def add_gates(mask: Tensor | None, gates: Tensor, query: Tensor, columns: int) -> Tensor:
+    """The attention mask with gates added to the first columns.
 
     Args:
-        query: (B, Hq, T, d).
-        key, value: (B, H, R + S, d), the prompt rows first.
-        log_gates: (B, T, G), minus infinity for closed gates.
-        owner: (R,) gate of each prompt row, -1 for none.
-        scaling: factor of the scores.
+        mask: (B or 1, 1 or Hq, T or 1, columns) boolean or additive, or None.
+        gates: (B, T, up to columns).
+        query: of the dtype that the mask is to have.
+        columns: in front of the text's, and the text's.
 
     Returns:
-        query, key and value of width d + G, filled up to a multiple of 8.
+        (B, 1 or Hq, T, columns) additive mask.
     """
-    width, gates = query.shape[-1], log_gates.shape[-1]
-    fill = -(width + gates) % 8
-    opened = (log_gates / scaling).clamp(min=CLOSED).to(query.dtype)
-    opened = F.pad(opened, (0, fill))[:, None].expand(-1, query.shape[1], -1, -1)
-    code = (owner[:, None] == torch.arange(gates + fill, device=owner.device)).to(key.dtype)
-    code = F.pad(code, (0, 0, 0, key.shape[2] - code.shape[0])).expand(*key.shape[:2], -1, -1)
-    query = torch.cat([query, opened], dim=-1)
-    key = torch.cat([key, code], dim=-1)
-    return query, key, F.pad(value, (0, gates + fill))
-
-
-def gates_by_row(columns: Columns) -> Tensor:
-    """(B, T, up to R) the log-gate of each row; rows behind them are always open."""
-    gates = columns.log_gates
-    assert gates is not None
-    if columns.owner is None:
-        return gates[..., None].expand(*gates.shape, columns.slots).flatten(-2)
-    return F.pad(gates, (0, 1))[..., columns.owner]  # -1 is the gate that is always open
-
-
-def add_gates(mask: Tensor | None, by_row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The attention mask with the gates added to the columns of the rows they own.
-
-    Args:
-        mask: (B or 1, 1 or Hq, T or 1, R + S) boolean or additive, or None.
-        by_row: (B, T, up to R).
-
-    Returns:
-        (B, 1, T, R + S) additive mask in the dtype of `query`.
-    """
-    gates = F.pad(by_row.to(query.dtype), (0, key.shape[2] - by_row.shape[-1]))[:, None]
+    gates = F.pad(gates.to(query.dtype), (0, columns - gates.shape[-1]))[:, None]
     if mask is None:
         return gates
     if mask.dtype == torch.bool:

@@ -23,12 +23,14 @@ class GridBook:
 
     Attributes:
         grids: rows and columns by number of patches.
+        last: rows and columns of the last images, for reports.
         readers: the layers that may read here; nothing is written or changed while none of them does.
     """
 
     def __init__(self, patches: Patches) -> None:
         self.patches = patches
         self.grids: dict[int, Grid] = {}
+        self.last: Grid | None = None
         self.readers: list[Any] = []
         self._names = parameter_names(patches.owner)
         self._handles: list[Any] = []
@@ -49,7 +51,7 @@ class GridBook:
         Raises:
             ValueError: no image of so many patches has come through the patch embedding: patches were dropped.
         """
-        count = tokens - self.patches.prefix
+        count = _number(tokens) - self.patches.prefix
         grid = self.grids.get(count)
         if grid is None:
             raise ValueError(
@@ -59,13 +61,17 @@ class GridBook:
             )
         return grid
 
-    def _is_read(self) -> bool:
-        return any(reader.uses_grid(name) for reader in self.readers for name in reader.working_adapters())
+    def _readers(self) -> list[tuple[Any, str]]:
+        return [(reader, name) for reader in self.readers for name in reader.working_adapters()]
 
     def _after_embedding(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if not self._is_read():
+        readers = self._readers()
+        if not any(reader.needs_patches(name) for reader, name in readers):
             return
-        rows, columns = output.shape[-2:]
+        rows, columns = map(_number, output.shape[-2:])
+        self.last = (rows, columns)
+        if not any(reader.uses_grid(name) for reader, name in readers):
+            return
         known = self.grids.get(rows * columns)
         if known is None:
             known = self.grids.setdefault(rows * columns, (rows, columns))
@@ -79,14 +85,14 @@ class GridBook:
         self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Keep the patches in order where the model would shuffle them (ViT-MAE)."""
-        if "noise" not in self._names or not self._is_read():
+        if "noise" not in self._names or not any(reader.needs_patches(name) for reader, name in self._readers()):
             return None
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         ratio = getattr(getattr(owner, "config", None), "mask_ratio", 0.0)
         if ratio > 0.0 or bound.get("noise") is not None:
             raise ValueError(
-                f"{type(owner).__name__} hides and shuffles patches, and these prompts are made from the whole patch "
-                "grid. Load the weights into ViTModel or ViTForImageClassification, or set config.mask_ratio=0 and "
+                f"{type(owner).__name__} hides and shuffles patches, and the adapter works on the whole patch grid. "
+                "Load the weights into ViTModel or ViTForImageClassification, or set config.mask_ratio=0 and "
                 "pass no noise."
             )
         pixels = bound["pixel_values"]
@@ -96,3 +102,8 @@ class GridBook:
         if len(args) > position:
             return (*args[:position], noise, *args[position + 1 :]), kwargs
         return args, {**kwargs, "noise": noise}
+
+
+def _number(size: int) -> int:
+    """A size as a number: `torch.jit.trace` makes tensors of sizes, which no dictionary finds again."""
+    return int(size) if torch.jit.is_tracing() else size

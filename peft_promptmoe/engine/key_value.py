@@ -4,23 +4,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PromptConfig
-from ..models.call_arguments import first_real, real_tokens
+from ..models.call_arguments import first_real
 from ..models.inspection import parameter_names
+from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
-from .columns import Columns, MaskWithRows, Overheard, expert_table, merge_columns, open_columns
-from .positions import relative_bias, row_positions
-from .projection import project_rows
+from .columns import Columns, MaskWithRows, Overheard, merge_columns
+from .kernels import find_kernel
+from .kernels.dense import SDPA
+from .kernels.kernel import Kernel
+from .positions import first_position, relative_bias, row_positions, slot_offsets
+from .projection import project_experts, project_rows
 from .prompt_layer import PROMPT_CALL, PromptLayer
-from .row_cache import cached_rows
+from .row_cache import cached_rows, note_keys
+from .rows import Rows, columns_of, decoding_table, gated_columns
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, config_view
 
@@ -35,7 +41,7 @@ class KeyValueLayer(PromptLayer):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.has_token_form = False  # whether a `TokenForm` stands by for adapters that ask for it
-        self.kept: dict[Any, Columns] | None = None  # rows that `cached_prompts` makes once
+        self.kept: dict[Any, Rows] | None = None  # rows that `cached_prompts` makes once
         self._names = parameter_names(site.attention)
 
     # -- what a method defines ----------------------------------------------------------------------------------------
@@ -53,13 +59,8 @@ class KeyValueLayer(PromptLayer):
             (B or 1, R, D), R a multiple of the adapter's number of slots; row r is slot r % slots.
         """
 
-    def log_gates(
-        self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None
-    ) -> Tensor | Chosen | None:
-        """(B, T, G) log-gates on the first G * slots rows, minus infinity if closed; None if nothing is gated.
-
-        For one token of each sample and without gradients it may as well say which are open.
-        """
+    def choice(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Chosen | None:
+        """Which experts every token chooses; their rows are the first of `rows`. None if all rows are open to all."""
         return None
 
     def reads_input(self, adapter: str) -> bool:
@@ -132,19 +133,22 @@ class KeyValueLayer(PromptLayer):
         if not adapters:
             return None
         kwargs = dict(kwargs)
-        call = kwargs.pop(PROMPT_CALL, None)
+        call = kwargs.pop(PROMPT_CALL, None) or self.calls.call
+        kernel = SDPA if self.site.is_called else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         x = self.layer_input(bound[self._names[0]])
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
+        if call is not None and not past and any(map(self.reads_query, adapters)):
+            self._look_for_query(call, cached is not None)
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
         # Images have no padding; what BEiT passes as a mask are its relative positions.
-        real = real_tokens(mask, x.shape[1]) if not past and self.site.patches is None else None
-        parts = [self._columns(name, x, real, bound, call, cached, past) for name in adapters]
+        real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None
+        parts = [self._columns(name, x, real, bound, call, cached, past, kernel) for name in adapters]
         columns = merge_columns(parts)
         columns.calls = self.site.calls
         return self.carry(args, kwargs, columns)
@@ -158,6 +162,20 @@ class KeyValueLayer(PromptLayer):
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
 
+    def _look_for_query(self, call: PromptCall, cached: bool) -> None:
+        """Refuse, or say, that a router will read a text with its answer.
+
+        Args:
+            cached: whether there is a cache, as in generation, where all that is given is the query.
+        """
+        if call.knows_query:
+            return
+        if self.training and call.learns:
+            refuse_unknown_query()
+        if not (cached or call.warned or torch.compiler.is_compiling()):
+            call.warned = True
+            warn_of_whole_rows()
+
     def _after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -169,6 +187,8 @@ class KeyValueLayer(PromptLayer):
                 f"{columns.arrived} times in one call instead of {columns.calls}, so the prompts did not join its "
                 "attention as defined. This architecture (or this option of it) is not supported; unload the adapter."
             )
+        if isinstance(columns, Columns):
+            note_keys(self.site, dict(zip(self._names, args, strict=False)) | kwargs)
 
     def _takes_block_input(self) -> bool:
         return self.site.norm is None or isinstance(self.site.norm, nn.Identity)
@@ -196,39 +216,52 @@ class KeyValueLayer(PromptLayer):
         real: Tensor | None,
         bound: dict[str, Any],
         call: PromptCall | None,
-        cached: dict[str, Columns] | None,
+        cached: dict[str, Rows] | None,
         past: bool,
+        kernel: Kernel,
     ) -> Columns:
         config = self.prompt_config[adapter]
-        slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
-        log_gates = self.log_gates(adapter, x, real, call)
-        first = first_real(real)
+        choice, first = self.choice(adapter, x, real, call), first_real(real)
         if past:
             if cached is None or adapter not in cached:
                 raise ValueError(
                     f"The cache holds tokens but no prompt rows of adapter {adapter!r}: it was filled while the "
                     "adapter was off, by another model, or by code that copies caches. Start from a new cache."
                 )
-            columns = Columns(cached[adapter].key, cached[adapter].value, table=cached[adapter].table)
-            first = cached[adapter].first
+            rows = cached[adapter]
         else:
-            columns = self._project(adapter, x, real, bound, call)
+            rows = self._project(adapter, x, real, bound, call, 0 if choice is None else choice.of)
+            if self.site.own is not None:
+                rows = replace(rows, first=first)  # a copy: kept rows serve other texts as well
             if cached is not None:
-                cached[adapter] = Columns(columns.key, columns.value, first=first)
-                if log_gates is not None:
-                    cached[adapter].table = expert_table(columns, slots)
-        if log_gates is not None:
-            columns = open_columns(columns, log_gates, slots)
-        if self.site.bias_owner is not None or self.site.own is not None:
-            offsets = _offsets(columns.key.shape[2], slots, x.device)
-            columns.offsets, columns.first = (offsets if prefix else offsets * 0), first
-        if self.site.own is None and columns.offsets is not None:
-            columns.bias = relative_bias(self.site, first, columns.offsets, x.shape[1])
+                cached[adapter] = rows
+                if rows.experts is not None and kernel.adds_mask and self.site.own is None:
+                    rows.experts.table = decoding_table(rows.experts)
+        slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
+        if self.site.own is not None:
+            columns = gated_columns(rows, choice)
+            offsets = slot_offsets(columns.rows, slots, x.device)
+            columns.offsets, columns.first = (offsets if prefix else offsets * 0), rows.first
+            return columns
+        columns = columns_of(rows, choice, kernel.adds_mask)
+        if self.site.bias_owner is not None:
+            offsets = slot_offsets(slots, slots, x.device)
+            bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
+            assert bias is not None
+            columns.bias = bias.repeat(1, 1, 1, columns.rows // slots)
+            for chosen in columns.chosen:
+                chosen.bias = bias
         return columns
 
     def _project(
-        self, adapter: str, x: Tensor, real: Tensor | None, bound: dict[str, Any], call: PromptCall | None
-    ) -> Columns:
+        self,
+        adapter: str,
+        x: Tensor,
+        real: Tensor | None,
+        bound: dict[str, Any],
+        call: PromptCall | None,
+        experts: int,
+    ) -> Rows:
         """The adapter's key and value rows, or those kept from the last time where they would be the same."""
         config = self.prompt_config[adapter]
         turned = self.site.is_rotary and self.site.patches is None  # by angles that each call brings along
@@ -237,24 +270,24 @@ class KeyValueLayer(PromptLayer):
         # Asked only where rows are kept: of the meta device there is no autocast to ask for.
         key = None if kept is None else (adapter, x.device, x.dtype, torch.is_autocast_enabled(x.device.type))
         if kept is not None and key in kept:
-            return Columns(kept[key].key, kept[key].value)
+            return kept[key]
         rows = self.rows(adapter, x, real, call).to(x.dtype)
-        prefix = config.prompt_positions == "prefix"
-        offsets = _offsets(rows.shape[1], config.num_virtual_tokens, x.device) if prefix else None
-        columns = project_rows(self.site, rows, row_positions(self.site, bound, first_real(real), offsets))
+        slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
+        at = first_position(self.site, bound, first_real(real))
+        if experts:
+            found = project_experts(self.site, rows, slots, experts * slots, at, prefix)
+        else:
+            offsets = slot_offsets(rows.shape[1], slots, x.device) if prefix else None
+            found = project_rows(self.site, rows, row_positions(self.site, at, offsets))
         if kept is not None:
-            kept[key] = Columns(columns.key, columns.value)
-        return columns
-
-
-def _offsets(rows: int, slots: int, device: torch.device) -> Tensor:
-    """(R,) positions of prompt rows relative to the first token: slot p of every expert stands at p - slots."""
-    return torch.arange(rows, device=device) % slots - slots
+            kept[key] = found
+        return found
 
 
 def no_call(attention: nn.Module) -> str:
     return (
-        f"The model does not pass keyword arguments on to {type(attention).__name__}, so its prompt layers cannot "
-        "learn which tokens belong to the query or take part in a balance loss. Use routing='token' (causal language "
-        "models) and balance_loss_weight=0."
+        f"{type(attention).__name__} was called outside a forward of the model that holds its block, or is run again "
+        "by checkpointing in a model that does not pass keyword arguments on. So its prompt layer cannot learn which "
+        "tokens belong to the query or keep a router's centre. Call the model or its encoder and not its blocks, do "
+        "not checkpoint, or use routing='token' (causal models) and router_centering=False."
     )

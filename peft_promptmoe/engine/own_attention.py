@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..models.own_attention import Asked
 from ..models.sites import Site
-from .columns import Columns, gates_by_row, join_rows
+from .columns import Columns, gates_of, join_rows
 
 PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__)
 ADDED_PRODUCTS = (torch.baddbmm, torch.Tensor.baddbmm)
@@ -63,7 +63,8 @@ class OwnSteps(TorchFunctionMode):
             self.weights = func(self.weights, *args[1:], **kwargs)
         elif self.weights is not None and func in PRODUCTS:
             text = func(*args, **kwargs)
-            rows = self.weights.to(text.dtype) @ self.columns.value.to(text.dtype)
+            value = self._of_slots([slots.value for slots in self.columns.slots])
+            rows = self.weights.to(text.dtype) @ value.to(text.dtype)
             self.query = self.weights = None
             self.columns.arrived += 1
             return text + rows.reshape(text.shape)
@@ -76,18 +77,23 @@ class OwnSteps(TorchFunctionMode):
     def _softmax(self, func: Any, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Weights of the text (…, T, S); those of the rows are kept."""
         assert self.query is not None
-        key = self.columns.key.to(self.query.dtype)
+        key = self._of_slots([slots.key for slots in self.columns.slots]).to(self.query.dtype)
         rows = self.query @ key.transpose(-1, -2) * self.own.scale(self.site.attention)
         bias = self._bias(self.query, scores.shape[-1])
         rows = rows if bias is None else rows + bias.to(rows.dtype)
-        if self.columns.log_gates is not None:
-            gates = gates_by_row(self.columns)[:, None].to(rows.dtype)
-            rows = rows + F.pad(gates, (0, rows.shape[-1] - gates.shape[-1]))
+        gates = gates_of(self.columns.slots)
+        if gates is not None:
+            rows = rows + F.pad(gates[:, None].to(rows.dtype), (0, rows.shape[-1] - gates.shape[-1]))
         count = rows.shape[-1]
         joint = torch.cat([rows.to(scores.dtype).reshape(*scores.shape[:-1], count), scores], dim=-1)
         weights = func(joint, *args, **kwargs)
         self.weights = self._by_head(weights[..., :count])
         return weights[..., count:].contiguous()
+
+    def _of_slots(self, parts: list[Tensor]) -> Tensor:
+        """(B or 1, H, R, w) of all rows side by side."""
+        batch = max(part.shape[0] for part in parts)
+        return torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=2)
 
     def _bias(self, query: Tensor, keys: int) -> Tensor | None:
         """(B or 1, H or 1, T or 1, R or 1) what the layer would add to the rows' scores."""
@@ -96,7 +102,8 @@ class OwnSteps(TorchFunctionMode):
         columns, site = self.columns, self.site
         assert columns.offsets is not None
         place = (columns.offsets, columns.first, keys, site.bias_owner)
-        asked = Asked(site.attention, self.bound, query, columns.key, *place)
+        key = self._of_slots([slots.key for slots in columns.slots])
+        asked = Asked(site.attention, self.bound, query, key, *place)
         return self.own.bias(asked)
 
     def _attend(
@@ -112,12 +119,15 @@ class OwnSteps(TorchFunctionMode):
         """The fused kernel, over rows and text."""
         if is_causal:
             raise ValueError("Prompts join attention with a mask, and this layer asks its kernel for a causal one.")
-        width, keys = value.shape[-1], key.shape[2]
-        bias = self._bias(query, keys)
-        query, key, value, mask, scale = join_rows(self.columns, query, key, value, attn_mask, scale)
+        bias, keys, rows = self._bias(query, key.shape[2]), key.shape[2], self.columns.rows
+        joined = join_rows(self.columns, query, key, value, attn_mask, scale)
+        mask = joined.mask
         if bias is not None:
-            bias = F.pad(bias.to(query.dtype).expand(-1, -1, -1, self.columns.key.shape[2]), (0, keys))
+            bias = F.pad(bias.to(query.dtype).expand(-1, -1, -1, rows), (0, keys))
             closed = torch.finfo(query.dtype).min
             mask = bias if mask is None else bias.where(mask, closed) if mask.dtype == torch.bool else bias + mask
         self.columns.arrived += 1
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)[..., :width]
+        output = F.scaled_dot_product_attention(
+            joined.query, joined.key, joined.value, mask, dropout_p, scale=joined.scaling
+        )
+        return joined.finish(output.transpose(1, 2)).transpose(1, 2)

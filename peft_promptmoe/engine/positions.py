@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 @dataclass
 class Positions:
-    """Positions of prompt rows in the terms of one attention layer.
+    """Positions of prompt rows in the terms of one attention layer; nothing at all where it has none.
 
     Attributes:
         cos, sin: (B or 1, R or 1, r) of the rows' angles, where the layer is given rotary tables.
@@ -34,63 +34,98 @@ class Positions:
     is_complex: bool = False
 
     @property
+    def angle(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.cos is None or self.sin is None else (self.cos, self.sin)
+
+    @property
     def batch(self) -> int:
         """B, or 1 where the rows stand alike in all samples."""
         return max((part.shape[0] for part in (self.cos, self.ids) if part is not None), default=1)
 
     def tables(self, batch: int, rows: int, sine_first: bool) -> Any:
         """The tables in the layer's own form, None if it has none."""
-        if self.cos is None or self.sin is None:
+        if self.angle is None:
             return None
-        cos, sin = (table.expand(batch, rows, -1) for table in (self.cos, self.sin))
+        cos, sin = (table.expand(batch, rows, -1) for table in self.angle)
         if self.is_complex:
             return torch.complex(cos.float(), sin.float())
         return (sin, cos) if sine_first else (cos, sin)
 
 
-def row_positions(site: Site, bound: dict[str, Any], first: Tensor | None, offsets: Tensor | None) -> Positions:
+def first_position(site: Site, bound: dict[str, Any], first: Tensor | None) -> Positions:
+    """Position of each sample's first real token, from what the attention layer is given.
+
+    Args:
+        bound: the attention call's arguments by name.
+        first: (B,) column of the first real token, None for column 0 of all.
+
+    Returns:
+        Nothing for models without rotary embedding, and for vision models, which turn patches only.
+    """
+    if not site.is_rotary or site.patches is not None:
+        return Positions()
+    given = bound.get("position_embeddings")
+    if given is None:
+        return Positions(ids=_column(bound.get("position_ids"), first))
+    pair = as_pair(given, site.sine_first)
+    if pair is None:
+        raise ValueError(unknown_form(site))
+    cos, sin = (_column(table, first) for table in pair)
+    return Positions(cos, sin, is_complex=isinstance(given, Tensor))
+
+
+def _column(table: Any, first: Tensor | None) -> Any:
+    """(B or 1, 1, ...) entries of the first real token; None of what is no table."""
+    if not isinstance(table, Tensor):
+        return None
+    if first is None:
+        return table[:, :1]
+    index = first.reshape(-1, 1, *[1] * (table.ndim - 2)).expand(-1, 1, *table.shape[2:])
+    return table.expand(first.shape[0], *table.shape[1:]).gather(1, index)
+
+
+def row_positions(site: Site, at: Positions, offsets: Tensor | None) -> Positions:
     """Positions of prompt rows that stand `offsets` away from each sample's first real token.
 
     The first token's own angle comes from the tables that the layer was given and the offset's from the model's rotary
     module; the sum of angles needs neither position ids nor the layout of the tables.
 
     Args:
-        bound: the attention call's arguments by name.
-        first: (B,) column of the first real token, None for column 0 of all.
+        at: of `first_position`.
         offsets: (R,) integers, none above zero; None puts every row where the first token is ("unrotated").
+    """
+    if offsets is None:
+        return at
+    if at.ids is not None:
+        return Positions(ids=at.ids + offsets[None])
+    if at.angle is None:
+        return at
+    cos, sin = at.angle
+    by_cos, by_sin = offset_tables(site, cos, offsets)
+    scale = rotary_scaling(site)
+    return replace(at, cos=(cos * by_cos - sin * by_sin) / scale, sin=(sin * by_cos + cos * by_sin) / scale)
+
+
+def offset_tables(site: Site, like: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines of offsets, from the model's rotary module.
+
+    Args:
+        like: (B or 1, 1, r) cosines.
+        offsets: (R,) integers, none above zero; None for no offset, of one row that stands for all.
 
     Returns:
-        No positions for models without rotary embedding, and for vision models, which turn patches only.
+        (cos, sin), each (1, R or 1, r), scaled as the module scales them.
     """
-    given = bound.get("position_embeddings")
-    if not site.is_rotary or site.patches is not None:
-        return Positions()
-    if given is None:
-        start = _first_column(bound.get("position_ids"), first)
-        return Positions(ids=start if start is None or offsets is None else start + offsets[None])
-    pair = as_pair(given, site.sine_first)
-    if pair is None:
-        raise ValueError(unknown_form(site))
-    is_complex = isinstance(given, Tensor)
-    cos, sin = (_first_column(table, first) for table in pair)
     if offsets is None:
-        return Positions(cos, sin, is_complex=is_complex)
+        return torch.full_like(like[:1], rotary_scaling(site)), torch.zeros_like(like[:1])
     if not can_stand_before(site):
         raise ValueError(no_angles(site))
+    named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
     # Tables that are stored by position have none below zero; an angle turned back has the opposite sine.
-    by_cos, by_sin = tables_at(site, offsets.abs()[None], given[0] if isinstance(given, (tuple, list)) else given.real)
-    scale = rotary_scaling(site)
-    return Positions(
-        (cos * by_cos + sin * by_sin) / scale, (sin * by_cos - cos * by_sin) / scale, is_complex=is_complex
-    )
-
-
-def _first_column(table: Any, first: Tensor | None) -> Any:
-    """(B or 1, 1, ...) entries of the first real token."""
-    if not isinstance(table, Tensor) or first is None:
-        return table[:, :1] if isinstance(table, Tensor) else None
-    index = first.reshape(-1, 1, *[1] * (table.ndim - 2)).expand(-1, 1, *table.shape[2:])
-    return table.expand(first.shape[0], *table.shape[1:]).gather(1, index)
+    pair = as_pair(site.rotary(like, offsets.abs()[None], **named), site.sine_first)
+    if pair is None:
+        raise ValueError(unknown_form(site))
+    return pair[0], -pair[1]
 
 
 def as_pair(given: Any, sine_first: bool) -> tuple[Tensor, Tensor] | None:
@@ -102,19 +137,6 @@ def as_pair(given: Any, sine_first: bool) -> tuple[Tensor, Tensor] | None:
     if any(not isinstance(table, Tensor) or table.ndim != 3 for table in given):
         return None
     return (given[1], given[0]) if sine_first else (given[0], given[1])
-
-
-def tables_at(site: Site, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the model's rotary module at `positions` (B, R).
-
-    Raises:
-        ValueError: it makes tables of a form that prompts cannot be given.
-    """
-    named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
-    pair = as_pair(site.rotary(like, positions, **named), site.sine_first)
-    if pair is None:
-        raise ValueError(unknown_form(site))
-    return pair
 
 
 def unknown_form(site: Site) -> str:
@@ -148,6 +170,11 @@ def rotary_scaling(site: Site) -> float:
     """Factor that the rotary module puts on its cosines and sines (1 but for YaRN and its kin)."""
     name = f"{site.rotary_type}_attention_scaling" if site.rotary_type is not None else "attention_scaling"
     return getattr(site.rotary, name, 1.0)
+
+
+def slot_offsets(rows: int, slots: int, device: torch.device) -> Tensor:
+    """(R,) positions of prompt rows relative to the first token: slot p of every expert stands at p - slots."""
+    return torch.arange(rows, device=device) % slots - slots
 
 
 def relative_bias(site: Site, first: Tensor | None, offsets: Tensor, length: int) -> Tensor | None:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..models.inspection import parameter_names, reads_into, unwrapped_forward
 from ..models.sites import Site
-from .columns import Columns, Harvest, MaskWithRows
-from .positions import Positions
+from .chosen_slots import Rotate, Turn
+from .columns import Harvest, MaskWithRows
+from .positions import Positions, offset_tables, rotary_scaling, row_positions, slot_offsets
+from .rows import Experts, Rows
 from .transformers_attention import COLUMNS
 
 
-def project_rows(site: Site, rows: Tensor, positions: Positions) -> Columns:
+def project_rows(site: Site, rows: Tensor, positions: Positions) -> Rows:
     """Key and value rows of prompt rows, by the layer's own norm and projections.
 
     Families of the table project directly; elsewhere the layer itself is run on the rows ("harvest"), which gives the
@@ -33,13 +35,13 @@ def project_rows(site: Site, rows: Tensor, positions: Positions) -> Columns:
     return project_directly(site, normed, positions)
 
 
-def project_directly(site: Site, normed: Tensor, positions: Positions) -> Columns:
+def project_directly(site: Site, normed: Tensor, positions: Positions) -> Rows:
     """Key and value rows through the projections that the family's table entry names."""
     family, attention = site.family, site.attention
     assert family is not None
     if family.own is not None:
         key, value = family.own.project(attention, normed)
-        return Columns(_turned(site, key, positions), value)
+        return Rows(_turned(site, key, positions), value)
     width = getattr(attention, family.head_dim)
     if family.fused is not None:
         key, value = _fused_projection(getattr(attention, family.fused), normed)
@@ -49,18 +51,58 @@ def project_directly(site: Site, normed: Tensor, positions: Positions) -> Column
     value = value.unflatten(-1, (-1, width)).transpose(1, 2)
     if family.key_norm is not None:
         key = getattr(attention, family.key_norm)(key)
-    key = _turned(site, key, positions)
-    return Columns(key, value.expand(key.shape[0], -1, -1, -1))
+    return Rows(_turned(site, key, positions), value)
 
 
 def _turned(site: Site, key: Tensor, positions: Positions) -> Tensor:
-    """Keys (B or 1, H, R, d) turned by the rows' angles, where there are any."""
-    if positions.cos is None or positions.sin is None:
-        return key
-    rotate = unwrapped_forward(site.attention).__globals__["apply_rotary_pos_emb"]
-    # The function rotates a query and a key; the key stands in for both.
-    turned: Tensor = rotate(key, key, positions.cos.to(key.dtype), positions.sin.to(key.dtype))[1]
-    return turned
+    angle = positions.angle
+    return key if angle is None else Turn(*angle, rotation(site)).there(key)
+
+
+def rotation(site: Site) -> Rotate:
+    """The function by which a layer of the table turns queries and keys."""
+    found: Rotate = unwrapped_forward(site.attention).__globals__["apply_rotary_pos_emb"]
+    return found
+
+
+def project_experts(
+    site: Site,
+    rows: Tensor,
+    slots: int,
+    routed: int,
+    at: Positions,
+    prefix: bool,
+) -> Rows:
+    """Key and value rows of an adapter whose tokens choose among experts.
+
+    Keys of experts are turned by their offsets alone where samples begin at places of their own: then queries are
+    turned back instead, for keys of each sample would be as many as samples times experts.
+
+    Args:
+        rows: (1, R, D) in the place of layer inputs, those of experts first.
+        slots: rows of one expert, P.
+        routed: rows of all experts, E * P.
+        at: of `first_position`.
+        prefix: whether rows stand before the text and not where it begins.
+    """
+    offsets = slot_offsets(rows.shape[1], slots, rows.device) if prefix else None
+    angle = at.angle
+    if angle is None or angle[0].shape[0] == 1 or not _turns_queries(site):
+        found = project_rows(site, rows, row_positions(site, at, offsets))
+        experts = Experts(found.key[:, :, :routed], found.value[:, :, :routed], slots)
+        return Rows(found.key[:, :, routed:], found.value[:, :, routed:], experts)
+    found = project_directly(site, site.norm(rows) if site.norm is not None else rows, Positions())
+    rotate, scale = rotation(site), rotary_scaling(site)
+    by_offset = Turn(*offset_tables(site, angle[0], None if offsets is None else offsets[:routed]), rotate)
+    experts = Experts(by_offset.there(found.key[:, :, :routed]), found.value[:, :, :routed], slots)
+    experts.turn = Turn(angle[0] / scale, angle[1] / scale, rotate)
+    placed = row_positions(site, at, None if offsets is None else offsets[routed:])
+    return Rows(_turned(site, found.key[:, :, routed:], placed), found.value[:, :, routed:], experts)
+
+
+def _turns_queries(site: Site) -> bool:
+    """Whether queries may be turned in place of experts' keys."""
+    return site.family is not None and site.family.direct and site.own is None
 
 
 def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +123,7 @@ def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Te
     return key, value
 
 
-def harvest(site: Site, normed: Tensor, positions: Positions) -> Columns:
+def harvest(site: Site, normed: Tensor, positions: Positions) -> Rows:
     """Key and value rows by running the attention layer on the prompt rows and stopping at the interface.
 
     The layer is given the rows and their positions and nothing of the text's call, neither masks nor states, so what
@@ -92,21 +134,18 @@ def harvest(site: Site, normed: Tensor, positions: Positions) -> Columns:
     """
     attention, caught = site.attention, Harvest()
     batch, count = max(normed.shape[0], positions.batch), normed.shape[1]
-    rows = normed.expand(batch, -1, -1)
-    carried = {COLUMNS: caught}
-    arguments = _arguments(site, rows, positions)
+    carried: dict[str, Any] = {COLUMNS: caught}
+    arguments = _arguments(site, normed.expand(batch, -1, -1), positions)
     if site.rows_by_mask:
         carried, arguments["attention_mask"] = {}, MaskWithRows(None, caught)
     attention.forward(**arguments, **carried)
-    made = [caught.key, caught.value]
-    if caught.arrived != site.calls or any(
-        part is None or part.shape[0] != batch or part.shape[2] != count for part in made
-    ):
+    made = [None if part is None else (part.ndim, part.shape[0], part.shape[2]) for part in (caught.key, caught.value)]
+    if caught.arrived != site.calls or any(shape != (4, batch, count) for shape in made):
         raise RuntimeError(
             f"{type(attention).__name__} does not make one key and one value of each prompt row when it is run on "
             "them; this architecture is not supported."
         )
-    return Columns(caught.key, caught.value)  # type: ignore[arg-type]
+    return Rows(caught.key, caught.value)  # type: ignore[arg-type]
 
 
 def _arguments(site: Site, rows: Tensor, positions: Positions) -> dict[str, Any]:

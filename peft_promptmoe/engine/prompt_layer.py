@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
 from ..models.sites import Site
+from ..routing.prompt_call import CallBook
 from ..routing.record import Chosen, Observer, RoutingRecord
 from .grid_book import GridBook
 
@@ -28,6 +29,8 @@ class PromptLayer(AdapterState):
     """
 
     method: ClassVar[str]
+    # What it is to the model, in the words of a refusal to merge.
+    joins_as: ClassVar[str] = "its prompts are extra attention rows"
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -35,6 +38,7 @@ class PromptLayer(AdapterState):
         self.last_routing: dict[str, RoutingRecord] = {}
         self.observers: list[Observer] = []
         self.grids: GridBook | None = None
+        self.calls = CallBook()  # the model's own, once it knows of the layer
         self.shared: tuple[SharedLayer, ...] = ()  # a tuple, so that the root's module is no child of this one
         self._handles: list[Any] = []
 
@@ -68,9 +72,31 @@ class PromptLayer(AdapterState):
         """Whether the layer's router reads a whole row, which then must hold one sample only."""
         return False
 
+    def needs_patches(self, adapter: str) -> bool:
+        """Whether the adapter works on all patches of an image, in whatever shape."""
+        return self.uses_grid(adapter)
+
     def uses_grid(self, adapter: str) -> bool:
-        """Whether the adapter's rows are made from the patch grid."""
+        """Whether rows and columns of the patch grid matter to the adapter."""
         return False
+
+    def leaves_word(self, adapter: str) -> bool:
+        """Whether the layer leaves word of what it saw, in forwards of the current mode, for the method to act on."""
+        return False
+
+    def meet(self, layers: list[Any]) -> None:
+        """Hear of all layers of the model, this one among them; called after each injection."""
+
+    @classmethod
+    def before_training(cls, layers: list[Any]) -> None:
+        """What a method does with its layers before a forward in which they leave word."""
+
+    @classmethod
+    def after_training(cls, layers: list[Any]) -> None:
+        """What a method does with its layers after such a forward, on all processes alike."""
+
+    def settle(self) -> None:
+        """Let what training has left pending come into force; called when the model goes into evaluation."""
 
     def wants_shared(self, adapter: str) -> bool:
         """Whether the layer takes part in what the method's layers share."""
@@ -80,12 +106,6 @@ class PromptLayer(AdapterState):
 
     def get_base_layer(self) -> nn.Module:
         return self.site.attention
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(no_merge(self.method))
-
-    def unmerge(self) -> None:
-        raise ValueError(no_merge(self.method))
 
     # -- in and out of the model --------------------------------------------------------------------------------------
 
@@ -102,14 +122,7 @@ class PromptLayer(AdapterState):
 
     def note(self, adapter: str, gates: Tensor | Chosen, real: Tensor | None) -> None:
         """Keep what a router chose, for whoever asks after the forward, and tell those who listen."""
-        record = RoutingRecord(gates.detach() if isinstance(gates, Tensor) else gates, real, self.training)
+        record = RoutingRecord(gates.detach(), real, self.training)
         self.last_routing[adapter] = record
         for observer in self.observers:
             observer(self.site.name, adapter, record)
-
-
-def no_merge(method: str) -> str:
-    return (
-        f"{method} cannot be merged into the base weights: its prompts are extra attention rows, no change of a "
-        "weight. Keep the adapter loaded, or use unload() to get the base model back."
-    )

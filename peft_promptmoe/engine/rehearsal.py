@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..models.inspection import parameter_names
 from ..models.reachable import TROUBLE, CannotJoin
-from ..models.targets import is_encoder_decoder
+from ..models.reader import text_reader
 from .columns import Overheard
 from .eval_mode import eval_mode
+from .kernels import known_kernel
 from .key_value import KeyValueLayer
 from .model_hooks import prompt_layers
-from .positions import can_stand_before, row_positions
+from .positions import can_stand_before, first_position, row_positions
 from .projection import project_rows
 
 TOKENS = 3
@@ -52,13 +54,47 @@ def listening(model: nn.Module) -> Iterator[dict[str, list[Heard]]]:
     try:
         for layer in layers:
             layer._disable_adapters = True  # enable_adapters() would also touch what trains
-        with torch.no_grad(), eval_mode(model):
+        with torch.no_grad(), eval_mode(model), _plain_attention(model):
             yield heard
     finally:
         for handle in handles:
             handle.remove()
         for layer, was in disabled.items():
             layer._disable_adapters = was
+
+
+@contextmanager
+def saved_modules_of(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Let saved modules be what they will be while the adapter is active, which a second one is not yet."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    active: list[tuple[Any, Any]] = [(wrapper, wrapper._active_adapter) for wrapper in wrappers]
+    try:
+        for wrapper, _ in active:
+            wrapper._active_adapter = adapter if adapter in wrapper.modules_to_save else []
+        yield
+    finally:
+        for wrapper, was in active:
+            wrapper._active_adapter = was
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Run models of flash and flex kernels by eager attention: they get adapters before they go to their GPU."""
+    configs = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        config = getattr(config, "real", config)
+        name = getattr(config, "_attn_implementation", None)
+        kernel = known_kernel(name)
+        if kernel is not None and kernel.reads_config:
+            configs[id(config)] = (config, name)
+    for config, _ in configs.values():
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, name in configs.values():
+            config._attn_implementation = name
 
 
 def _layers(model: nn.Module) -> list[KeyValueLayer]:
@@ -116,7 +152,8 @@ def _compare(layer: KeyValueLayer, run: Heard) -> bool:
     if can_stand_before(site):
         places.append((0, torch.tensor([-1], device=x.device)))
     for column, offsets in places:
-        rows = project_rows(site, x[:, column : column + 1], row_positions(site, run.bound, first, offsets))
+        at = row_positions(site, first_position(site, run.bound, first), offsets)
+        rows = project_rows(site, x[:, column : column + 1], at)
         for made, own in ((rows.key[:, :, 0], key[:, :, column]), (rows.value[:, :, 0], value[:, :, column])):
             if (made - own).abs().mean() > CLOSE * own.abs().mean():
                 reason = "a prompt that is what a token is gets another key or value than the token"
@@ -128,11 +165,11 @@ def _feed(model: Any) -> Callable[[], Any] | None:
     """What runs the model on a few tokens or on one image; None if it reads neither."""
     if any(parameter.is_meta for name, parameter in model.named_parameters() if "promptmoe" not in name):
         return None
-    name = getattr(model, "main_input_name", None)
-    if name == "input_ids" and model.get_input_embeddings() is not None:
-        ids = torch.arange(5, 5 + TOKENS, device=next(model.parameters()).device)[None]
-        reader = model.get_encoder() if is_encoder_decoder(model) else getattr(model, "base_model", model)
+    reader = text_reader(model)
+    if reader is not None:
+        ids = torch.arange(5, 5 + TOKENS, device=next(reader.parameters()).device)[None]
         return lambda: reader(input_ids=ids)
+    name = getattr(model, "main_input_name", None)
     sizes = _image(model)
     if sizes is None:
         return None

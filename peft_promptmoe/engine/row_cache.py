@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt rows kept with a model's key/value cache, so that decoding steps do not make them again."""
+"""Prompt rows kept with a model's key/value cache, so that decoding steps do not make them again.
+
+They live in the cache's layer, beside the keys and values of the text, and go where these go: see `row_keeper`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,12 +16,12 @@ from torch import Tensor
 
 from ..models.call_arguments import given_cache
 from ..models.sites import Site
-from .columns import Columns
+from .rows import Rows
 
-CACHE_ROWS = "_promptmoe_rows"
+ROWS, KEYS = "_promptmoe_rows", "_promptmoe_keys"
 
 
-def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, Columns] | None, bool]:
+def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, Rows] | None, bool]:
     """A layer's key and value rows kept with the call's cache, and whether the cache already holds tokens.
 
     Without a cache there is nothing to keep rows with, and None instead of them.
@@ -24,21 +30,136 @@ def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[st
         site: the attention layer.
         bound: the attention call's arguments by name.
         tokens: that the call brings.
+
+    Raises:
+        ValueError: the cache is of a kind that cannot keep rows, or its keys were changed by hand, so that rows of
+            several samples may belong to others now.
     """
-    cache = given_cache(bound)
-    if cache is None or not hasattr(cache, "get_seq_length"):
+    layer = _cache_layer(site, bound)
+    if layer is None:
         return None, False
-    slot = cache_slot(site, bound)
-    length = cache.get_seq_length(slot)
+    length = layer.get_seq_length()
     if isinstance(length, Tensor):
         # A static cache counts on the device. Compiled code cannot ask; there, single tokens are decoding steps.
-        past = _continues((site.name, slot), cache, tokens) if torch.compiler.is_compiling() else bool(length > 0)
+        past = _continues(site, layer, tokens) if torch.compiler.is_compiling() else bool(length > 0)
     else:
         past = length > 0
-    rows = cache.__dict__.setdefault(CACHE_ROWS, {})
-    if not past:
-        rows[site.name, slot] = {}
-    return rows.setdefault((site.name, slot), {}), past
+    rows = layer.__dict__.get(ROWS, {})
+    if past:
+        own = rows.get(site.name, {})
+        _check_unchanged(layer, own)
+        return own, True
+    own = {}
+    layer.__dict__[ROWS] = {**rows, site.name: own}  # a new one, for a shallow copy of the layer has the old one
+    if not torch.compiler.is_compiling() and not hasattr(layer, "keeps_rows_of"):
+        layer.__class__ = row_keeper(type(layer))  # type: ignore[arg-type]
+    return own, False
+
+
+def note_keys(site: Site, bound: dict[str, Any]) -> None:
+    """Remember the keys that a layer's rows belong to; called when the cache has taken in a call's tokens."""
+    layer = _cache_layer(site, bound)
+    if layer is not None and ROWS in layer.__dict__:
+        layer.__dict__[KEYS] = getattr(layer, "keys", None)
+
+
+@lru_cache(maxsize=64)
+def row_keeper(kind: Any) -> Any:
+    """The class of a cache layer whose prompt rows do what its keys and values do.
+
+    Caches hand every operation on to their layers, so this is the place where none is missed, whoever holds the layer.
+    A layer becomes one when rows are put into it, and goes on as a layer of its own kind.
+
+    Args:
+        kind: class of the layer.
+    """
+
+    class Keeper(kind):
+        _layer_type = None  # or transformers would make this class for all layers of that type from now on
+        keeps_rows_of = kind
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            super().reorder_cache(beam_idx)
+            _follow(self, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            super().batch_repeat_interleave(repeats)
+            _follow(self, lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            super().batch_select_indices(indices)
+            _follow(self, lambda rows: rows[indices, ...])
+
+        def crop(self, tokens_to_remove: int) -> None:
+            super().crop(tokens_to_remove)
+            _follow(self)
+
+        def offload(self) -> None:
+            super().offload()
+            _follow(self)
+
+        def prefetch(self) -> None:
+            super().prefetch()
+            _follow(self)
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _rebuilt, (kind,), self.__dict__
+
+    for name in ("batch_repeat_interleave", "batch_select_indices"):
+        if not hasattr(kind, name):  # static caches offer neither
+            delattr(Keeper, name)
+    Keeper.__name__, Keeper.__qualname__, Keeper.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    return Keeper
+
+
+def _rebuilt(kind: Any) -> Any:
+    keeper = row_keeper(kind)
+    return keeper.__new__(keeper)
+
+
+def _follow(layer: Any, change: Callable[[Tensor], Tensor] | None = None) -> None:
+    """Let a layer's rows follow a change of its batch, and belong to the keys that it has now."""
+    if change is not None:
+        layer.__dict__[ROWS] = {
+            site: {adapter: _changed(kept, change) for adapter, kept in own.items()}
+            for site, own in layer.__dict__.get(ROWS, {}).items()
+        }
+    layer.__dict__[KEYS] = getattr(layer, "keys", None)
+
+
+def _changed(kept: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Kept rows with a change of the batch; what is the same for all samples, of batch 1, stays."""
+    if isinstance(kept, Tensor):
+        return change(kept) if kept.shape[0] > 1 else kept
+    if is_dataclass(kept) and not isinstance(kept, type):
+        return replace(kept, **{part.name: _changed(getattr(kept, part.name), change) for part in fields(kept)})
+    if isinstance(kept, tuple) and hasattr(kept, "_replace"):
+        return type(kept)(*(_changed(part, change) for part in kept))
+    return kept
+
+
+def _of_several_samples(own: dict[str, Rows]) -> bool:
+    found: list[Tensor] = []
+
+    def see(rows: Tensor) -> Tensor:
+        found.append(rows)
+        return rows
+
+    for kept in own.values():
+        _changed(kept, see)
+    return bool(found)
+
+
+def _check_unchanged(layer: Any, own: dict[str, Rows]) -> None:
+    """Refuse rows of several samples where the keys are others than those they were left with."""
+    noted = layer.__dict__.pop(KEYS, None)  # no longer held, so that the cache's update frees them as ever
+    if noted is None or noted is getattr(layer, "keys", None) or not _of_several_samples(own):
+        return
+    raise ValueError(
+        "The keys of this cache were replaced since the last call, and the prompt rows that it keeps for each sample "
+        "cannot follow. Change caches by their own methods (reorder_cache, batch_repeat_interleave, "
+        "batch_select_indices, crop) and outside compiled code, or start from a new cache."
+    )
 
 
 # What layers that run several times in a forward add to their number, for the cache to tell the runs apart.
@@ -47,17 +168,35 @@ SLOT_OFFSETS = ("cycle_offset", "cache_offset")
 
 def cache_slot(site: Site, bound: dict[str, Any]) -> int:
     """Number of the cache's layer that this run of the attention layer writes to."""
-    number = bound.get("layer_idx")  # Zamba's one layer stands at many places
+    number, layer = bound.get("layer_idx"), site.attention  # Zamba's one layer stands at many places
     if number is None:
-        number = (
-            site.attention.layer_idx if hasattr(site.attention, "layer_idx") else site.attention.layer_id
-        )  # GPT-Neo
+        number = layer.layer_idx if hasattr(layer, "layer_idx") else layer.layer_id  # GPT-Neo
     return int(number + sum(bound.get(name) or 0 for name in SLOT_OFFSETS))
 
 
-def _continues(run: tuple[str, int], cache: Any, tokens: int) -> bool:
+def _cache_layer(site: Site, bound: dict[str, Any]) -> Any | None:
+    """The part of the call's cache that belongs to the attention layer; None without a cache that counts tokens."""
+    cache = given_cache(bound)
+    if cache is None or not hasattr(cache, "get_seq_length"):
+        return None
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers, index = getattr(cache, "layers", None), cache_slot(site, bound)
+    if layers is not None:
+        kind = getattr(cache, "layer_class_to_replicate", None)
+        while kind is not None and len(layers) <= index:
+            layers.append(kind())  # as the cache's update does in a moment
+        if index < len(layers) and hasattr(layers[index], "get_seq_length"):
+            return layers[index]
+    raise ValueError(
+        f"Prompt rows are kept in a layer of the cache, and this {type(cache).__name__} has none for {site.name!r}. "
+        "Use a cache of transformers (DynamicCache, StaticCache), leave out layers that share another layer's keys by "
+        "exclude_modules, or set use_cache=False."
+    )
+
+
+def _continues(site: Site, layer: Any, tokens: int) -> bool:
     """Whether compiled code is to go on with the cache's rows, told by there being any."""
-    kept = bool(cache.__dict__.get(CACHE_ROWS, {}).get(run))
+    kept = bool(layer.__dict__.get(ROWS, {}).get(site.name))
     if kept and tokens > 1:
         raise ValueError(
             "Compiled code cannot tell a further chunk of a static cache from a new text. Give the text in one piece "

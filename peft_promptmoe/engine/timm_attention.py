@@ -57,12 +57,15 @@ def _attend(
 ) -> Tensor:
     if is_causal:
         raise ValueError("Prompts join timm's bidirectional attention only, and this layer was called with is_causal.")
-    width = value.shape[-1]
-    # Keys and values are copied together with the rows; a query that stayed a view would keep all three of the fused
-    # projection alive for the backward pass.
-    query = query.clone() if query.requires_grad else query
-    query, key, value, attn_mask, scale = join_rows(columns, query, key, value, attn_mask, scale)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, scale=scale)[..., :width]
+    if not columns.chosen and query.requires_grad:
+        # Keys and values are copied together with the rows; a query that stayed a view would keep all three of the
+        # fused projection alive for the backward pass.
+        query = query.clone()
+    joined = join_rows(columns, query, key, value, attn_mask, scale)
+    output = F.scaled_dot_product_attention(
+        joined.query, joined.key, joined.value, joined.mask, dropout_p, scale=joined.scaling
+    )
+    return joined.finish(output.transpose(1, 2)).transpose(1, 2)
 
 
 class JoinedForward:

@@ -7,18 +7,20 @@ prepended to the block's input and nothing is dropped behind it; the decoder's m
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PromptConfig
+from ..config import VirtualTokensConfig
 from ..models.call_arguments import first_real, real_tokens
 from ..models.inspection import parameter_names
 from ..models.sites import Site
+from ..models.targets import model_type
 from .key_value import KeyValueLayer, no_call
-from .positions import as_pair, bias_at, relative_bias, row_positions
+from .positions import as_pair, bias_at, first_position, relative_bias, row_positions
 from .prompt_layer import PROMPT_CALL
 
 
@@ -58,7 +60,7 @@ class TokenForm:
                 "agree."
             )
         bound = dict(zip(self._names, args, strict=False)) | kwargs
-        x, mask, call = bound["hidden_states"], bound.get("attention_mask"), bound.get(PROMPT_CALL)
+        x, mask, call = bound["hidden_states"], bound.get("attention_mask"), bound.get(PROMPT_CALL) or layer.calls.call
         real = real_tokens(mask, x.shape[1])
         rows = []
         for name in adapters:
@@ -81,11 +83,11 @@ class TokenForm:
         positional = tuple(bound.pop(name) for name in self._names[: len(args)])
         return positional, bound
 
-    def _tables(self, config: PromptConfig, bound: dict[str, Any], first: Tensor | None) -> Any:
+    def _tables(self, config: VirtualTokensConfig, bound: dict[str, Any], first: Tensor | None) -> Any:
         """Rotary tables of an adapter's prompts, in the form that the block takes."""
         device, count = bound["hidden_states"].device, config.num_virtual_tokens
         offsets = _positions(config, device) if config.prompt_positions == "prefix" else None
-        positions = row_positions(self.site, bound, first, offsets)
+        positions = row_positions(self.site, first_position(self.site, bound, first), offsets)
         return positions.tables(positions.batch, count, self.site.sine_first)
 
     def _before_decoder(
@@ -101,15 +103,34 @@ class TokenForm:
         return args, {**kwargs, "encoder_attention_mask": F.pad(mask, (more, 0), value=1)}
 
 
-def _positions(config: PromptConfig, device: torch.device) -> Tensor:
+def _positions(config: VirtualTokensConfig, device: torch.device) -> Tensor:
     """(P,) positions of an adapter's prompts relative to the first real token."""
     before = torch.arange(-config.num_virtual_tokens, 0, device=device)
     return before if config.prompt_positions == "prefix" else torch.zeros_like(before)
 
 
-def takes_bias(site: Site) -> bool:
-    """Whether relative positions, if the layer has any, can be given to its block from outside (T5, not UMT5)."""
-    return site.bias_owner is None or "position_bias" in parameter_names(site.block)
+# What models of sound call their parts, inputs and kinds; their decoders read times off the number of frames, or make
+# their masks from it.
+SOUND = re.compile(r"audio|speech|input_features|input_values", re.IGNORECASE)
+
+
+def why_decoder_cannot_see(model: Any, site: Site) -> str | None:
+    """Why an encoder-decoder's decoder cannot be handed prompts with the encoder's output; None where it can.
+
+    Args:
+        model: the encoder-decoder.
+        site: the attention layer of an encoder block.
+    """
+    name = type(model).__name__
+    parts = [child for child, _ in model.named_children()]
+    words = [model_type(model) or "", getattr(model, "main_input_name", ""), *parts]
+    if any(SOUND.search(word) for word in words):
+        return f"the decoder of {name} reads times or masks off the length of the encoder's output"
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" and not model.can_generate():
+        return f"the decoder of {name} reads places off the encoder's output, and prompts have none"
+    if site.bias_owner is not None and "position_bias" not in parameter_names(site.block):
+        return f"{type(site.attention).__name__} keeps the relative positions to itself in which prompts would stand"
+    return None
 
 
 def extend_both_ways(mask: Tensor | None, slots: int) -> Tensor | None:

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ..models.inspection import parameter_names
-from ..models.patches import Patches
 from ..models.sites import Site
-from .prompt_layer import PromptLayer
+from .block_layer import BlockLayer
 
 CARRIED = "_promptmoe_carried"
 
 
-class TokenLayer(PromptLayer):
+class TokenLayer(BlockLayer):
     """Prompts that pass through the whole block of a vision transformer as real tokens behind its prefix tokens."""
+
+    joins_as = "its prompts are tokens of whole blocks"
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -45,11 +46,10 @@ class TokenLayer(PromptLayer):
         """Whether the prompts that come out of the block before are read here."""
 
     def hook(self) -> list[Any]:
-        block = self.site.block
         return [
-            block.register_forward_pre_hook(self._before_block, with_kwargs=True),
-            # Before all others: those that transformers captures hidden states by see tokens without prompts.
-            block.register_forward_hook(self._after_block, prepend=True),
+            self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
+            *super().hook(),
+            self.site.attention.register_forward_hook(self._after_attention, prepend=True),
         ]
 
     def working_adapter(self) -> str | None:
@@ -83,22 +83,30 @@ class TokenLayer(PromptLayer):
                     "be carried on. If the model checkpoints activations, do so with use_reentrant=False; if FSDP "
                     "shards it, train with DDP; otherwise set carry_prompts=False."
                 )
-        patches = self._patches()
-        prompts = self.tokens(adapter, x[:, patches.prefix :], carried).to(x.dtype)
-        x = torch.cat([x[:, : patches.prefix], prompts, x[:, patches.prefix :]], dim=1)
+        prefix = self.patches.prefix
+        prompts = self.tokens(adapter, x[:, prefix:], carried).to(x.dtype)
+        x = torch.cat([x[:, :prefix], prompts, x[:, prefix:]], dim=1)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, self._names[0]: x})
 
-    def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def behind(self, x: Tensor) -> Tensor | None:
         adapter = self.working_adapter()
         if adapter is None:
             return None
-        x = output[0] if isinstance(output, tuple) else output
-        start = self._patches().prefix
+        start = self.patches.prefix
         stop = start + self.prompt_config[adapter].num_virtual_tokens
         kept = torch.cat([x[:, :start], x[:, stop:]], dim=1)
         setattr(kept, CARRIED, x[:, start:stop])
-        return (kept, *output[1:]) if isinstance(output, tuple) else kept
+        return kept
 
-    def _patches(self) -> Patches:
-        assert self.site.patches is not None
-        return self.site.patches
+    def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Take the prompts out of the attention weights that a model is asked for, as everywhere else."""
+        adapter = self.working_adapter()
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if adapter is None or not isinstance(weights, Tensor):
+            return None
+        start = self.patches.prefix
+        stop = start + self.prompt_config[adapter].num_virtual_tokens
+        for dim in (-2, -1):
+            before, behind = weights.narrow(dim, 0, start), weights.narrow(dim, stop, weights.shape[dim] - stop)
+            weights = torch.cat([before, behind], dim=dim)
+        return output[0], weights, *output[2:]

@@ -11,10 +11,10 @@ from torch import Tensor
 from ..models.inspection import parameter_names
 from ..models.reachable import TROUBLE, CannotJoin
 from ..models.sites import Site
-from .columns import Columns
 from .eval_mode import eval_mode
-from .positions import Positions, row_positions
+from .positions import Positions, first_position
 from .projection import harvest
+from .rows import Rows
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import config_view
 
@@ -47,7 +47,7 @@ def try_on_rows(site: Site) -> None:
 
 
 @torch.no_grad()
-def _harvest(site: Site, rows: Tensor) -> Columns:
+def _harvest(site: Site, rows: Tensor) -> Rows:
     attention: Any = site.attention
     if site.is_called:
         open_forward(site)
@@ -71,7 +71,7 @@ def _where_the_text_starts(site: Site, rows: Tensor) -> Positions:
     if "position_embeddings" not in parameter_names(site.attention):
         return Positions(ids=ids)
     named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
-    return row_positions(site, {"position_embeddings": site.rotary(rows, ids, **named)}, None, None)
+    return first_position(site, {"position_embeddings": site.rotary(rows, ids, **named)}, None)
 
 
 def _place(site: Site) -> tuple[torch.device, torch.dtype]:

@@ -3,54 +3,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..models.targets import is_encoder_decoder
-from .rehearsal import listening
+from .rehearsal import listening, saved_modules_of
 
 
-def can_read_vocabulary(model: nn.Module, length: int) -> bool:
-    """Whether the model reads token ids and its weights are in memory, so that it can be run on some."""
-    if getattr(model, "main_input_name", None) != "input_ids":  # Whisper has embeddings, for what it writes
-        return False
+def why_unread(model: nn.Module, reader: nn.Module | None, length: int) -> str | None:
+    """Why the model cannot be run on texts of `length` vocabulary tokens; None if it can."""
+    if reader is None:
+        return "it does not read token ids alone"
     # RoBERTa counts its positions from 2.
-    if length + 2 > getattr(model.config, "max_position_embeddings", length + 2):
-        return False
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return False
+    positions = getattr(reader.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and length + 2 > positions:
+        return f"it has {positions} positions, too few for num_virtual_tokens={length}"
+    if any(parameter.is_meta for parameter in reader.parameters()):
+        return "its weights are not in memory"
+    return None if _vocabulary(reader) else "it has no table of token embeddings"
+
+
+def _vocabulary(reader: Any) -> int:
+    """Tokens that the embeddings have rows for; 0 if they are no table. They may be another adapter's by now."""
     try:
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        embeddings = reader.get_input_embeddings()
     except (AttributeError, NotImplementedError):
-        return False
-    return isinstance(embeddings, nn.Embedding)
+        return 0
+    weight = getattr(embeddings, "weight", None)
+    rows = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
+    return int(getattr(embeddings, "num_embeddings", rows))
 
 
-def vocabulary_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
-    """Layer inputs on random vocabulary tokens at every prompted attention layer, without prompts.
+def vocabulary_inputs(model: nn.Module, reader: nn.Module, adapter: str, rows: int, length: int) -> dict[str, Tensor]:
+    """Layer inputs on random vocabulary tokens at every prompted attention layer that text reaches, without prompts.
 
     Each row is a sequence of its own, so its first slot has what a model keeps in the first position of a text; causal
     language models rest their attention there.
 
     Args:
         model: the base model, prompt layers in place.
+        reader: what of it reads text (`text_reader`).
+        adapter: whose saved modules, such as embeddings, are to be used.
         rows: sequences N.
         length: tokens per sequence P.
 
     Returns:
         (N, P, D) by path of the attention layer.
-
-    Raises:
-        ValueError: the model cannot be run on token ids alone.
     """
-    if not can_read_vocabulary(model, length):
-        raise ValueError(
-            "prompt_init='sample_vocab' runs the model on num_virtual_tokens vocabulary tokens, and this one has no "
-            "token embeddings, too few positions, or weights that are not in memory. Set prompt_init='random'."
-        )
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    ids = torch.randint(embeddings.num_embeddings, (rows, length)).to(embeddings.weight.device)
-    reader = model.get_encoder() if is_encoder_decoder(model) else getattr(model, "base_model", model)  # type: ignore
-    with listening(model) as heard:
+    device = next(reader.parameters()).device
+    ids = torch.randint(_vocabulary(reader), (rows, length)).to(device)
+    with listening(model) as heard, saved_modules_of(model, adapter):
         reader(input_ids=ids)
     return {name: runs[-1].layer_input for name, runs in heard.items()}

@@ -6,12 +6,12 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
-from ..config import MAX_SLOTS_PER_LAYER, PromptConfig, check_bool, check_choice, check_int, check_number
+from ..config import MAX_SLOTS_PER_LAYER, VirtualTokensConfig, check_bool, check_choice, check_int, check_number
 from ..registration import ensure_peft_type
 
 
 @dataclass
-class MEPTConfig(PromptConfig):
+class MEPTConfig(VirtualTokensConfig):
     """Configuration of MEPT: in every layer a router chooses among prompt experts (arXiv 2509.00996).
 
     Letters: `P` slots, `E` routed experts, `K` active experts, `S` shared experts, `D` width. A layer trains
@@ -26,8 +26,10 @@ class MEPTConfig(PromptConfig):
         routing: "sample" is the paper's: the router reads the mean of the layer's input over the real tokens, and the
             rows of the chosen experts, weighted by their gates, and of the shared experts are summed into P
             rows per sample. "token" is ours: every token weighs the slots of its own chosen experts inside attention,
-            so it never looks ahead. "auto" takes "token" for causal language models and "sample" for all others; the
-            choice replaces it in this object, as PEFT's of target modules does, and is saved with the adapter.
+            so it never looks ahead. "auto" takes "token" where the prompted attention is causal, unless the model is
+            known to give one answer for a row (sequence classification), and "sample" elsewhere; the choice replaces
+            it in this object, as PEFT's of target modules does, and is saved with the adapter. On a causal model
+            "sample" needs to know the query: labels tell it, or `given_query`.
         router_norm: whether the router reads its input through an RMS norm without gain (official code: yes).
         router_centering: whether a running mean is subtracted from the router's input. Layer inputs share one
             direction, by which sample routing can send everything to one expert; with centering the load is even and
@@ -42,17 +44,19 @@ class MEPTConfig(PromptConfig):
             (official code), "unrotated" at the first token's position. "auto" is "prefix" but for models whose rotary
             angles are out of reach or follow from the text's length (longrope, dynamic).
         decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder
-            block (official code: yes). Needs routing="sample" and relative positions, if the model has any, that can
-            be given to a block (UMT5's cannot). "auto" is True where it can be.
+            block (official code: yes). The encoder's output is longer by `num_virtual_tokens` then, so it needs
+            routing="sample" and a decoder that takes encoder outputs of any length: not one of speech, which reads
+            times off the number of frames, or makes its mask from it. "auto" is True where that is so.
         prompt_scale: rows are this times the trained tensor, which under Adam multiplies their learning rate. Rows
             want about 2.5e-2, which the default makes of an ordinary 1e-3.
         prompt_init: "sample_vocab" starts experts as the layer's own inputs on a row of random vocabulary tokens, for
             which the base model runs once over P tokens each. Text models cope with such rows from the first step,
             where random ones can throw a causal language model off entirely: they take attention away from its first
             token. "random" draws from a normal distribution (official code, intended: Xavier). "auto" is
-            "sample_vocab" where a text of P tokens reaches all prompted layers and the weights are in memory, else
-            "random". Shared experts whose rows are added to those of routed ones (sample routing) start at a tenth of
-            the random spread in either way (official code, in effect: at zero), so that experts differ at once.
+            "sample_vocab" in the layers that a text of P tokens reaches, if the weights are in memory, and "random" in
+            others, with one warning that says why; models that read no text start at random. Shared experts whose
+            rows are added to those of routed ones (sample routing) start at a tenth of the random spread in either way
+            (official code, in effect: at zero), so that experts differ at once.
         init_std: spread of randomly initialised rows; "match" takes the spread of the layer's input where a norm makes
             it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
     """
@@ -98,9 +102,7 @@ class MEPTConfig(PromptConfig):
         check_choice("prompt_init", self.prompt_init, ("auto", "sample_vocab", "random"))
         for name in ("router_norm", "router_centering", "renormalize_top_k"):
             check_bool(name, getattr(self, name))
-        if isinstance(self.decoder_sees_prompts, str):
-            check_choice("decoder_sees_prompts", self.decoder_sees_prompts, ("auto",))
-        else:
+        if self.decoder_sees_prompts != "auto":
             check_bool("decoder_sees_prompts", self.decoder_sees_prompts)
         check_number("router_noise", self.router_noise, 0.0)
         check_number("router_dropout", self.router_dropout, 0.0, 1.0)

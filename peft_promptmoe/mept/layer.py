@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,8 @@ from ..adapter_state import PromptTable
 from ..config import PromptConfig
 from ..engine.key_value import KeyValueLayer
 from ..models.sites import Site
-from ..routing.balance_loss import balance_loss, carry_balance_loss
+from ..routing.auxiliary_loss import carry_loss
+from ..routing.balance_loss import BALANCE, balance_loss
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from ..routing.router import (
@@ -24,39 +23,10 @@ from ..routing.router import (
     top_k_log_gates,
     without_autocast,
 )
+from .center import RouterCenter
 from .config import MEPTConfig
 
-CENTER_MOMENTUM = 0.01
 SHARED_START = 0.1  # of the spread of other rows, for shared rows that are added to those of a chosen expert
-
-
-class RouterCenter(nn.Module):
-    """Running mean of a router's input, saved with the adapter and frozen in evaluation.
-
-    Args:
-        width: D.
-    """
-
-    weight: Tensor
-    steps: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(width))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> RouterCenter:
-        super()._apply(fn, recurse)
-        # In half precision a small momentum changes nothing; PEFT recasts parameters only.
-        self.weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-        return self
-
-    @torch.no_grad()
-    def update(self, mean: Tensor) -> None:
-        """Take in one batch's mean (D,); the first batches count fully, later ones by the momentum."""
-        self.steps += 1
-        momentum = (1.0 / self.steps).clamp(min=CENTER_MOMENTUM).to(self.weight.dtype)
-        self.weight += momentum * (mean.to(self.weight.dtype) - self.weight)
 
 
 class MEPTLayer(KeyValueLayer):
@@ -65,7 +35,9 @@ class MEPTLayer(KeyValueLayer):
     Trained tensors per adapter: `mept_prompts` (E, P, D), `mept_shared_prompts` (S, P, D), `mept_router` (E, D).
     """
 
-    adapter_layer_names = ("mept_prompts", "mept_shared_prompts", "mept_router", "mept_router_center")
+    adapter_layer_names = ("mept_prompts", "mept_shared_prompts", "mept_router")
+    other_param_names = (*KeyValueLayer.other_param_names, "mept_router_center")  # which never trains
+    dispensable = ("mept_router_center", "steps")
     method = "MEPT"
 
     def __init__(self, site: Site) -> None:
@@ -120,8 +92,8 @@ class MEPTLayer(KeyValueLayer):
         config = self.prompt_config[adapter]
         if config.num_experts == 1:
             return experts
-        if self.reads_query(adapter) and call is not None and call.query is not None:
-            real = call.query if real is None else real & call.query
+        if self.reads_query(adapter) and call is not None:
+            real = call.readable(x, real)
         with without_autocast(x):
             pooled = pooled_input(x, real, config.router_norm)
             some = None if real is None else real.any(dim=1)
@@ -131,44 +103,34 @@ class MEPTLayer(KeyValueLayer):
                 pooled = pooled if some is None else pooled * some[:, None]
             weight = self.mept_router[adapter]()
             logits = nn.functional.linear(pooled, weight.to(pooled.dtype))
-            log_gates, index, logits = self._choose(config, logits)
+            logits = self._perturbed(config, logits)
+            log_gates, index = top_k_log_gates(logits, config.top_k, config.renormalize_top_k)
             self.note(adapter, log_gates, None)
             if self._balances(config):
-                assert call is not None
                 term = config.balance_loss_weight * balance_loss(logits, index, some)
-                log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
+                log_gates = self._carry(log_gates, term, call, adapter)
             return mix_experts(experts, log_gates, index)
 
-    def log_gates(
-        self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None
-    ) -> Tensor | Chosen | None:
+    def choice(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Chosen | None:
         config = self.prompt_config[adapter]
         if config.routing != "token" or config.num_experts == 1:
             return None
         with without_autocast(x):
-            weight = self.mept_router[adapter]()
             center = self._token_center(adapter, x, real, call)
-            logits = token_logits(x, weight, center, config.router_norm)
-            if (
-                x.shape[1] == 1
-                and config.top_k < config.num_experts
-                and not (self.training or torch.is_grad_enabled())
-            ):
-                chosen = Chosen(*best_gates(logits, config.top_k, config.renormalize_top_k), config.num_experts)
-                self.note(adapter, chosen, real)
-                return chosen
-            log_gates, index, logits = self._choose(config, logits)
-            self.note(adapter, log_gates, real)
+            logits = token_logits(x, self.mept_router[adapter](), center, config.router_norm)
+            logits = self._perturbed(config, logits)
+            log_gates, experts = best_gates(logits, config.top_k, config.renormalize_top_k)
+            self.note(adapter, Chosen(log_gates, experts, config.num_experts), real)
             if self._balances(config):
-                assert call is not None
-                term = config.balance_loss_weight * balance_loss(logits, index, real)
-                log_gates = carry_balance_loss(log_gates, term, call, self.site.name, adapter)
-            return log_gates
+                term = config.balance_loss_weight * balance_loss(logits, experts, real)
+                log_gates = self._carry(log_gates, term, call, adapter)
+            return Chosen(log_gates, experts, config.num_experts)
 
-    def _choose(self, config: MEPTConfig, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.training:
-            logits = perturb(logits, config.router_noise, config.router_dropout)
-        return *top_k_log_gates(logits, config.top_k, config.renormalize_top_k), logits
+    def _carry(self, log_gates: Tensor, term: Tensor, call: PromptCall | None, adapter: str) -> Tensor:
+        return carry_loss(log_gates, term, self.calls, call, self.site.name, adapter, {BALANCE: term})
+
+    def _perturbed(self, config: MEPTConfig, logits: Tensor) -> Tensor:
+        return perturb(logits, config.router_noise, config.router_dropout) if self.training else logits
 
     def _token_center(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor | None:
         if adapter not in self.mept_router_center:
@@ -183,15 +145,14 @@ class MEPTLayer(KeyValueLayer):
         center = self.mept_router_center[adapter]
         assert isinstance(center, RouterCenter)
         if not self.training or not self.mept_router[adapter]().requires_grad:
-            return center.weight
+            return center()
         assert call is not None
         key = (self.site.name, adapter)
         if key not in call.centers:
             weight = torch.ones_like(pooled[:, :1]) if some is None else some[:, None].to(pooled.dtype)
-            mean = (pooled.detach() * weight).sum(dim=0) / weight.sum().clamp(min=1.0)
+            before, known = center().clone(), center.is_known
             # The very first batch is centred by itself; zero would leave it to the shared direction.
-            call.centers[key] = torch.where(center.steps > 0, center.weight, mean.to(center.weight.dtype))
-            center.update(mean)
+            call.centers[key] = torch.where(known, before, center.update(pooled, weight))
         return call.centers[key]
 
     # -- what the engine asks -----------------------------------------------------------------------------------------
@@ -203,19 +164,19 @@ class MEPTLayer(KeyValueLayer):
         return self.pools_rows(adapter)
 
     def wants_tokens(self, config: PromptConfig) -> bool:
-        return isinstance(config, MEPTConfig) and bool(config.decoder_sees_prompts)
+        return isinstance(config, MEPTConfig) and config.decoder_sees_prompts is True
 
     def pools_rows(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]
         return config.routing == "sample" and config.num_experts > 1
 
     def reads_query(self, adapter: str) -> bool:
-        return self.site.generates and self.pools_rows(adapter)
+        return self.site.by_token and self.pools_rows(adapter)
 
     def needs_call(self, adapter: str) -> bool:
         config = self.prompt_config[adapter]
         learns = self.training and config.num_experts > 1 and config.router_centering
-        return self.reads_query(adapter) or learns or self._balances(config)
+        return self.reads_query(adapter) or learns
 
     def _balances(self, config: MEPTConfig) -> bool:
         return self.training and config.num_experts > 1 and config.balance_loss_weight > 0.0

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import warnings
+
+from torch import Tensor
+
 from ..engine.model_hooks import prompt_layers
 from ..engine.positions import can_stand_before, no_angles
-from ..engine.token_form import takes_bias
-from ..engine.vocabulary_start import can_read_vocabulary, vocabulary_inputs
-from ..models.sites import Site, caps_scores
+from ..engine.token_form import why_decoder_cannot_see
+from ..engine.vocabulary_start import vocabulary_inputs, why_unread
+from ..models.reader import text_reader
+from ..models.sites import Site
 from ..models.targets import is_encoder_decoder
 from ..tuner import PromptTuner
 from .config import MEPTConfig
@@ -42,60 +47,65 @@ class MEPTModel(PromptTuner):
 
     def resolve(self, config: MEPTConfig, sites: list[Site]) -> None:
         if config.routing == "auto":
-            config.routing = "token" if any(site.generates for site in sites) else "sample"
+            config.routing = "token" if any(site.by_token for site in sites) else "sample"
             config._check_dead_settings()
         if config.prompt_positions == "auto":
             config.prompt_positions = "prefix" if all(map(can_stand_before, sites)) else "unrotated"
         if config.decoder_sees_prompts == "auto":
-            hidden = config.routing == "token" or not all(map(takes_bias, sites))
-            config.decoder_sees_prompts = not (is_encoder_decoder(self.model) and hidden)
+            config.decoder_sees_prompts = not any(self._why_decoder_cannot_see(config, site) for site in sites)
+
+    def _why_decoder_cannot_see(self, config: MEPTConfig, site: Site) -> str | None:
+        """Why the decoder, if there is one, cannot attend to the prompts of the last encoder block."""
+        if not is_encoder_decoder(self.model):
+            return None
+        if config.routing == "token":
+            return "with routing='token' there is no one set of prompt tokens per sample, as with routing='sample'"
+        return why_decoder_cannot_see(self.model, site)
 
     def initialize(self, config: MEPTConfig, adapter_name: str) -> None:
         if not config.init_weights or config.prompt_init == "random":
             return
-        length = config.num_virtual_tokens
-        if config.prompt_init == "auto" and not can_read_vocabulary(self.model, length):
+        reader, length = text_reader(self.model), config.num_virtual_tokens
+        reason = why_unread(self.model, reader, length)
+        if reader is None and config.prompt_init == "auto":  # images and sounds, which have no vocabulary
             return
-        inputs = vocabulary_inputs(self.model, experts_to_start(config), length)
         layers = [m for m in prompt_layers(self.model) if isinstance(m, MEPTLayer) and adapter_name in m.prompt_config]
-        if unheard := [layer.site.name for layer in layers if layer.site.name not in inputs]:
-            if config.prompt_init == "auto":
-                return
-            raise ValueError(
-                f"prompt_init='sample_vocab' runs the model on text alone, which does not reach {unheard[0]!r}. Set "
-                "prompt_init='random'."
-            )
+        inputs: dict[str, Tensor] = {}
+        if reader is not None and reason is None:
+            inputs = vocabulary_inputs(self.model, reader, adapter_name, experts_to_start(config), length)
+            if unheard := [layer.site.name for layer in layers if layer.site.name not in inputs]:
+                reason = f"text alone does not reach {len(unheard)} of the prompted layers, such as {unheard[0]!r}"
+        if reason is not None:
+            self._say_why(config, reason)
         for layer in layers:
-            layer.start_from(adapter_name, inputs[layer.site.name])
+            if layer.site.name in inputs:
+                layer.start_from(adapter_name, inputs[layer.site.name])
+
+    def _say_why(self, config: MEPTConfig, reason: str) -> None:
+        """Refuse, or warn, where prompts cannot start as layer inputs on vocabulary tokens."""
+        name = type(self.model).__name__
+        if config.prompt_init == "sample_vocab":
+            raise ValueError(
+                f"prompt_init='sample_vocab' runs {name} on num_virtual_tokens vocabulary tokens, but {reason}. Set "
+                "prompt_init='auto', which starts at random where it has to, or prompt_init='random'."
+            )
+        warnings.warn(
+            f"Prompts usually start as a model's own layer inputs on vocabulary tokens. With {name} they start at "
+            f"random, which can throw a causal language model off: {reason}. Set prompt_init='random' where this is "
+            "meant.",
+            stacklevel=2,
+        )
 
     def check_site(self, config: MEPTConfig, site: Site) -> None:
-        if config.decoder_sees_prompts and config.routing == "token" and is_encoder_decoder(self.model):
+        if config.decoder_sees_prompts and (reason := self._why_decoder_cannot_see(config, site)):
             raise ValueError(
-                "decoder_sees_prompts=True hands the decoder one set of prompt tokens per sample, and routing='token' "
-                "has none. Set decoder_sees_prompts=False or routing='sample'."
-            )
-        if config.decoder_sees_prompts and is_encoder_decoder(self.model) and not takes_bias(site):
-            raise ValueError(
-                f"decoder_sees_prompts=True needs to place prompt tokens in the relative positions of "
-                f"{type(site.attention).__name__}, which keeps them to itself. Set decoder_sees_prompts=False."
+                f"decoder_sees_prompts=True hands the decoder prompt tokens with the encoder's output: {reason}. Set "
+                "decoder_sees_prompts=False."
             )
         if config.prompt_positions == "prefix" and not can_stand_before(site):
             raise ValueError(no_angles(site))
-        if site.is_called and config.num_experts > 1 and (told := _needs_to_be_told(config, site)):
+        if site.is_called and config.num_experts > 1 and config.router_centering:
             raise ValueError(
-                f"{told} the model to hand an argument on to its layers, and {type(site.attention).__name__} is not "
-                "handed any. Set balance_loss_weight=0, router_centering=False and, for causal language models, "
-                "routing='token'."
+                f"router_centering needs the model to hand an argument on to its layers, and "
+                f"{type(site.attention).__name__} is not handed any. Set router_centering=False."
             )
-        if config.routing == "token" and config.num_experts > 1 and caps_scores(site):
-            raise ValueError(
-                f"routing='token' adds its gates to the attention scores, and {type(site.attention).__name__} caps "
-                "them afterwards. Use routing='sample' with this model."
-            )
-
-
-def _needs_to_be_told(config: MEPTConfig, site: Site) -> str:
-    """What of the config needs more than a layer's own input, as the start of a sentence; empty if nothing does."""
-    if config.balance_loss_weight > 0.0 or config.router_centering:
-        return "balance_loss_weight and router_centering need"
-    return "routing='sample' on a causal language model needs" if config.routing == "sample" and site.generates else ""

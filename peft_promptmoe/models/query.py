@@ -7,16 +7,16 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .call_arguments import attention_mask, given_cache, real_tokens
+from .call_arguments import attention_mask, real_tokens
 
 
 def refuse_packed_rows(bound: dict[str, Any]) -> None:
     """Refuse rows that hold several samples, of which one choice of experts would be made.
 
     Args:
-        bound: the base model's arguments by name.
+        bound: the arguments of the base model, or of a module within it, by name.
 
     Raises:
         ValueError: the rows are packed. Compiled code cannot tell by position ids.
@@ -43,52 +43,54 @@ def starts_again(bound: dict[str, Any]) -> bool:
     return bool(back.any())
 
 
-def query_of(model: nn.Module, bound: dict[str, Any]) -> Tensor | None:
-    """(B or 1, T) tokens that routers of a causal language model may read; None for all.
+def query_of(bound: dict[str, Any]) -> Tensor | None:
+    """(B or 1, T) tokens that routers of a causal language model may read; None where the arguments do not tell.
 
     They are those before the first label. Without labels, and with logits asked for at the last tokens only, they are
-    those up to the first of these: what follows are guesses of assisted decoding.
+    those up to the first of these: what follows are guesses of assisted decoding, or answers that a trainer scores.
 
     Args:
-        model: the base model.
-        bound: its arguments by name.
+        bound: the arguments of the base model, or of a module within it, by name.
     """
     labels = bound.get("labels")
-    if labels is None:
-        refuse_training_without_labels(model)
+    if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
         return _before_last(bound)
     answered = labels != -100
     mask = attention_mask(bound)
     if mask is not None:
         real = mask.bool() if mask.ndim == 2 else real_tokens(mask, labels.shape[1])
-        answered = answered if real is None else answered & real
+        answered = answered if real is None or real.shape != answered.shape else answered & real
     return answered.cumsum(dim=1) == 0
-
-
-def refuse_training_without_labels(model: nn.Module) -> None:
-    """Refuse what would let routers read the answers."""
-    if model.training:
-        raise ValueError(
-            "routing='sample' on a causal language model learns which tokens are the query from the labels, and "
-            "this training forward has none (label smoothing and compute_loss_func take them away), so routers "
-            "would read the answer. Pass labels, or use routing='token', which never looks ahead."
-        )
 
 
 def _before_last(bound: dict[str, Any]) -> Tensor | None:
     kept = bound.get("logits_to_keep")
     tokens = next((bound[name] for name in ("input_ids", "inputs_embeds") if bound.get(name) is not None), None)
-    if isinstance(kept, int) and kept > 1 and tokens is not None:
+    if isinstance(kept, int) and kept > 1 and isinstance(tokens, Tensor):
         length = tokens.shape[1]
         return (torch.arange(length, device=tokens.device) <= length - kept)[None]
-    if given_cache(bound) is None and not torch.compiler.is_compiling():
-        warnings.warn(
-            "routing='sample' on a causal language model reads the whole input when no labels are given. That is "
-            "right for generate(), but scores of a text leak later tokens into earlier ones: pass labels with the "
-            "query set to -100, or use routing='token'.",
-            stacklevel=2,
-        )
     return None
+
+
+def refuse_unknown_query() -> None:
+    """Refuse what would let routers learn from the answers."""
+    raise ValueError(
+        "routing='sample' on a causal model learns which tokens are the query from the labels, and this training "
+        "forward has none (label smoothing and compute_loss_func take them away), so routers would read the answer. "
+        "Pass labels, say how many tokens are the query by peft_promptmoe.given_query, or use routing='token', which "
+        "never looks ahead."
+    )
+
+
+def warn_of_whole_rows() -> None:
+    """Say that routers read all of a text, which is right for generation and wrong for scores."""
+    warnings.warn(
+        "routing='sample' on a causal model reads the whole input when no labels are given. That is right for "
+        "generate(), but scores of a text leak later tokens into earlier ones, and where texts are padded without an "
+        "attention mask (as lm-eval does) they depend on the batch: pass labels with the query set to -100, say how "
+        "many tokens are the query by peft_promptmoe.given_query, or use routing='token'.",
+        stacklevel=2,
+    )
 
 
 def warn_of_no_query(query: Tensor) -> None:

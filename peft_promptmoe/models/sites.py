@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .causality import answers_by_row, is_causal
 from .families import Family
 from .inspection import calls_attention_interface, parameter_names
 from .own_attention import OwnAttention
@@ -17,7 +18,6 @@ from .surroundings import bias_owner, block_of, input_norm, input_std, rotary_em
 from .targets import (
     decoder_modules,
     family_of,
-    has_language_model_head,
     input_width,
     is_cross_attention_layer,
     is_timm_attention,
@@ -36,8 +36,9 @@ class Site:
         norm: module that makes the attention layer's input from the residual stream; None for post-norm blocks.
         family: the table's entry, None where only the generic rule reached this layer.
         width: width `D` of the layer input.
-        causal: whether a query sees earlier positions only.
-        generates: whether the model is a causal language model, so that its outputs are scored token by token.
+        causal: whether what the layer puts out for a token depends on earlier tokens only (`is_causal`).
+        by_token: whether the layer is causal and the model's outputs are read token by token, so that a router which
+            reads a whole row would let answers reach what is put out before them.
         is_rotary: whether the layer turns its keys by angles that it is given or makes of position ids.
         rotary: the model's rotary embedding, if it has one that can be asked, and
         rotary_type: the layer type it takes, for models that keep one table per type.
@@ -57,7 +58,7 @@ class Site:
     family: Family | None
     width: int
     causal: bool
-    generates: bool
+    by_token: bool
     is_rotary: bool
     rotary: Any
     rotary_type: str | None
@@ -126,7 +127,7 @@ def find_site(model: nn.Module, path: str) -> Site:
     kind = rotary_type(rotary, attention, block)
     if kind is not None and not hasattr(rotary, f"{kind}_inv_freq"):  # Beam turns in some kinds of layers only
         rotary, kind, names = None, None, ()
-    causal = own.causal(attention) if own is not None else bool(getattr(attention, "is_causal", False))
+    causal = not timm and patches is None and (own.causal(attention) if own is not None else is_causal(model, path))
     if own is not None and not own.turns(attention):
         rotary, kind, names = None, None, ()
     return Site(
@@ -138,7 +139,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         family=family,
         width=width,
         causal=causal,
-        generates=causal and has_language_model_head(model),
+        by_token=causal and not answers_by_row(model, path),
         is_rotary="position_embeddings" in names or (rotary is not None and "position_ids" in names),
         rotary=rotary,
         rotary_type=kind,
@@ -151,6 +152,6 @@ def find_site(model: nn.Module, path: str) -> Site:
     )
 
 
-def caps_scores(site: Site) -> bool:
-    """Whether the attention layer squashes its scores before the softmax (Gemma 2)."""
-    return getattr(site.attention, "attn_logit_softcapping", None) is not None
+def caps_scores(attention: nn.Module) -> bool:
+    """Whether an attention layer squashes its scores before the softmax (Gemma 2)."""
+    return getattr(attention, "attn_logit_softcapping", None) is not None

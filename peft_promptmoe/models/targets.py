@@ -22,11 +22,6 @@ def model_type(model: nn.Module) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def has_language_model_head(model: Any) -> bool:
-    """Whether the model predicts tokens."""
-    return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
-
-
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model has an encoder whose output a decoder reads."""
     config = getattr(model, "config", None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import PromptConfig, check_bool, check_choice, check_int, check_number
+from ..config import VirtualTokensConfig, check_bool, check_choice, check_int, check_number
 from ..registration import ensure_peft_type
 
 DISPATCHERS = ("token", "expert", "attention", "mean", "none")
@@ -18,7 +18,7 @@ MAX_RANK = 4096
 
 
 @dataclass
-class PMoEConfig(PromptConfig):
+class PMoEConfig(VirtualTokensConfig):
     """Configuration of pMoE: several frozen vision backbones whose prompts talk to each other.
 
     This is our reading of a paper (arXiv 2602.22938) whose equations are not public to us; where it is open, there is

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..adapter_state import PromptTable, kept
+from ..adapter_state import PromptTable, TensorGroup
 from ..engine.token_layer import TokenLayer
 from ..models.sites import Site
 from ..routing.router import without_autocast
@@ -30,19 +30,6 @@ class OtherExperts(Protocol):
 
     def prompts(self, adapter: str, reader: PMoELayer, device: torch.device) -> list[Tensor]:
         """All experts' prompts at the relative depth of a block, K of (P, D), as the block's expert sees them."""
-
-
-class Dispatcher(nn.Module):
-    """Tensors of one dispatcher, by the names that `dispatch` gives them; "mean" and "none" have none."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._names = tuple(tensors)
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
-
-    def forward(self) -> dict[str, Tensor]:
-        return {name: kept(getattr(self, name)) for name in self._names}
 
 
 class PMoELayer(TokenLayer):
@@ -76,13 +63,13 @@ class PMoELayer(TokenLayer):
             self.add_module(name, nn.ModuleDict())
 
     def update_layer(self, adapter: str, config: PMoEConfig) -> None:
-        patches, width, count = self._patches(), self.site.width, config.num_virtual_tokens
+        patches, width, count = self.patches, self.site.width, config.num_virtual_tokens
         self.prompt_config[adapter] = config
         fan = patches.embedding.in_channels * math.prod(patches.size) + width
         bound = math.sqrt(6.0 / fan) if config.init_weights else 1.0
         self.pmoe_prompts[adapter] = PromptTable(torch.empty(count, width).uniform_(-bound, bound))
         if tensors := self._dispatcher(adapter, config):
-            self.pmoe_dispatcher[adapter] = Dispatcher(tensors)
+            self.pmoe_dispatcher[adapter] = TensorGroup(tensors)
 
     def _dispatcher(self, adapter: str, config: PMoEConfig) -> dict[str, Tensor]:
         width, count, rank = self.site.width, config.num_virtual_tokens, config.dispatcher_dim
@@ -110,7 +97,7 @@ class PMoELayer(TokenLayer):
         return {}
 
     def _usual_patches(self) -> int:
-        patches = self._patches()
+        patches = self.patches
         rows, columns = patches.grid(patches.image_size or (224, 224))
         return rows * columns
 

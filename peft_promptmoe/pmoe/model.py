@@ -73,7 +73,8 @@ class PMoEModel(PromptTuner):
 
     def _shared(self) -> PMoEShared | None:
         hooks: Any = getattr(self.model, PROMPT_CHILD, None)
-        return hooks.shared[self.method] if hooks is not None and self.method in hooks.shared else None
+        held = getattr(hooks, "shared", {})
+        return held[self.method] if self.method in held else None  # noqa: SIM401  a ModuleDict has no get
 
     def resolve(self, config: PMoEConfig, sites: list[Site]) -> None:
         refuse_task_type(config)

@@ -17,7 +17,30 @@ from .routing_report import find_routed, normalized_entropy, tally
 FEWEST = 32  # choices that are enough to tell a collapse from chance
 
 
-class RoutingCallback(TrainerCallback):
+class LogCallback(TrainerCallback):
+    """A callback that adds values to the Trainer's logs."""
+
+    def log_first(self) -> None:
+        """Come before the Trainer's reporters; called when training begins.
+
+        The Trainer puts its reporters before a user's callbacks, and they pass the logs on as they get them; values
+        added later would reach none of them. It offers no way to ask for another order, hence the look at the callers.
+        """
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+        handler = caller.f_locals.get("self") if caller is not None else None
+        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+
+    def add(self, values: dict[str, float], logs: dict[str, Any], state: Any) -> None:
+        """Add values to what is being logged, and to the history."""
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+
+class RoutingCallback(LogCallback):
     """Logs expert load, load entropy and balance loss to whatever the Trainer reports to, and warns of collapse.
 
     Logged with the training loss, over the steps since the last log: `routing/entropy` (mean of the layers),
@@ -41,14 +64,7 @@ class RoutingCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._forget()
-        # The Trainer puts its reporters before a user's callbacks, and they pass the logs on as they get them; values
-        # added later would reach none of them. It offers no way to ask for another order, hence the look at the
-        # caller.
-        frame = inspect.currentframe()
-        handler = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
-        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
-            handler.callbacks.remove(self)
-            handler.callbacks.insert(0, self)
+        self.log_first()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
@@ -90,9 +106,7 @@ class RoutingCallback(TrainerCallback):
             for index, share in load.items():
                 values[f"routing/layer_{index}/entropy"] = entropy[index]
                 values |= {f"routing/layer_{index}/load_{e}": float(part) for e, part in enumerate(share)}
-        logs.update(values)
-        if state.log_history:
-            state.log_history[-1].update(values)
+        self.add(values, logs, state)
         self._warn_of_collapse()
 
     def _warn_of_collapse(self) -> None:

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load-balance term of a router, and its way to the optimiser."""
+"""The load-balance term of a router."""
 
 from __future__ import annotations
-
-import warnings
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .prompt_call import PromptCall
+BALANCE = "balance"  # the name of routers' terms among auxiliary losses
 
 
 def balance_loss(logits: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
@@ -31,71 +28,3 @@ def balance_loss(logits: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
         count = weight.sum().clamp(min=1.0)
         probs, chosen = probs * weight / count * probs.shape[0], chosen * weight / count * probs.shape[0]
     return logits.shape[-1] * (chosen.mean(dim=0) * probs.mean(dim=0)).sum()
-
-
-class _BalanceGradient(torch.autograd.Function):
-    """Identity on `carrier`; gives `term` the gradient that the model's loss was given."""
-
-    @staticmethod
-    def forward(ctx: Any, carrier: Tensor, term: Tensor, call: PromptCall) -> Tensor:
-        ctx.call = call
-        return carrier.view_as(carrier)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        if ctx.call.loss_gradient is None:
-            warnings.warn(
-                "balance_loss_weight has no effect in this step: the loss that was differentiated is not the model's "
-                "own outputs.loss (label smoothing and compute_loss_func replace it). Let the model compute the loss, "
-                "or set balance_loss_weight=0.",
-                stacklevel=2,
-            )
-        return gradients[0], ctx.call.loss_gradient, None
-
-
-class _LossGradient(torch.autograd.Function):
-    """Identity on the loss; notes its gradient before any layer's backward pass runs."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, call: PromptCall, share: Tensor | float) -> Tensor:
-        ctx.call, ctx.share = call, share
-        return loss.clone()  # no view: the Trainer scales the loss in place
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        ctx.call.loss_gradient = gradients[0] * ctx.share
-        return gradients[0], None, None
-
-
-def carry_balance_loss(carrier: Tensor, term: Tensor, call: PromptCall, site: str, adapter: str) -> Tensor:
-    """Attach a router's balance term to a tensor that the layer's output depends on.
-
-    In eager mode the term rides on `carrier` and gets its gradient when that of `carrier` is computed, so it needs no
-    path to the loss: re-entrant checkpointing runs the layer without a graph and would cut any other. Compiled code
-    may not write from a backward pass to the outside, but there the whole graph is in view: the term is listed.
-    """
-    call.balance[site, adapter] = term.detach()
-    if not torch.is_grad_enabled():
-        return carrier
-    if torch.compiler.is_compiling():
-        call.terms.append(term)
-        return carrier
-    return _BalanceGradient.apply(carrier, term, call)
-
-
-def add_balance_loss(loss: Tensor, call: PromptCall, share: Tensor | float = 1.0) -> Tensor:
-    """The model's loss, unchanged in value, with the balance terms of its layers in its gradient.
-
-    Their gradient is scaled like that of the loss, whatever the trainer does to it afterwards: division by
-    accumulation steps, a gradient scaler, a weight in a sum.
-
-    Args:
-        loss: the model's loss, a scalar.
-        call: of this forward.
-        share: of this forward in its optimiser step, where the loss already accounts for it.
-    """
-    for term in call.terms:
-        loss = loss + (share * (term - term.detach())).to(loss.dtype)
-    if torch.compiler.is_compiling():
-        return loss
-    return _LossGradient.apply(loss, call, share)

@@ -13,11 +13,11 @@ from .router import spread_gates
 
 
 class Chosen(NamedTuple):
-    """What a router chose for the one token of each sample.
+    """What a router chose for every token.
 
     Attributes:
-        log_gates: (B, 1, K), best first.
-        experts: (B, 1, K).
+        log_gates: (B, T, K), best first.
+        experts: (B, T, K).
         of: number of experts, E.
     """
 
@@ -25,13 +25,16 @@ class Chosen(NamedTuple):
     experts: Tensor
     of: int
 
+    def detach(self) -> Chosen:
+        return Chosen(self.log_gates.detach(), self.experts, self.of) if self.log_gates.requires_grad else self
+
 
 @dataclass
 class RoutingRecord:
     """What one router chose in one forward pass.
 
     Attributes:
-        gates: log-gates (B, E) or (B, T, E), or what was chosen for one token of each sample.
+        gates: log-gates (B, E) of samples, or what was chosen for every token.
         real: (B, T) which tokens are real; None for all. Of no meaning to sample routing.
         training: whether the layer was in training mode.
     """
@@ -46,6 +49,21 @@ class RoutingRecord:
         if isinstance(self.gates, Tensor):
             return self.gates
         return spread_gates(self.gates.log_gates, self.gates.experts, self.gates.of)
+
+
+@dataclass
+class Assignment:
+    """Which prototypes the patches of a forward were assigned to.
+
+    Attributes:
+        similarity: (B, N, K) cosines of patches and prototypes.
+        prototypes: (B, K, d).
+        grid: rows and columns of the patches; None where they are not known.
+    """
+
+    similarity: Tensor
+    prototypes: Tensor
+    grid: tuple[int, int] | None
 
 
 # Called with the path of the attention layer, the adapter and the record.

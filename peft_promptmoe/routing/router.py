@@ -82,8 +82,23 @@ def token_logits(x: Tensor, weight: Tensor, center: Tensor | None, normalize: bo
         logits = F.linear(F.rms_norm(x.to(dtype), x.shape[-1:], eps=RMS_EPS), weight.to(dtype))
     else:
         logits = F.linear(x, weight.to(x.dtype)).to(dtype)
-        logits = logits * unit_rms(x)[..., None] if normalize else logits
+        logits = _Scaled.apply(logits, unit_rms(x)) if normalize else logits
     return logits if center is None else logits - F.linear(center.to(dtype), weight.to(dtype))
+
+
+class _Scaled(torch.autograd.Function):
+    """Rows times positive factors; keeps what it returns, which the softmax over experts keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, factors: Tensor) -> Tensor:
+        scaled = rows * factors[..., None]
+        ctx.save_for_backward(scaled, factors)
+        return scaled
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        scaled, factors = ctx.saved_tensors
+        return gradients[0] * factors[..., None], (gradients[0] * scaled).sum(dim=-1) / factors
 
 
 def perturb(logits: Tensor, noise: float, dropout: float) -> Tensor:
@@ -114,8 +129,12 @@ def top_k_log_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, 
 
 def best_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """Log-gates (..., K) of the `k` best experts, best first, and which they are (..., K); see `top_k_log_gates`."""
-    best, index = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
-    return best - best.logsumexp(dim=-1, keepdim=True) if renormalize else best, index
+    if not renormalize and not torch.is_grad_enabled():
+        # Fewer operations; with a gradient it would keep another tensor of the logits' size.
+        best, index = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
+        return best, index
+    best, index = logits.topk(k, dim=-1)
+    return best - (best if renormalize else logits).logsumexp(dim=-1, keepdim=True), index
 
 
 def spread_gates(best: Tensor, index: Tensor, experts: int) -> Tensor:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes, _is_key_under_prefixes
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState
@@ -25,11 +27,13 @@ def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
         ValueError: tensors of an adapter are missing, superfluous, of another shape, or not finite.
     """
     expected: dict[str, dict[str, Tensor]] = {}
+    dispensable: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, AdapterState):
             for name, tensor in module.state_dict(prefix=f"{prefix}{path}.").items():
                 adapter = name.rsplit(".", 2)[1]
                 expected.setdefault(adapter, {})[name] = tensor
+            dispensable |= _dispensable(module, f"{prefix}{path}")
     known = {name: tensor for tensors in expected.values() for name, tensor in tensors.items()}
     given = {name for name in state_dict if name.startswith(prefix) and f"{PROMPT_CHILD}." in name}
     if unknown := sorted(given - known.keys()):
@@ -40,11 +44,24 @@ def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
     for adapter, tensors in expected.items():
         if given.isdisjoint(tensors):
             continue
-        if missing := sorted(tensors.keys() - given):
+        if missing := _missing(tensors.keys(), given, dispensable):
             raise ValueError(_lacks(adapter, missing, len(tensors)))
-        for name, tensor in tensors.items():
-            _check_tensor(name, state_dict[name], tensor)
+        for name in (name for name in tensors if name in given):
+            _check_tensor(name, state_dict[name], tensors[name])
             state_dict[name] = aligned(state_dict[name])
+
+
+def _dispensable(state: AdapterState, path: str) -> dict[str, str]:
+    """Tensors that a checkpoint may lack, and the one beside each that it then must have."""
+    if not state.dispensable:
+        return {}
+    container, name = state.dispensable
+    held = getattr(state, container)
+    return {f"{path}.{container}.{key}.{name}": f"{path}.{container}.{key}.weight" for key in held}
+
+
+def _missing(expected: Iterable[str], given: set[str], dispensable: dict[str, str]) -> list[str]:
+    return sorted(name for name in expected if name not in given and dispensable.get(name) not in given)
 
 
 def check_read(model: nn.Module, adapter: str) -> None:
@@ -62,7 +79,10 @@ def check_read(model: nn.Module, adapter: str) -> None:
         if name.rsplit(".", 2)[1] == adapter
     }
     read = {name for name, tensor in tensors.items() if getattr(tensor, "_is_hf_initialized", False)}
-    if read and (missing := sorted(tensors.keys() - read)):
+    dispensable: dict[str, str] = {}
+    for path, state in model.named_modules():
+        dispensable |= _dispensable(state, path) if isinstance(state, AdapterState) else {}
+    if read and (missing := _missing(tensors.keys(), read, dispensable)):
         raise ValueError(_lacks(adapter, missing, len(tensors)))
     for name in sorted(read):
         _check_tensor(name, tensors[name], tensors[name])
@@ -78,43 +98,95 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 def _lacks(adapter: str, missing: list[str], total: int) -> str:
-    return (
+    message = (
         f"The adapter file lacks {len(missing)} of the {total} prompt tensors of adapter {adapter!r}, for example "
-        f"{missing[0]!r}. It was trained on a model with fewer layers, or it is damaged."
+        f"{missing[0]!r}. "
     )
+    if all("_center." in name for name in missing):
+        return message + (
+            "Router centres do not train and yet belong to the adapter: keep what state_dict() or named_parameters() "
+            "has of it, not only what requires a gradient."
+        )
+    return message + "It was trained on a model with fewer layers, or it is damaged."
 
 
-def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Refuse tensors in an adapter file that are no adapter's: by them a file could overwrite the base model.
+def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str, adapter: str) -> None:
+    """Refuse tensors in an adapter's file that PEFT would not have written for this adapter.
 
-    Embeddings are let through; PEFT saves them with an adapter when the vocabulary has grown.
+    By others a file could overwrite the base model, or another adapter. Let through are the adapter's prompts, the
+    modules saved with it, tensors of other methods' adapters of the same name, and embeddings, which PEFT saves with
+    an adapter when the vocabulary has grown.
+
+    Args:
+        model: the base model.
+        state_dict: what is about to be loaded, under names of the model.
+        prefix: of the base model's names.
+        adapter: name of the adapter.
 
     Raises:
-        ValueError: the file holds prompt tensors and others that belong to no adapter, head or embedding.
+        ValueError: the file holds others.
+        RuntimeError: a saved module is of another shape than the model's.
     """
-    names = [name for name in state_dict if name.startswith(prefix)]
-    base = {f"{prefix}{name}" for name in model.state_dict() if f"{PROMPT_CHILD}." not in name}
-    if base.issubset(names):  # a checkpoint of the whole model, which a user loads knowingly
-        return
-    ours = [name for name in names if f"{PROMPT_CHILD}." in name]
-    allowed = {id(embedding.weight) for embedding in _embeddings(model)}
-    known = {f"{prefix}{name}" for name, tensor in model.named_parameters() if id(tensor) in allowed}
-    strangers = sorted(n for n in names if n not in ours and n not in known and ".modules_to_save." not in n)
-    if strangers:
+    own = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter)
+    embeddings, others = saved_embeddings(model), getattr(model, "peft_config", {}).keys() - {adapter}
+    saved: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterState):
+            own |= {name for name in module.state_dict(prefix=f"{path}.") if name.rsplit(".", 2)[1] == adapter}
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters:
+            tensors = module.state_dict(prefix=f"{path}.")
+            names = [f"{path}.{name}" for name in module.adapter_state_dict_load_map(adapter).values()]
+            saved |= {name: tensors[name] for name in names}
+    for name in model.state_dict():
+        if name.startswith(embeddings) and others.isdisjoint(parts := name.split(".")):
+            # PEFT takes the adapter's name out of all that it writes, also where it will not put it in again.
+            own |= {name, ".".join(part for part in parts if part != adapter)}
+    names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+    refuse_strangers([name for name in names if name not in saved and not _is_key_under_prefixes(name, own)], prefix)
+    for name, tensor in saved.items():
+        if (given := state_dict.get(f"{prefix}{name}")) is not None and given.shape != tensor.shape:
+            raise RuntimeError(_other_size(model, f"{prefix}{name}", given, tensor))
+
+
+def refuse_strangers(names: list[str], prefix: str = "") -> None:
+    """Raise ValueError if there are names."""
+    if names:
         raise ValueError(
-            f"The adapter file holds {len(strangers)} tensors that are neither prompts nor saved modules, for example "
-            f"{strangers[0]!r}. An adapter must not bring weights of the base model; do not trust this file."
+            f"The adapter file holds {len(names)} tensors that are neither prompts nor saved modules, for example "
+            f"{prefix + min(names)!r}. An adapter must not bring weights of the base model or of another adapter; do "
+            "not trust this file."
         )
 
 
-def _embeddings(model: nn.Module) -> Iterator[nn.Module]:
+def saved_embeddings(model: Any) -> tuple[str, ...]:
+    """Beginnings of the names of what PEFT saves with an adapter when the vocabulary has grown."""
+    found = []
     for which in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            found = getattr(model, which)()
+            found.append(getattr(model, which)())
         except (AttributeError, NotImplementedError):  # a model that has none
             continue
-        if hasattr(found, "weight"):
-            yield found
+    tied = {id(module) for module in found if module is not None}
+    return tuple(f"{path}." for path, module in model.named_modules(remove_duplicate=False) if id(module) in tied)
+
+
+def _other_size(model: Any, name: str, given: Tensor, own: Tensor) -> str:
+    message = f"size mismatch for {name}: {tuple(given.shape)} in the adapter file, {tuple(own.shape)} in the model. "
+    config = getattr(model, "config", None)
+    rows = (given.shape[0] if given.ndim else 0, own.shape[0] if own.ndim else 0)
+    if rows[1] == getattr(config, "num_labels", getattr(model, "num_classes", None)):
+        return message + classes_differ(*rows)
+    if rows[1] == getattr(config, "vocab_size", None):
+        return message + f"The vocabularies differ; call resize_token_embeddings({rows[0]}) on the base model first."
+    return message + "The adapter was trained with a head of another size."
+
+
+def classes_differ(trained: int, found: int) -> str:
+    """What to do about a head of another number of classes."""
+    return (
+        f"The adapter was trained with {trained} classes, and the base model has {found}. Load the base model with "
+        f"num_labels={trained}, and ignore_mismatched_sizes=True where its own head is of another size."
+    )
 
 
 def _check_tensor(name: str, given: Any, expected: Tensor) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a model card that tells a stranger how to load the adapter.
+"""The part of a model card that tells a stranger what an adapter is and how to load it.
 
 Without `import peft_promptmoe` PEFT does not know the tuner type and every way of loading ends in a bare
 `KeyError: 'MEPT'`. Neither PEFT nor transformers reads entry points, so the card has to say it.
@@ -8,13 +8,21 @@ Without `import peft_promptmoe` PEFT does not know the tuner type and every way 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..version import __version__
+from .base_model import BaseModelCard
+from .card_usage import usage
+
 MARKER = "<!-- peft_promptmoe: how to load this adapter -->"
+END = "<!-- peft_promptmoe: end -->"
+TAG = "peft_promptmoe"
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
@@ -24,13 +32,21 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
+PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 
 SECTION = """{marker}
 
 ## How to load this adapter
 
-This is a {method} adapter. Install peft_promptmoe and import it once before
-loading; without the import PEFT ends in `KeyError: '{method}'`.
+This is a {method} adapter for {base}, made with peft_promptmoe {version}. Install peft_promptmoe and import it once
+before loading; without the import PEFT ends in `KeyError: '{method}'`.
 
 ```
 pip install peft-promptmoe
@@ -40,6 +56,10 @@ pip install peft-promptmoe
 import peft_promptmoe  # registers {method} with PEFT
 {load}
 ```
+{note}{usage}
+Settings: {settings}.
+
+{end}
 """
 
 LOAD = """from peft import {auto_class}
@@ -52,35 +72,26 @@ LOAD_TIMM = """import timm
 from peft import PeftModel
 
 adapter = "."  # this folder, or the id of this repository on the Hub
-base = timm.create_model({weights!r}, pretrained=True{arguments})
+base = timm.create_model({weights!r}, pretrained={trained}{arguments})
 {preparation}model = PeftModel.from_pretrained(base, adapter{config})"""
 
-
-@dataclass(frozen=True)
-class BaseModelCard:
-    """What the snippet has to say of the base model.
-
-    Attributes:
-        num_labels: outputs of its head.
-        timm_weights: name and tag of timm's weights; None for models of transformers.
-        image_size: rows and columns of pixels, where they are not the usual ones of timm's weights; else None.
-    """
-
-    num_labels: int = 2
-    timm_weights: str | None = None
-    image_size: tuple[int, int] | None = None
+UNTRAINED = """
+The base model had random weights when this adapter was made. The adapter is of use only with the very same weights:
+load them into `base` before the last line.
+"""
 
 
 @dataclass(frozen=True)
 class CardValues:
-    """What the section on loading says.
+    """What the section says.
 
     Attributes:
         method: name of the tuner type.
         task_type: PEFT's, or None.
         base_model: name or path of the base model.
-        base: what the snippet says of it.
+        base: what is said of it.
         preparation: lines that make `config`, where loading needs more than the adapter's folder; else empty.
+        settings: numbers, switches and choices of the config, by field.
     """
 
     method: str
@@ -88,60 +99,134 @@ class CardValues:
     base_model: str | None
     base: BaseModelCard
     preparation: str = ""
-
-
-def base_model_card(model: Any) -> BaseModelCard:
-    """Read off a model what its snippet has to say."""
-    timm = getattr(model, "pretrained_cfg", None)
-    if not timm or hasattr(model, "config"):
-        return BaseModelCard(getattr(getattr(model, "config", None), "num_labels", 2))
-    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    usual = tuple(timm.get("input_size", ()))[1:]
-    return BaseModelCard(
-        num_labels=getattr(model, "num_classes", 0),
-        timm_weights=".".join(part for part in (timm.get("architecture"), timm.get("tag")) if part),
-        image_size=(own[0], own[1]) if own is not None and tuple(own) != usual else None,
-    )
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_card(values: CardValues, folder: str | os.PathLike[str]) -> None:
-    """Put the section on loading into the model card in `folder`, above what the card already says.
+    """Put the section into the model card in `folder`, above what the card already says, and its tags into the header.
 
-    A card that has the section is left as it is, so user edits survive saving again.
+    A section that is there is left as it is, so user edits survive saving again.
     """
     path = Path(folder) / "README.md"
-    card = ModelCard.load(path) if path.exists() else ModelCard(_header(values.base_model))
-    if MARKER in card.content:
-        return
-    section = SECTION.format(marker=MARKER, method=values.method, load=_load(values))
-    card.text = "\n" + section + "\n" + card.text.lstrip("\n")
+    card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
+    if MARKER not in card.content:
+        card.text = "\n" + _section(values) + "\n" + card.text.lstrip("\n")
+    _label(card.data, values)
     card.save(path)
+
+
+def write_card_of_run(values: CardValues, checkpoint: str | os.PathLike[str]) -> None:
+    """Complete the card of a training run when one of its checkpoints is saved.
+
+    TRL writes that card before the run's folder holds an adapter, and may push both together.
+    """
+    folder = Path(checkpoint)
+    card = folder.parent / "README.md"
+    if re.fullmatch(r"checkpoint-\d+", folder.name) and card.is_file():
+        write_card(values, card.parent)
+
+
+def carry_section(written: Path, card: Any) -> None:
+    """Let a card that is about to be written over one with our section have that section, and its labels.
+
+    Args:
+        written: path of the card that is there.
+        card: huggingface_hub's card that takes its place; changed.
+    """
+    if MARKER in card.content or not written.is_file() or MARKER not in written.read_text(encoding="utf-8"):
+        return
+    old = ModelCard.load(written)
+    found = re.search(f"{re.escape(MARKER)}.*?{re.escape(END)}\n?", old.content, re.DOTALL)
+    if found is None:
+        return
+    card.text = "\n" + found[0] + "\n" + card.text.lstrip("\n")
+    card.data.tags = sorted(_public(card.data.tags) | _public(old.data.tags))
+    card.data.library_name = old.data.library_name
+    for name in ("pipeline_tag", "base_model"):
+        if not getattr(card.data, name, None) and getattr(old.data, name, None):
+            setattr(card.data, name, getattr(old.data, name))
+
+
+def _label(data: Any, values: CardValues) -> None:
+    """Tags, pipeline and base model in a card's header. A local path is no base model's id, and says whose it is."""
+    data.tags = sorted({*_public(data.tags), TAG, values.method.lower()})
+    data.library_name = "peft"
+    if not data.pipeline_tag:
+        data.pipeline_tag = _pipeline(values)
+    given = [data.base_model] if isinstance(data.base_model, str) else list(data.base_model or ())
+    public = [name for name in given if _is_on_hub(name)]
+    if not public and values.base.timm_weights is not None:
+        public = [f"timm/{values.base.timm_weights}"]
+    if not public and _is_on_hub(values.base_model):
+        public = [str(values.base_model)]
+    data.base_model = public[0] if len(public) == 1 else public or None
+
+
+def _pipeline(values: CardValues) -> str | None:
+    if values.task_type is None:
+        return "image-classification" if values.base.classifies_images else None
+    return PIPELINES.get(str(values.task_type))
+
+
+def _section(values: CardValues) -> str:
+    settings = ", ".join(f"`{name}={value!r}`" for name, value in values.settings.items())
+    base = values.base
+    untrained = base.timm_weights is not None and not base.trained
+    return SECTION.format(
+        marker=MARKER,
+        end=END,
+        method=values.method,
+        version=__version__,
+        base=_name_of_base(values),
+        load=_load(values),
+        note=UNTRAINED if untrained else "",
+        usage=usage(values.task_type, base),
+        settings=settings or "the defaults",
+    )
+
+
+def _name_of_base(values: CardValues) -> str:
+    if values.base.timm_weights is not None:
+        return f"timm's `{values.base.timm_weights}`"
+    if _is_on_hub(values.base_model):
+        return f"`{values.base_model}`"
+    return "a base model that was in a local folder, where `adapter_config.json` says"
 
 
 def _load(values: CardValues) -> str:
     base, preparation = values.base, values.preparation
     if base.timm_weights is not None:
         arguments = f", num_classes={base.num_labels}"
-        arguments += f", img_size={base.image_size}" if base.image_size is not None else ""
+        arguments += f", img_size={base.image_size}" if base.resized else ""
         return LOAD_TIMM.format(
             weights=base.timm_weights,
+            trained=base.trained,
             arguments=arguments,
             preparation=preparation,
             config=", config=config" if preparation else "",
         )
     auto_class = AUTO_CLASSES.get(str(values.task_type or ""), "AutoPeftModel")
+    arguments = ", config=config" if preparation else ""
+    if base.own_class:
+        arguments += ', import_allowlist=["peft_promptmoe"]'
+    if base.class_names:
+        arguments += f", id2label={dict(enumerate(base.class_names))}"
+    elif base.num_labels != 2:
+        arguments += f", num_labels={base.num_labels}"
     # The head of the base checkpoint may be of another size; the adapter brings its own.
-    arguments = f", num_labels={base.num_labels}, ignore_mismatched_sizes=True" if base.num_labels != 2 else ""
-    if preparation:
-        arguments = f", config=config{arguments}"
+    if base.num_labels != 2:
+        arguments += ", ignore_mismatched_sizes=True"
     return LOAD.format(auto_class=auto_class, arguments=arguments, preparation=preparation)
 
 
-def _header(base: str | None) -> str:
-    data = ModelCardData(library_name="peft", tags=["peft_promptmoe"], base_model=base if _on_hub(base) else None)
-    return f"---\n{data.to_yaml()}\n---\n"
+def _public(tags: list[str] | None) -> set[str]:
+    """The tags without PEFT's tag of the base model, where that is a path of this machine."""
+    prefix = "base_model:adapter:"
+    return {tag for tag in tags or () if not tag.startswith(prefix) or _is_on_hub(tag.removeprefix(prefix))}
 
 
-def _on_hub(name: str | None) -> bool:
-    """A local path is no base model id; the Hub refuses cards that name one."""
-    return bool(name) and not os.path.exists(str(name))
+def _is_on_hub(name: str | None) -> bool:
+    """Whether a name can be that of a repository on the Hub; the Hub refuses cards that name a path."""
+    return (
+        bool(name) and re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(name)) is not None and not os.path.exists(str(name))
+    )

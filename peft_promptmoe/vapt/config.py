@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..config import PromptConfig, check_bool, check_choice, check_int, check_number
+from ..config import VirtualTokensConfig, check_bool, check_choice, check_int, check_number
 from ..registration import ensure_peft_type
 
 MAX_PIXELS = 16_384  # a side of an image; more is a mistake, or a stranger's config asking for memory
@@ -16,7 +16,7 @@ ACTIVATIONS = ("relu", "gelu", "sigmoid", "softmax", "identity")
 
 
 @dataclass
-class VAPTConfig(PromptConfig):
+class VAPTConfig(VirtualTokensConfig):
     """Configuration of VAPT: in every block, prompts made from the image (arXiv 2501.18936).
 
     Letters: `Np` prompts per layer, `D` width, `L` blocks, `v` static ones, `H x W` patch grid, `K` kernel side,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..checks import refuse_task_type
+from ..checks import check_has_patches, check_whole_grid, refuse_task_type
 from ..models.sites import Site
 from ..models.targets import image_targets
 from ..tuner import PromptTuner
@@ -65,34 +65,12 @@ class VAPTModel(PromptTuner):
             config.image_size = next(list(size) for size in sizes if size is not None)
 
     def check_site(self, config: VAPTConfig, site: Site) -> None:
-        if site.patches is None:
-            raise ValueError(
-                f"{site.name!r} does not attend over one patch grid, from which VAPT makes its prompts: it is no "
-                "vision transformer's, or one's of windows or several resolutions (Swin, Hiera, PVT). Use a plain "
-                "vision transformer of transformers or timm."
-            )
+        check_has_patches(site, self.method)
         if config.is_static(site.index):
             return
+        assert site.patches is not None
         check_grid(config, site.patches.grid(config.image_shape), site.width)
-        dropped = getattr(site.patches.owner, "patch_drop", None)
-        if not config.backbone_eval and getattr(dropped, "prob", 0.0) > 0.0:
-            raise ValueError(
-                "backbone_eval=False lets the model drop patches in training, and VAPT makes its prompts from all of "
-                "them. Set backbone_eval=True, or make the model with patch_drop_rate=0."
-            )
-        paths = {id(module): path for path, module in self.model.named_modules()}
-        read = [paths[id(site.patches.embedding)], paths[id(site.patches.owner)]]
-        for name in config.modules_to_save or ():
-            if any(part == name or part.endswith(f".{name}") for path in read for part in _and_above(path)):
-                raise ValueError(
-                    f"modules_to_save={name!r} would copy the patch embedding, by which VAPT knows the grid of an "
-                    "image. Leave it out of modules_to_save."
-                )
-
-
-def _and_above(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+        check_whole_grid(self.model, config, site, self.method)
 
 
 def _blocks(sites: list[Site]) -> int:

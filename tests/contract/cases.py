@@ -7,10 +7,12 @@ A test asks for cases with `each_case` and never names a method or an architectu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import dense_models
 import pytest
 import torch
 import transformers
@@ -18,7 +20,7 @@ from experts import expert
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig, ProMotionConfig, VAPTConfig
 
 VOCAB, WIDTH, HEADS, LENGTH, TARGETS, IGNORED = 64, 32, 4, 8, 5, -100
 LENGTHS = (LENGTH, LENGTH - 4, LENGTH - 1)
@@ -32,7 +34,7 @@ class Architecture:
     """One architecture: how to build a tiny model of it, and how it differs from others in use.
 
     Attributes:
-        model: model class of transformers.
+        model: model class of transformers or `dense_models`.
         config: config class of transformers.
         settings: arguments of the config.
         task_type: PEFT's name for the task, which decides the inputs; "IMAGE" for images, of which PEFT has no name.
@@ -44,6 +46,8 @@ class Architecture:
         own: whether they compute attention themselves.
         only: the one kernel that the architecture has, if it does not have all.
         tolerance: of comparisons in float64, which a model leaves where it computes in float32.
+        dense: whether an image has a label for every pixel.
+        for_its_head: whether it is here for a head of several layers, and only for rows that depend on that.
     """
 
     model: str
@@ -67,6 +71,9 @@ class Architecture:
     def routed(self) -> bool:
         """Whether tokens go through experts of the model's own, whose products round as the rest of a batch has it."""
         return "num_experts_per_tok" in self.settings
+
+    dense: bool = False
+    for_its_head: bool = False
 
     @property
     def auto_peft(self) -> str:
@@ -115,15 +122,14 @@ _FEW_EXPERTS = {"num_experts_per_tok": 2}
 # Caps on scores have tests of their own.
 _NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 8}
 
-_VIT = {
+_SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": HEADS,
     "intermediate_size": 48,
-    "image_size": 32,
     "patch_size": 8,
-    "num_labels": 3,
 }
+_VIT = _SHAPE | {"image_size": 32, "num_labels": 3}
 
 
 def _timm(architecture: str, **model: Any) -> Architecture:
@@ -399,10 +405,106 @@ ARCHITECTURES: dict[str, Architecture] = {
         pixels=(32, 48),
     ),
     "deit": Architecture("DeiTForImageClassification", "DeiTConfig", _VIT, "IMAGE", None, ("classifier",)),
+    "dinov2_backbone": Architecture(
+        "BackboneForDenseLabels",
+        "UperNetConfig",
+        {
+            "backbone_config": transformers.Dinov2Config(
+                **_SHAPE, image_size=64, out_features=["stage1", "stage2"], reshape_hidden_states=True
+            ),
+            "num_labels": 3,
+        },
+        "IMAGE",
+        None,
+        ("classifier",),
+        pixels=(32, 48),
+        dense=True,
+    ),
+    "dpt_vit": Architecture(
+        "DPTForSemanticSegmentation",
+        "DPTConfig",
+        _VIT
+        | {
+            "backbone_out_indices": [0, 1],
+            "neck_hidden_sizes": [8, 8],
+            "fusion_hidden_size": 8,
+            "reassemble_factors": [1, 0.5],
+            "is_hybrid": False,
+            "semantic_classifier_dropout": 0.0,
+        },
+        "IMAGE",
+        None,
+        (),
+        dense=True,
+    ),
     "timm_vit": _timm("vit_tiny_patch16_224"),
     "timm_avg": _timm("vit_tiny_patch16_224", class_token=False, global_pool="avg", img_size=(32, 48)),
     "timm_registers": _timm("vit_tiny_patch16_224", reg_tokens=3),
 }
+
+# Heads of several layers, one for every task: what PEFT or we find, and else what a user names.
+HEADS: dict[str, Architecture] = {
+    "roberta_classes": Architecture(
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        _BERT | {"num_labels": 3},
+        "SEQ_CLS",
+        "free",
+        ("classifier",),
+    ),
+    "modernbert_head": Architecture(
+        "ModernBertForTokenClassification",
+        "ModernBertConfig",
+        ARCHITECTURES["modernbert"].settings,
+        "TOKEN_CLS",
+        "free",
+        ("classifier", "head"),
+    ),
+    "modernbert_answers": Architecture(
+        "ModernBertForQuestionAnswering",
+        "ModernBertConfig",
+        ARCHITECTURES["modernbert"].settings | {"num_labels": 2},
+        "QUESTION_ANS",
+        "free",
+        ("classifier", "head"),
+    ),
+    "roberta_causal": Architecture(
+        "RobertaForCausalLM",
+        "RobertaConfig",
+        _BERT | {"is_decoder": True, "tie_word_embeddings": False},  # PEFT's copy of a head is tied to nothing
+        "CAUSAL_LM",
+        "free",
+        ("lm_head",),
+    ),
+    "t5_block": Architecture(
+        "T5ForConditionalGeneration",
+        "T5Config",
+        ARCHITECTURES["t5"].settings,
+        "SEQ_2_SEQ_LM",
+        "free",
+        ("decoder.block.1.layer.2",),
+    ),
+    "dpt": Architecture(
+        "DPTForSemanticSegmentation",
+        "DPTConfig",
+        _VIT
+        | {
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [8, 8, 8, 8],
+            "fusion_hidden_size": 8,
+            "reassemble_factors": [4, 2, 1, 0.5],
+            "semantic_classifier_dropout": 0.0,
+            "use_auxiliary_head": False,  # which has dropout whatever the config says
+        },
+        "IMAGE",
+        None,
+        ("neck", "head.head"),
+        dense=True,
+    ),
+}
+HEADS = {name: dataclasses.replace(architecture, for_its_head=True) for name, architecture in HEADS.items()}
+ARCHITECTURES |= HEADS
 
 
 @dataclass(frozen=True)
@@ -413,11 +515,13 @@ class Variant:
         settings: arguments of the config.
         causal: whether no output of a causal language model may depend on later tokens, whatever the labels.
         kernels: attention kernels to run it under.
+        unread: blocks behind which the model reads no patches, so that what is added there is lost.
     """
 
     settings: dict[str, Any]
     causal: bool = False
     kernels: tuple[str, ...] = ("sdpa",)
+    unread: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -438,6 +542,8 @@ class Method:
         single: settings of one expert, which has nothing to balance.
         other: settings of a second adapter, of another size than the first.
         joins_attention: whether prompts are rows within attention, and not tokens of whole blocks.
+        auxiliary: names of the arguments that weigh losses of the method's own, other than a balance loss.
+        state: part of the names of tensors that are kept with the adapter and never trained.
     """
 
     config: type[PeftConfig]
@@ -453,6 +559,8 @@ class Method:
     single: dict[str, Any] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
     joins_attention: bool = True
+    auxiliary: tuple[str, ...] = ()
+    state: str | None = None
 
 
 _BOTH = ("sdpa", "eager")
@@ -463,6 +571,10 @@ def _mept_variants() -> dict[str, dict[str, Variant]]:
     table: dict[str, dict[str, Variant]] = {}
     for name, architecture in ARCHITECTURES.items():
         if architecture.task_type == "IMAGE" and name not in ("vit", "timm_vit"):
+            continue
+        if architecture.for_its_head:
+            head = {"modules_to_save": list(architecture.heads)}
+            table[name] = {"sample": Variant({"routing": "sample"} | head)}
             continue
         alone = {"decoder_sees_prompts": False} if architecture.task_type == "SEQ_2_SEQ_LM" else {}
         eager = name in ("bert", "t5", "gpt2", "gemma3")
@@ -482,6 +594,11 @@ def _vapt_variants() -> dict[str, dict[str, Variant]]:
         if architecture.task_type != "IMAGE":
             continue
         size = {"image_size": list(architecture.pixels)} if name == "dinov2" else {}
+        if architecture.for_its_head:  # found without being named
+            table[name] = {"adaptive": Variant({})}
+            continue
+        if architecture.dense:
+            continue
         table[name] = {"adaptive": Variant(size, kernels=_BOTH if name in ("vit", "dinov2") else ("sdpa",))}
     table["vit"]["deep"] = Variant({"num_static_layers": "all"})
     return table
@@ -495,6 +612,16 @@ def _pmoe_variants() -> dict[str, dict[str, Variant]]:
         "vit": {"dinov2": of("dinov2"), "three": of("dinov2", "timm", dispatcher="attention")},
         "timm_vit": {"vit": of("vit", dispatcher="expert"), "timm": of("timm")},
     }
+
+
+def _promotion_variants() -> dict[str, dict[str, Variant]]:
+    """Dense models and backbones, and classifiers, of which ViT's reads the class token only."""
+    both: dict[str, Any] = {"layers_to_transform": [0, 1]}
+    table = {name: {"units": Variant(both)} for name in ("dinov2_backbone", "timm_avg")}
+    # Its heads have dropout of their own, and a layer that nothing reads; here they stay frozen.
+    table["dpt_vit"] = {"units": Variant(both | {"modules_to_save": []})}
+    table["vit"] = {"units": Variant({"layers_to_transform": [0]}, kernels=_BOTH, unread=frozenset({1}))}
+    return table
 
 
 _NO_TOKENS_FOR_DECODER = {"routing": "token", "decoder_sees_prompts": True}
@@ -543,6 +670,22 @@ METHODS: dict[str, Method] = {
         other={"num_virtual_tokens": 2, "dispatcher": "none"},
         joins_attention=False,
     ),
+    "promotion": Method(
+        config=ProMotionConfig,
+        prefix="promotion_",
+        # The denoiser's lessons are random, and units start at zero; see tests/unit.
+        settings={"num_prototypes": 3, "bottleneck_dim": 8, "init_weights": False, "denoise_weight": 0.0},
+        variants=_promotion_variants(),
+        refusals=(
+            ("vit", {"modules_to_save": ["projection"]}, "would copy the patch embedding"),
+            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "layers_to_transform names the layers .1."),
+        ),
+        noisy={"noisy_features": True, "denoise_weight": 1.0},
+        other={"num_prototypes": 2, "denoiser": "tokens"},
+        joins_attention=False,
+        auxiliary=("denoise_weight", "margin_weight", "compact_weight"),
+        state="promotion_bank",
+    ),
 }
 
 
@@ -584,6 +727,10 @@ class Case:
     def is_causal_lm(self) -> bool:
         return self.task_type == "CAUSAL_LM"
 
+    @property
+    def model_class(self) -> Any:
+        return getattr(transformers, self.architecture.model, None) or getattr(dense_models, self.architecture.model)
+
     # -- models -------------------------------------------------------------------------------------------------------
 
     def base(self, seed: int = 0, **settings: Any) -> nn.Module:
@@ -594,7 +741,7 @@ class Case:
             made._experts_implementation = "eager"  # the grouped kernel has no float64
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = getattr(transformers, self.architecture.model)(made).eval()
+            model = self.model_class(made).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -634,7 +781,8 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         if not self.reads_text:
             pixels = torch.randn(3, *self.architecture.pixels, generator=generator)
-            return {"pixel_values": pixels, "labels": torch.randint(3, (), generator=generator)}
+            places = self.architecture.pixels if self.architecture.dense else ()
+            return {"pixel_values": pixels, "labels": torch.randint(3, places, generator=generator)}
         ids = torch.randint(5, VOCAB, (LENGTH,), generator=generator)[:length]
         if self.task_type == "SEQ_CLS":
             return {"input_ids": ids, "labels": ids[0] % 3}
@@ -756,10 +904,11 @@ def gradients(
 
 
 def adapter_parameters(case: Case, model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """What trains of an adapter."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if case.method.prefix in name and f".{adapter}." in name
+        if case.method.prefix in name and f".{adapter}." in name and (case.method.state or " ") not in name
     }
 
 
@@ -807,19 +956,21 @@ def assert_different(left: Tensor, right: Tensor, what: str, at_least: float = 1
 # Parametrisation
 # ---------------------------------------------------------------------------------------------------------------------
 
-CASES: list[Case] = [
+EVERY_CASE: list[Case] = [
     Case(method, architecture, variant, kernel)
     for method, entry in METHODS.items()
     for architecture, variants in entry.variants.items()
     for variant, settings in variants.items()
     for kernel in settings.kernels
 ]
+CASES = [case for case in EVERY_CASE if not case.architecture.for_its_head]
 
 
 def each_case(
     keep: Callable[[Case], bool] = lambda case: True,
     kernels: tuple[str, ...] = ("sdpa",),
     slow: Callable[[Case], bool] = lambda case: False,
+    heads: bool = False,
 ) -> pytest.MarkDecorator:
     """Run a test for every case that `keep` keeps; a behaviour that a case cannot have is no cell of the matrix.
 
@@ -827,8 +978,9 @@ def each_case(
         keep: what the behaviour needs of a case.
         kernels: kernels to run it under. Only what depends on the kernel needs more than sdpa.
         slow: cases that add time rather than coverage, and wait for the full run.
+        heads: whether the behaviour depends on how a head is built, so that models with heads of several layers count.
     """
-    cases = [case for case in CASES if case.kernel in kernels and keep(case)]
+    cases = [case for case in (EVERY_CASE if heads else CASES) if case.kernel in kernels and keep(case)]
     assert cases, "no case is left"
     marked = [pytest.param(case, marks=[pytest.mark.slow] if slow(case) else []) for case in cases]
     return pytest.mark.parametrize("case", marked, ids=[str(case) for case in cases])

@@ -181,13 +181,13 @@ _WAV2VEC = {
 
 _CAUSAL, _ANY = "AutoModelForCausalLM", "AutoModel"
 _CLASSIFIER, _SEQ2SEQ = "AutoModelForSequenceClassification", "AutoModelForSeq2SeqLM"
-_SAMPLE, _DROPPED = {"routing": "sample"}, {"decoder_sees_prompts": False}
+_SAMPLE = {"routing": "sample"}
 
 ARCHITECTURES: dict[str, Arch] = {
     # Decoders, one line for each way of building a block.
     "qwen2": Arch(EXACT, _CAUSAL, _LM),
     "gemma": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS),
-    "gemma2": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS | {"sliding_window": 4}, mept=_SAMPLE),
+    "gemma2": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS | {"sliding_window": 4}),
     "olmo": Arch(EXACT, _CAUSAL, _LM),
     "olmo2": Arch(EXACT, _CAUSAL, _LM),
     "olmo3": Arch(EXACT, _CAUSAL, _LM | {"sliding_window": 4}),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import COLUMNS, METHOD_NAMES, ROWS, Cell, Column, Row, cells_of
+from rows import COLUMNS, HEAD_COLUMNS, HEAD_ROWS, METHOD_NAMES, ROWS, Cell, Column, Row, cells_of
 
 PROPERTY = "contract"
 CANNOT = "-"
@@ -77,6 +77,8 @@ def cell(row: Row, column: Column, found: Found) -> str:
 def page(found: Found) -> str:
     """The whole file."""
     cells = {(row.number, column): cell(row, column, found) for row in ROWS for column in COLUMNS}
+    head_rows = [row for row in ROWS if row.number in HEAD_ROWS]
+    cells |= {(row.number, column): cell(row, column, found) for row in head_rows for column in HEAD_COLUMNS}
     shown = list(cells.values())
     refusals, exempt = sum(each.startswith("R") for each in shown), shown.count(CANNOT)
     green = sum(each.isdigit() for each in shown)
@@ -93,12 +95,21 @@ def page(found: Found) -> str:
     ]
     for method, name in METHOD_NAMES.items():
         columns = [column for column in COLUMNS if column.method == method]
-        titles = [str(column).removeprefix(f"{name} ") for column in columns]
-        lines += ["", f"## {name}", "", f"| | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(columns)}"]
-        for row in ROWS:
-            values = " | ".join(cells[row.number, column] for column in columns)
-            lines.append(f"| {row.number}. {row.behaviour} | {values} |")
+        lines += _table(name, [str(column).removeprefix(f"{name} ") for column in columns], columns, ROWS, cells)
+    lines += _table(
+        "Heads of several layers", [str(column) for column in HEAD_COLUMNS], HEAD_COLUMNS, head_rows, cells
+    )
     reasons = sorted({(row.number, reason) for row in ROWS for column in COLUMNS if (reason := row.exempt(column))})
     lines += ["", "## What cannot be", ""]
     lines += [f"- Row {number}: {reason}." for number, reason in reasons]
     return "\n".join(lines) + "\n"
+
+
+def _table(
+    title: str, names: list[str], columns: list[Column], rows: list[Row], cells: dict[tuple[int, Column], str]
+) -> list[str]:
+    lines = ["", f"## {title}", "", f"| | {' | '.join(names)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for row in rows:
+        values = " | ".join(cells[row.number, column] for column in columns)
+        lines.append(f"| {row.number}. {row.behaviour} | {values} |")
+    return lines

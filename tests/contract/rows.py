@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cases import ARCHITECTURES, METHODS, Case
 
-METHOD_NAMES = {"mept": "MEPT", "vapt": "VAPT", "pmoe": "pMoE"}
+METHOD_NAMES = {"mept": "MEPT", "vapt": "VAPT", "pmoe": "pMoE", "promotion": "ProMotion"}
 
 
 class Column(NamedTuple):
@@ -40,12 +40,16 @@ def column_of(case: Case) -> Column:
     return Column(case.method_name, case.architecture_name, case.variant_name if case.method_name == "pmoe" else "")
 
 
-COLUMNS = [
+_COLUMNS = [
     Column(method, architecture, variant)
     for method, entry in METHODS.items()
     for architecture, variants in entry.variants.items()
     for variant in (variants if method == "pmoe" else [""])
 ]
+COLUMNS = [column for column in _COLUMNS if not ARCHITECTURES[column.architecture].for_its_head]
+# Models that are here for a head of several layers, and the rows that depend on how a head is built.
+HEAD_COLUMNS = [column for column in _COLUMNS if column not in COLUMNS]
+HEAD_ROWS = (14, 15)
 
 # Why a column cannot have a behaviour; None if it can.
 Exemption = Callable[[Column], str | None]
@@ -56,11 +60,16 @@ def only_text(column: Column) -> str | None:
 
 
 def only_attention(column: Column) -> str | None:
-    return None if METHODS[column.method].joins_attention else "its prompts are tokens"
+    return None if METHODS[column.method].joins_attention else "works on whole blocks"
 
 
-def only_balanced(column: Column) -> str | None:
-    return None if METHODS[column.method].balance else "has no balance loss"
+def only_with_own_losses(column: Column) -> str | None:
+    method = METHODS[column.method]
+    return None if method.balance or method.auxiliary else "has no losses of its own"
+
+
+def only_compilable(column: Column) -> str | None:
+    return "transformers captures its hidden states under a lock" if column.architecture == "dpt_vit" else None
 
 
 def nothing(column: Column) -> str | None:
@@ -183,6 +192,8 @@ ROWS = [
             "test_sampling_runs",
             "test_generation_equals_steps_by_hand",
             "test_decoding_in_chunks_equals_one_forward",
+            "test_rows_follow_what_is_done_to_a_cache",
+            "test_generation_runs_in_training_mode_without_gradients",
             "test_features_are_as_many_as_the_base_models",
         ),
     ),
@@ -196,6 +207,7 @@ ROWS = [
         22,
         "torch.compile without breaks equals eager",
         ("test_compiled_training_equals_eager", "test_compiled_evaluation_equals_eager"),
+        only_compilable,
     ),
     Row(
         23,
@@ -219,17 +231,23 @@ ROWS = [
     ),
     Row(
         25,
-        "balance loss: in the gradient, off in evaluation, without padding, at any accumulation",
+        "losses of its own: in the gradient, off in evaluation, without padding, at any accumulation",
         (
             "test_the_balance_loss_reaches_routers_and_is_not_in_the_reported_loss",
             "test_the_balance_loss_is_the_gradient_of_what_is_reported",
             "test_the_balance_loss_survives_accumulation_and_scaling",
+            "test_the_balance_loss_is_the_same_in_tuples",
             "test_the_balance_loss_is_off_in_evaluation_and_for_one_expert",
             "test_padding_does_not_count_in_the_balance_loss",
             "test_checkpointing_gives_the_same_gradients_of_a_balance_loss",
+            "test_own_losses_are_in_the_gradient_and_not_in_the_reported_loss",
+            "test_own_losses_survive_accumulation_and_scaling",
+            "test_own_losses_survive_checkpointing",
+            "test_own_losses_survive_compilation",
+            "test_own_losses_are_off_in_evaluation",
+            "test_own_losses_are_told",
         ),
-        only_balanced,
-        refusals=("test_a_balance_loss_is_refused_where_it_cannot_reach_the_layers",),
+        only_with_own_losses,
     ),
     Row(
         26,
@@ -310,6 +328,12 @@ def _mixtures(architecture: str) -> Callable[[dict[str, Any]], list[Column]]:
     return lambda params: [column for column in COLUMNS if column[:2] == ("pmoe", architecture)]
 
 
+def _unit_columns(params: dict[str, Any]) -> list[Column]:
+    """A unit is the same code behind every block; the backbone and DPT are of the family of one of the towers."""
+    towers = {"default": ["vit", "dpt_vit"], "dinov2": ["dinov2_backbone"], "timm_average": ["timm_avg"]}
+    return _known(*[Column("promotion", name) for name in towers.get(params["name"], ["vit"])])
+
+
 def _known(*columns: Column) -> list[Column]:
     return [column for column in columns if column in COLUMNS]
 
@@ -322,6 +346,7 @@ OTHERS: dict[tuple[str, str], Callable[[dict[str, Any]], list[Column]]] = {
     ("test_vapt_parity", "test_equals_oracle"): _tower_column,
     ("test_vapt_parity", "test_blocks_of_other_families"): _tower_column,
     ("test_pmoe_parity", "test_equals_oracle"): _mixtures("vit"),
+    ("test_promotion_parity", "test_equals_oracle"): _unit_columns,
     ("test_pmoe_parity", "test_on_timm"): _mixtures("timm_vit"),
 }
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from cases import ALL_KERNELS, Batch, Case, assert_different, each_case
 from peft import PeftModel
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 NEW = 6
 # `past_key_values` before transformers 5.24
@@ -137,3 +139,52 @@ def test_decoding_in_chunks_equals_one_forward(case: Case, model: PeftModel) -> 
             parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-3, atol=1e-3)
     assert_different(expected[:, 0], expected[:, 1], "logits")
+
+
+# What is done to a cache of two samples, and which of them it holds then.
+OPERATIONS: dict[str, tuple[Callable[[Any], Any], list[int]]] = {
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+    "copy": (copy.deepcopy, [0, 1]),
+}
+
+
+@each_case(lambda case: case.is_causal_lm)
+@pytest.mark.parametrize(
+    ("kind", "operation"), [*(("dynamic", name) for name in OPERATIONS), ("static", "reorder"), ("static", "copy")]
+)
+def test_rows_follow_what_is_done_to_a_cache(case: Case, model: PeftModel, kind: str, operation: str) -> None:
+    """As for a cache that was filled in that order at once, with padding on the left, by which rows differ."""
+    change, order = OPERATIONS[operation]
+    batch = case.prompt_only(case.batch((8, 3), side="left"))
+    step = torch.tensor([[7], [11]])
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(step)], dim=1)
+
+    def filled(samples: list[int]) -> Any:
+        config = model.get_base_model().config
+        cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=12)
+        model(**{name: value[samples] for name, value in batch.items()}, **{CACHE: cache}, use_cache=True)
+        return cache
+
+    def goes_on(cache: Any) -> Tensor:
+        more = {"input_ids": step[order], "attention_mask": mask[order]}
+        return model(**more, **{CACHE: cache}, use_cache=True).logits  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        expected, cache = goes_on(filled(order)), filled([0, 1])
+        found = goes_on(change(cache) or cache)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        if operation == "copy":
+            torch.testing.assert_close(goes_on(cache), expected, rtol=1e-4, atol=1e-4)
+
+
+@each_case(lambda case: case.is_causal_lm)
+def test_generation_runs_in_training_mode_without_gradients(case: Case, model: PeftModel, batch: Batch) -> None:
+    """As trainers do that learn from what a model writes; nothing is learnt while it writes."""
+    expected = generate(model, batch)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    assert generate(model, batch).tolist() == expected.tolist()

@@ -49,7 +49,8 @@ def test_the_output_has_the_length_of_the_labels(case: Case) -> None:
     assert output.loss.ndim == 0 and torch.isfinite(output.loss)
     rows, length = next(iter(batch.values())).shape[:2]
     found = predict(model, batch).shape
-    expected = {"SEQ_CLS": (rows, found[-1]), "IMAGE": (rows, 3), "SEQ_2_SEQ_LM": (rows, TARGETS, found[-1])}
+    image = (rows, 3, *found[2:]) if case.architecture.dense else (rows, 3)
+    expected = {"SEQ_CLS": (rows, found[-1]), "IMAGE": image, "SEQ_2_SEQ_LM": (rows, TARGETS, found[-1])}
     assert found == expected.get(case.task_type, (rows, length, found[-1]))
 
 

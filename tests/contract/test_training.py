@@ -46,8 +46,7 @@ def with_balance(case: Case, weight: float = BALANCE) -> dict[str, Any]:
 
 
 def has_balance(case: Case) -> bool:
-    # timm's models hand no arguments on to their layers, and a balance loss needs one; it is refused there.
-    return case.method.balance is not None and case.architecture.told
+    return case.method.balance is not None
 
 
 # -- what trains ------------------------------------------------------------------------------------------------------
@@ -93,7 +92,7 @@ def test_training_changes_nothing_of_the_base_model(case: Case) -> None:
         return {
             name: tensor.detach().clone()
             for name, tensor in tensors.items()
-            if name not in mine and ".modules_to_save." not in name
+            if name not in mine and ".modules_to_save." not in name and (case.method.state or " ") not in name
         }
 
     before, trained = (
@@ -206,7 +205,8 @@ def test_autocast_is_finite_and_near(case: Case) -> None:
     assert_near(found, expected)
     for name, gradient in given.items():
         assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all() and gradient.abs().max() > 0, name
-    assert_equal(predict(model, batch), expected, "logits after autocast")
+    if case.method.state is None:  # what a method keeps beside its trained tensors has moved
+        assert_equal(predict(model, batch), expected, "logits after autocast")
 
 
 # -- compilation ------------------------------------------------------------------------------------------------------
@@ -217,17 +217,23 @@ def compiles_its_loss(case: Case) -> bool:
     return case.architecture_name != "gpt2"
 
 
+def compiles(case: Case) -> bool:
+    """DPT captures its hidden states under a lock, which no compiler takes; so does the base model alone."""
+    return case.architecture_name != "dpt_vit"
+
+
 COMPILED_TWICE = ("bert", "llama")
 
 
 @each_case(
-    compiles_its_loss,
+    lambda case: compiles_its_loss(case) and compiles(case),
     slow=lambda case: not one_per_architecture(case) and case.architecture_name not in COMPILED_TWICE,
 )
 def test_compiled_training_equals_eager(case: Case) -> None:
     settings = with_balance(case) if has_balance(case) else {}
-    model, batch = case.model(**settings), case.batch()
-    loss, expected = gradients(model, batch)
+    batch = case.batch()
+    loss, expected = gradients(case.model(**settings), batch)
+    model = case.model(**settings)
     torch._dynamo.reset()
     found_loss, found = gradients(model, batch, forward=torch.compile(model, fullgraph=True, backend="aot_eager"))
     torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
@@ -305,6 +311,17 @@ def test_the_balance_loss_survives_accumulation_and_scaling(case: Case) -> None:
 
 
 @each_case(has_balance)
+def test_the_balance_loss_is_the_same_in_tuples(case: Case) -> None:
+    batch, settings = case.batch(), with_balance(case)
+    _, expected = gradients(case.model(**settings), batch)
+    model = case.model(**settings).train()
+    loss, *_ = model(**batch, return_dict=False)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(found, expected, 1e-6)
+
+
+@each_case(has_balance)
 def test_two_forwards_before_one_backward_keep_their_balance_losses_apart(case: Case) -> None:
     settings, one, two = with_balance(case), case.batch(seed=1), case.batch(seed=2)
     model = case.model(**settings)
@@ -354,12 +371,3 @@ def test_logits_in_training_are_those_of_evaluation_when_nothing_is_random(case:
     expected = predict(model, batch)
     model.train()
     torch.testing.assert_close(logits(model, batch).detach(), expected, rtol=1e-4, atol=1e-4)
-
-
-@each_case(lambda case: case.method.balance is not None and not has_balance(case))
-def test_a_balance_loss_is_refused_where_it_cannot_reach_the_layers(case: Case) -> None:
-    base = case.base()
-    names = [name for name, _ in base.named_modules()]
-    with pytest.raises(ValueError, match=r"balance_loss_weight .* is not handed any"):
-        case.model(base, **with_balance(case))
-    assert [name for name, _ in base.named_modules()] == names

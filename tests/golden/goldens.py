@@ -37,7 +37,7 @@ from transformers import (
 )
 
 import peft_promptmoe
-from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig, ProMotionConfig, VAPTConfig
 
 HERE = Path(__file__).parent
 BASES, WEIGHTS, OUTPUTS = "bases", "model.safetensors", "outputs.safetensors"
@@ -52,8 +52,12 @@ def numbers(count: int, offset: int) -> Tensor:
 
 @torch.no_grad()
 def fill(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Give a model's parameters the numbers; gains and biases stay near what they are made with."""
-    for offset, (name, weight) in enumerate(sorted(model.named_parameters())):
+    """Give a model's parameters the numbers; gains and biases stay near what they are made with.
+
+    Router centres were no parameters when 0.1.0 was recorded, and stay at zero.
+    """
+    named = sorted(item for item in model.named_parameters() if "router_center" not in item[0])
+    for offset, (name, weight) in enumerate(named):
         if wanted(name):
             values = numbers(weight.numel(), offset).view(weight.shape)
             if weight.ndim == 1:
@@ -173,6 +177,7 @@ def images() -> dict[str, Tensor]:
 
 
 _MEPT = {"num_virtual_tokens": 2, "num_experts": 3, "top_k": 2}
+_PROMOTION = {"num_prototypes": 3, "bottleneck_dim": 4, "sinkhorn_eps": 0.25}
 _VAPT = {"num_virtual_tokens": 2, "bottleneck_dim": 2, "projector_scale": 1.0}
 
 GOLDENS: dict[str, Golden] = {
@@ -187,6 +192,14 @@ GOLDENS: dict[str, Golden] = {
     "pmoe_token": Golden("vit", PMoEConfig, images, {"num_virtual_tokens": 2}, ("expert",)),
     "pmoe_attention": Golden(
         "vit", PMoEConfig, images, {"num_virtual_tokens": 2, "dispatcher": "attention"}, ("expert",)
+    ),
+    # Of this classifier's last block nobody reads the patches.
+    "promotion_bank": Golden("vit", ProMotionConfig, images, _PROMOTION | {"layers_to_transform": [0]}),
+    "promotion_pool": Golden(
+        "vit",
+        ProMotionConfig,
+        images,
+        {"num_prototypes": 4, "bottleneck_dim": 4, "proposal": "pool", "num_heads": 2, "layers_to_transform": [0]},
     ),
 }
 

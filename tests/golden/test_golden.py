@@ -51,7 +51,7 @@ def test_all_methods_of_this_version_are_on_record() -> None:
     names = {path.name for path in RECORDED if path.parent.name == peft_promptmoe.__version__}
     assert names == GOLDENS.keys()
     kinds = {json.loads((path / "adapter_config.json").read_text())["peft_type"] for path in RECORDED}
-    assert kinds == {"MEPT", "VAPT", "PMOE"}
+    assert kinds == {"MEPT", "VAPT", "PMOE", "PROMOTION"}
 
 
 def content(folder: Path) -> dict[Path, bytes]:

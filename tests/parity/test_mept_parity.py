@@ -27,6 +27,7 @@ SETTINGS: dict[str, tuple[tuple[int, int, int], str]] = {
     "e4k2s1-right": ((4, 2, 1), "right"),
     "e3k3s0-none": ((3, 3, 0), "none"),
     "e1k1s0-left_columns": ((1, 1, 0), "left_columns"),
+    "e5k2s1-left_columns": ((5, 2, 1), "left_columns"),
     "e2k1s2-right": ((2, 1, 2), "right"),
 }
 PAIRS = [(family, routing) for routing in ("sample", "token") for family in FAMILIES]

@@ -15,6 +15,7 @@ from test_trainer import trainer_for, weights
 from two_processes import on_two_processes
 
 CHOSEN = {("bert", "sample"), ("t5", "sample"), ("llama", "token"), ("vit", "adaptive"), ("vit", "dinov2")}
+CHOSEN |= {("dinov2_backbone", "units")}
 STEPS, SAVED, BATCH = 4, 2, 4
 
 
@@ -88,27 +89,55 @@ def check_checkpoints(case: Case, folder: Path, trained: dict[str, Any]) -> None
     assert torch.isfinite(predict(loaded.eval(), case.batch())).all()
 
 
-def train_with_centres(case: Case, folder: Path) -> tuple[dict[str, torch.Tensor], ...]:
-    """Router centres after training, and after one more forward."""
+def train_with_centres(case: Case, folder: Path, processes: int) -> dict[str, torch.Tensor]:
+    """Router centres after training."""
     model = case.model(router_centering=True)
-    settings = {"per_device_train_batch_size": BATCH // 2, "eval_strategy": "no", "save_strategy": "no"}
-    trainer = trainer_for(case, model, folder, ddp_find_unused_parameters=False, **settings)
-    trainer.train()
-    centres = {name: buffer for name, buffer in model.named_buffers() if "center" in name}
-    trained = {name: centre.clone() for name, centre in centres.items()}
-    trainer.model_wrapped.eval()(**case.batch())
-    return trained, {name: centre.clone() for name, centre in centres.items()}
+    settings = {"eval_strategy": "no", "save_strategy": "no", "max_steps": STEPS, "optim": "sgd"}
+    settings |= {"per_device_train_batch_size": BATCH // processes, "average_tokens_across_devices": False}
+    trainer_for(case, model, folder, ddp_find_unused_parameters=False, **settings).train()
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "center" in name}
 
 
-def test_router_centres_are_those_of_the_first_process(tmp_path: Path) -> None:
-    """Each process takes its own samples in, and DDP hands on what rank 0 has, which is also what is saved."""
+def test_router_centres_are_the_means_of_all_processes(tmp_path: Path) -> None:
+    """All have the same, which is what one process has on the same batches."""
     case = Case("mept", "bert", "sample", "sdpa")
-    (first, first_later), (second, second_later) = on_two_processes(train_with_centres, case, tmp_path)
-    for name, centre in first.items():
-        assert_equal(first_later[name], centre, name)
-        assert_equal(second_later[name], centre, name)
-        if name.endswith("weight"):
-            assert not torch.equal(second[name], centre), f"{name} should differ by the last step's samples"
+    alone = train_with_centres(case, tmp_path / "alone", 1)
+    assert all(bool(centre.any()) for centre in alone.values())
+    first, second = on_two_processes(train_with_centres, case, tmp_path / "both", 2)
+    for name, centre in alone.items():
+        assert_equal(first[name], second[name], f"{name} of the two processes")
+        torch.testing.assert_close(first[name], centre, rtol=0, atol=1e-6)
+
+
+UNITS = Case("promotion", "dinov2_backbone", "units", "sdpa")
+KINDS = [{}, {"reseed_after": 1}, {"init_weights": True}]
+
+
+def train_banks(settings: dict[str, Any], folder: Path, processes: int) -> dict[str, torch.Tensor]:
+    """Banks after training."""
+    model = UNITS.model(**settings)
+    more = {"per_device_train_batch_size": BATCH // processes, "eval_strategy": "no", "save_strategy": "no"}
+    trainer_for(UNITS, model, folder, ddp_find_unused_parameters=False, optim="sgd", **more).train()
+    model.eval()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "promotion_bank" in name}
+
+
+def train_all_banks(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [train_banks(settings, folder, 2) for settings in KINDS]
+
+
+def test_banks_are_equal_on_all_processes_and_those_of_one(tmp_path: Path) -> None:
+    """A start and far patches are those of the first process, so there one process with all samples has others."""
+    first, second = on_two_processes(train_all_banks, tmp_path)
+    for settings, one, two in zip(KINDS, first, second, strict=True):
+        for name, bank in one.items():
+            assert_equal(two[name], bank, f"{name} with {settings}")
+            assert (bank if name.endswith("idle") else bank.abs().amax(dim=1)).min() >= 0.0
+    alone = train_banks({}, tmp_path, 1)
+    start = dict(UNITS.model().named_parameters())
+    for name, bank in alone.items():
+        torch.testing.assert_close(first[0][name], bank, rtol=1e-5, atol=1e-5)
+        assert (bank - start[name]).abs().max() > 1e-3
 
 
 def test_every_method_takes_part() -> None:

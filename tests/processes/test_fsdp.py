@@ -30,6 +30,7 @@ BERT, T5, LLAMA = (
 T5_TOKEN = Case("mept", "t5", "token", "sdpa")
 GPT2 = Case("mept", "gpt2", "token", "sdpa")
 VIT, TIMM = (Case("vapt", name, "adaptive", "sdpa") for name in ("vit", "timm_vit"))
+UNITS = Case("promotion", "dinov2_backbone", "units", "sdpa")
 PMOE = Case("pmoe", "vit", "dinov2", "sdpa")
 
 
@@ -42,9 +43,9 @@ def blocks(case: Case, model: PeftModel) -> list[nn.Module]:
 
 
 def wrap(case: Case, model: PeftModel, engine: str) -> nn.Module:
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for block in blocks(case, model):
+        for block in blocks(case, model) if engine == "fsdp2" else ():
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     original = engine == "fsdp1"
@@ -106,6 +107,7 @@ TRAINS = {
     T5: ("fsdp2",),
     T5_TOKEN: ("fsdp2",),
     TIMM: ("fsdp2",),
+    UNITS: ("fsdp2",),
 }
 
 
@@ -139,7 +141,32 @@ def save_sharded(case: Case, folder: Path) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, state_dict=tensors)
 
 
-@pytest.mark.parametrize("case", [BERT, VIT], ids=str)
+def train_sharded_banks(settings: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Banks as they would be saved after three steps, and as they are in evaluation."""
+    model = wrap(UNITS, UNITS.model(**settings), "fsdp2").train()
+    for batch in batches(UNITS, halved=True):
+        model(**batch).loss.backward()
+    saved = {name: full(t).clone() for name, t in model.state_dict().items() if "promotion_bank" in name}
+    model.eval()
+    return saved, {name: full(p).clone() for name, p in model.named_parameters() if "promotion_bank" in name}
+
+
+def test_sharded_banks_move_as_those_of_one_process() -> None:
+    alone = UNITS.model().train()
+    for seed in range(STEPS):
+        alone(**UNITS.batch((8, 8, 8, 8), seed=seed)).loss.backward()
+    alone.eval()
+    expected = {name: p.detach() for name, p in alone.named_parameters() if "promotion_bank" in name}
+    ranks = on_two_processes(train_sharded_banks, {})
+    for saved, kept in ranks:
+        assert saved.keys() == kept.keys() == expected.keys()
+        for name, bank in expected.items():
+            torch.testing.assert_close(kept[name], bank, rtol=1e-5, atol=1e-5)
+            assert_equal(saved[name], kept[name], name)
+            assert_equal(kept[name], ranks[0][1][name], name)
+
+
+@pytest.mark.parametrize("case", [BERT, VIT, UNITS], ids=str)
 def test_a_sharded_model_saves_the_whole_adapter(case: Case, tmp_path: Path) -> None:
     on_two_processes(save_sharded, case, tmp_path)
     loaded = PeftModel.from_pretrained(case.base(), tmp_path)
@@ -158,6 +185,14 @@ REFUSED = {
     T5: [
         ("fsdp1", {}, "Shard this model with FSDP2"),
         ("fsdp1-peft", {}, "Shard this model with FSDP2"),
+    ],
+    BERT: [
+        ("fsdp2", {"router_centering": True}, "set router_centering=False"),
+        ("fsdp1", {"router_centering": True}, "set router_centering=False"),
+    ],
+    UNITS: [
+        ("fsdp1", {}, "Shard with FSDP2"),
+        ("fsdp2-one-unit", {}, "Shard each block"),
     ],
 }
 

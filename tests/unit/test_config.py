@@ -33,6 +33,12 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (3, True, "classifier", [1], [None], ["ok", "(?P<x"]),
     "layers_pattern": (3, True, [1], {"a": 1}, "*", ["("]),
     "inference_mode": (0, 1, None, "True", [True]),
+    "check_base_weights": (*NO_BOOLS, None),
+    "base_record": (
+        *(3, True, "bert", [1], {"type": 3}, {"width": "8"}, {"depth": True}, {"num_labels": 2.0}),
+        *({"weights": "00"}, {"weights": {"a": 1}}, {"weights": {1: "0000"}}, {"weights": {"a": "xyz0"}}),
+        *({"weights": {"a": "0000" * 65}}, {"weights": {"a": "000"}}, {"weights": {str(i): "0000" for i in range(9)}}),
+    ),
 }
 BAD: dict[str, tuple[Any, ...]] = COMMON | {
     "num_experts": (*NO_INTEGERS, None, 0, -1, 10**7, 10**30),
@@ -44,10 +50,10 @@ BAD: dict[str, tuple[Any, ...]] = COMMON | {
     "renormalize_top_k": (*NO_BOOLS, None),
     "router_noise": (*NO_NUMBERS, None, NAN, INF, -INF, -0.1),
     "router_dropout": (*NO_NUMBERS, None, NAN, INF, -0.1, 1.0, 2),
-    "balance_loss_weight": (*NO_NUMBERS, None, NAN, INF, -INF, -1e-9),
+    "balance_loss_weight": (*NO_NUMBERS, None, NAN, INF, -INF, -1e-9, 2**63),
     "prompt_positions": (*NO_NAMES, None, "", "suffix"),
     "decoder_sees_prompts": (*NO_BOOLS, None),
-    "prompt_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0),
+    "prompt_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0, 10**30, 10**400),
     "init_std": (True, False, None, "matched", "", NAN, INF, -1.0, [0.1]),
     "prompt_init": (*NO_NAMES, None, "", "zeros", "Random"),
 }

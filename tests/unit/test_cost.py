@@ -26,6 +26,7 @@ SUBSET = [
     ("llama-1b", Row("mept_token", 20, 16)),
     ("vit-b16-hf", Row("vapt", 50)),
     ("vit-b16-timm", Row("vpt_deep", 100)),
+    ("vit-b16-hf", Row("promotion", 16)),
     ("bert-base", Row("p_tuning", 20)),
     ("t5-base", Row("mept_sample", 10, 4)),
     ("llama-1b", Row("prompt_tuning", 50)),
@@ -54,6 +55,15 @@ def committed(name: str, row: Row) -> list[dict[str, Any]]:
 def test_figures_are_the_committed_ones(name: str, row: Row) -> None:
     """If a figure moved for a good reason, run benchmarks/cost_exact.py and commit what it writes."""
     assert moved(committed(name, row), [record(name, row)]) == []
+
+
+@pytest.mark.parametrize("name", ["vit-b16-hf", "vit-b16-timm"])
+def test_units_behind_all_twelve_blocks_cost_what_was_promised(name: str) -> None:
+    base, lora, units = (committed(name, row)[0] for row in (Row("base"), Row("lora_r8"), Row("promotion", 16)))
+    assert 1.0 < units["forward_flops"] / base["forward_flops"] <= 1.012
+    assert units["train_flops"] / lora["train_flops"] <= 1.05
+    assert units["saved_bytes"] / lora["saved_bytes"] <= 1.10
+    assert units["graph_breaks"] == 0
 
 
 def test_a_figure_that_moved_is_told() -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from peft_promptmoe import MEPTConfig
+from peft_promptmoe.engine.blocks import block_size
 
 BATCH, LENGTH = 8, 128
 LLAMA_1B: dict[str, Any] = {
@@ -91,12 +92,51 @@ def test_sample_routing_does_not_grow_with_experts(shape: str) -> None:
     assert few <= many < 1.01 * few
 
 
-@pytest.mark.parametrize("shape", ["bert", "llama"])
-def test_token_routing_grows_linearly_with_experts(shape: str) -> None:
-    """Every token meets every expert's columns in a pass over many tokens: the price is known and documented."""
-    base = flops(shape)
-    extra = {e: flops(shape, **TOKEN | {"num_virtual_tokens": 20, "num_experts": e}) - base for e in (4, 8, 12)}
-    assert extra[8] - extra[4] == extra[12] - extra[8] > 0
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "step"])
+@pytest.mark.parametrize("active", [1, 2])
+def test_of_more_experts_token_routing_pays_rows_and_router_only(active: int, training: bool) -> None:
+    """And what fills blocks up. A token's products with slots are those of its own experts, however many there are."""
+    slots, layers, width, tokens = 10, 12, 768, BATCH * LENGTH
+
+    def step(experts: int) -> int:
+        settings = TOKEN | {"num_virtual_tokens": slots, "num_experts": experts, "top_k": active}
+        model = make("bert", **settings).train(training)
+        ids = torch.zeros(BATCH, LENGTH, dtype=torch.long, device="meta")
+        plain = sdpa_kernel(SDPBackend.MATH)
+        with plain, torch.set_grad_enabled(training), FlopCounterMode(display=False) as counter:
+            output = model(input_ids=ids).last_hidden_state
+            if training:
+                output.sum().backward()
+        return int(counter.get_total_flops())
+
+    def rows(experts: int) -> int:
+        size = block_size(active * tokens, experts)
+        return (active * tokens // size + experts) * size
+
+    # The row of every expert is projected to keys and values, and there is a way back for its gradient.
+    projected = (2 if training else 1) * 2 * slots * width * 2 * width * layers
+    # Backward, a router has a gradient of weights, and of inputs but in the first layer, whose inputs do not train.
+    router = 2 * tokens * width * (3 * layers - 1 if training else layers)
+    # Queries and values meet slots; backward twice again, and gradients of queries, keys, values and weights.
+    products = (2 + 2 + 5 if training else 2) * 2 * slots * width * layers
+    few, many = 4, 64
+    assert step(many) - step(few) == (many - few) * (projected + router) + (rows(many) - rows(few)) * products
+
+
+@pytest.mark.parametrize(("experts", "limit"), [(64, 1.02), (256, 1.08)])
+def test_long_texts_hardly_see_the_number_of_experts(experts: int, limit: float) -> None:
+    """Of 8 texts of 1,024 tokens; over four experts."""
+    counts = []
+    for number in (4, experts):
+        with torch.device("meta"):
+            base: Any = BertModel(BertConfig(max_position_embeddings=1024))
+            model = get_peft_model(base, MEPTConfig(**TOKEN | {"num_virtual_tokens": 10, "num_experts": number}))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            ids = torch.zeros(BATCH, 1024, dtype=torch.long, device="meta")
+            model.train()(input_ids=ids).last_hidden_state.sum().backward()
+        counts.append(counter.get_total_flops())
+    print(f"4 -> {experts} experts x{counts[1] / counts[0]:.4f}")
+    assert 1.0 < counts[1] / counts[0] <= limit
 
 
 @pytest.mark.parametrize("active", [1, 2])

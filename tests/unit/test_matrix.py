@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from matrix import page
-from rows import COLUMNS, ROWS
+from rows import COLUMNS, HEAD_COLUMNS, HEAD_ROWS, ROWS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -18,6 +18,7 @@ from faults import FAULTS
 
 ROOT = Path(__file__).parents[2]
 ALL = {(row.number, str(column)): [("passed", False)] for row in ROWS for column in COLUMNS}
+ALL |= {(number, str(column)): [("passed", False)] for number in HEAD_ROWS for column in HEAD_COLUMNS}
 COUNTS = re.compile(r"(\d+) cells: (\d+) green, (\d+) refusals .*?(\d+) that cannot be .*?([\d,]+) tests\.", re.DOTALL)
 
 

@@ -20,22 +20,13 @@ from transformers.masking_utils import (
 )
 
 from peft_promptmoe import MEPTConfig
-from peft_promptmoe.engine.columns import (
-    CLOSED,
-    Columns,
-    add_gates,
-    expert_table,
-    fold_gates,
-    gates_by_row,
-    merge_columns,
-    open_columns,
-    owner_of,
-)
+from peft_promptmoe.engine.columns import Columns, Slots, add_gates, gates_of, join_rows, merge_columns
 from peft_promptmoe.engine.model_hooks import prompt_layers
+from peft_promptmoe.engine.rows import Experts, Rows, columns_of, decoding_table
 from peft_promptmoe.engine.transformers_attention import INTERFACE, ConfigView
 from peft_promptmoe.models.call_arguments import first_real, real_tokens
 from peft_promptmoe.routing.record import Chosen
-from peft_promptmoe.routing.router import best_gates, top_k_log_gates
+from peft_promptmoe.routing.router import best_gates
 
 B, T, D = 3, 6, 16
 SMALL: dict[str, Any] = {
@@ -113,163 +104,82 @@ def test_masks_of_other_kernels_are_refused() -> None:
 # -- gates ------------------------------------------------------------------------------------------------------------
 
 
-def _by_row(log_gates: Tensor, scene: dict[str, Any]) -> Tensor:
-    rows = scene["key"][:, :, : len(scene["owner"])]
-    return gates_by_row(Columns(rows, rows, log_gates, scene["owner"]))
-
-
-def _scene(gates: int = 4, slots: int = 3, shared: int = 3, heads: int = 2, active: int = 2) -> dict[str, Any]:
-    rows = gates * slots + shared
-    owner = torch.arange(rows) // slots
-    return {
-        "query": torch.randn(B, heads, T, D, dtype=torch.float64, requires_grad=True),
-        "key": torch.randn(B, heads, rows + T, D, dtype=torch.float64, requires_grad=True),
-        "value": torch.randn(B, heads, rows + T, D, dtype=torch.float64, requires_grad=True),
-        "logits": torch.randn(B, T, gates, dtype=torch.float64, requires_grad=True),
-        "owner": torch.where(owner < gates, owner, -1),
-        "active": active,
-        "rows": rows,
-    }
-
-
-def _by_loops(scene: dict[str, Any], open_: Tensor, scaling: float) -> Tensor:
-    """Attention in which slot p of expert e gets log g[t, e], written per query and column."""
-    query, key, value, owner = scene["query"], scene["key"], scene["value"], scene["owner"]
-    log_gates = top_k_log_gates(scene["logits"], scene["active"], False)[0]
-    output = torch.zeros_like(query)
-    for b in range(B):
-        for h in range(query.shape[1]):
-            for t in range(T):
-                scores, values = [], []
-                for column in range(key.shape[2]):
-                    score = query[b, h, t] @ key[b, h, column] * scaling
-                    if column < scene["rows"]:
-                        gate = int(owner[column])
-                        if gate >= 0:
-                            if log_gates[b, t, gate] == -torch.inf:
-                                continue
-                            score = score + log_gates[b, t, gate]
-                    elif not open_[b, t, column - scene["rows"]]:
-                        continue
-                    scores.append(score)
-                    values.append(value[b, h, column])
-                output[b, h, t] = torch.softmax(torch.stack(scores), 0) @ torch.stack(values)
-    return output
-
-
-@pytest.mark.parametrize("scaling", [D**-0.5, 1.0, 0.02])
-@pytest.mark.parametrize("masked", [False, True], ids=["open", "causal"])
-def test_folded_and_added_gates_equal_the_equation(masked: bool, scaling: float) -> None:
-    scene = _scene()
-    open_ = torch.ones(B, T, T, dtype=torch.bool)
-    open_ = open_.tril() if masked else open_
-    leaves = [scene[name] for name in ("query", "key", "value", "logits")]
-    expected = _by_loops(scene, open_, scaling)
-    weight = torch.randn_like(expected)
-    wanted = torch.autograd.grad((expected * weight).sum(), leaves)
-
-    mask = F.pad(open_[:, None], (scene["rows"], 0), value=True) if masked else None
-    for way in ("fold", "add"):
-        log_gates = top_k_log_gates(scene["logits"], scene["active"], False)[0]
-        query, key, value, with_gates = scene["query"], scene["key"], scene["value"], mask
-        if way == "fold":
-            query, key, value = fold_gates(query, key, value, log_gates, scene["owner"], scaling)
-            assert query.shape[-1] % 8 == 0
-        else:
-            with_gates = add_gates(mask, _by_row(log_gates, scene), query, key)
-            assert with_gates.shape == (B, 1, T, scene["rows"] + T)
-        output = F.scaled_dot_product_attention(query, key, value, with_gates, scale=scaling)[..., :D]
-        torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
-        got = torch.autograd.grad((output * weight).sum(), leaves)
-        for gradient, reference in zip(got, wanted, strict=True):
-            torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_closed_gate_is_closed_in_every_dtype(dtype: torch.dtype) -> None:
-    """exp(CLOSED * scale) must vanish, and CLOSED itself be representable."""
-    query, key, value = (torch.randn(1, 1, 2, 8, dtype=dtype) for _ in range(3))
-    log_gates = torch.tensor([[[0.0, -torch.inf]]], dtype=dtype).expand(1, 2, 2)
-    query, key, value = fold_gates(query, key, value, log_gates, torch.tensor([0, 1]), 8**-0.5)
-    assert torch.isfinite(query).all() and query.min() >= CLOSED
-    weights = torch.softmax((query @ key.transpose(-1, -2)).float() * 8**-0.5, dim=-1)
-    assert weights[..., 1].max() == 0.0
-
-
 @pytest.mark.parametrize("masked", [False, True], ids=["no_mask", "mask"])
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
 def test_added_gates_keep_the_mask(masked: bool, additive: bool) -> None:
-    scene = _scene(active=1)
+    rows, gated = 5, 3
+    query = torch.randn(B, 2, T, D, dtype=torch.float64)
     mask = None
     if masked:
-        mask = F.pad(torch.ones(B, 1, T, T, dtype=torch.bool).tril(), (scene["rows"], 0), value=True)
+        mask = F.pad(torch.ones(B, 1, T, T, dtype=torch.bool).tril(), (rows, 0), value=True)
         if additive:
             mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
-    log_gates = top_k_log_gates(scene["logits"], 1, False)[0]
-    got = add_gates(mask, _by_row(log_gates, scene), scene["query"], scene["key"])
-    shared_and_text = got[..., 12:]
+    gates = torch.randn(B, T, gated, dtype=torch.float64)
+    got = add_gates(mask, gates, query, rows + T)
+    rest = got[..., gated:]
     if mask is None:
-        assert (shared_and_text == 0).all()
+        assert (rest == 0).all()
     else:
         open_ = mask if not additive else mask == 0
-        assert torch.equal(shared_and_text == 0, open_[..., 12:].expand_as(shared_and_text))
-    assert torch.equal(got[:, 0, :, :12], log_gates.repeat_interleave(3, dim=-1))
+        assert torch.equal(rest == 0, open_[..., gated:].expand_as(rest))
+    assert torch.equal(got[:, 0, :, :gated], gates)
+
+
+def _rows(batch: int, value_batch: int, experts: int, shared: int, slots: int) -> Rows:
+    def pair(count: int) -> tuple[Tensor, Tensor]:
+        key = torch.randn(batch, 2, count * slots, D, dtype=torch.float64)
+        return key, torch.randn(value_batch, 2, count * slots, D + 2, dtype=torch.float64)
+
+    return Rows(*pair(shared), Experts(*pair(experts), slots))
 
 
 @pytest.mark.parametrize("shared", [0, 2], ids=["no_shared_expert", "shared_expert"])
-@pytest.mark.parametrize("active", [1, 2, 3])
+@pytest.mark.parametrize("active", [1, 2, 4])
 @pytest.mark.parametrize("key_batch, value_batch", [(1, 1), (B, 1), (B, B)])
-def test_gathered_columns_equal_all_columns(active: int, key_batch: int, value_batch: int, shared: int) -> None:
-    gates, slots, heads = 4, 3, 2
-    count = (gates + shared) * slots
-    rows = Columns(
-        torch.randn(key_batch, heads, count, D, dtype=torch.float64),
-        torch.randn(value_batch, heads, count, D + 2, dtype=torch.float64),
-    )
-    logits = torch.randn(B, 1, gates, dtype=torch.float64)
-    chosen = Chosen(*best_gates(logits, active, False), gates)
-    opened = open_columns(rows, chosen, slots)
-    assert opened.key.shape[2] == opened.value.shape[2] == (active + shared) * slots
-    query = torch.randn(B, heads, 1, D, dtype=torch.float64)
+def test_gathered_columns_equal_slots_attended_apart(
+    active: int, key_batch: int, value_batch: int, shared: int
+) -> None:
+    experts, slots = 4, 3
+    rows = _rows(key_batch, value_batch, experts, shared, slots)
+    choice = Chosen(*best_gates(torch.randn(B, 1, experts, dtype=torch.float64), active, False), experts)
+    query = torch.randn(B, 2, 1, D, dtype=torch.float64)
+    text = torch.randn(B, 2, T, D, dtype=torch.float64), torch.randn(B, 2, T, D + 2, dtype=torch.float64)
 
     def attend(columns: Columns) -> Tensor:
-        key, value = columns.key.expand(B, -1, -1, -1), columns.value.expand(B, -1, -1, -1)
-        mask = add_gates(None, gates_by_row(columns), query, key)
-        return F.scaled_dot_product_attention(query, key, value, mask)
+        joined = join_rows(columns, query, *text, None, None)
+        output = F.scaled_dot_product_attention(
+            joined.query, joined.key, joined.value, joined.mask, scale=joined.scaling
+        )
+        return joined.finish(output.transpose(1, 2))
 
-    dense = open_columns(rows, top_k_log_gates(logits, active, False)[0], slots)
-    assert dense.key is rows.key
-    torch.testing.assert_close(attend(opened), attend(dense), rtol=0, atol=1e-13)
-    kept = Columns(rows.key, rows.value, table=expert_table(rows, slots))
-    assert torch.equal(attend(open_columns(kept, chosen, slots)), attend(opened))
-
-
-def test_rows_answer_to_gates_in_order() -> None:
-    rows = Columns(torch.randn(1, 2, 14, D), torch.randn(1, 2, 14, D))
-    opened = open_columns(rows, top_k_log_gates(torch.randn(B, 2, 4), 1, False)[0], 3)
-    owner = owner_of(opened)
-    assert owner.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [-1] * 2
-    named = Columns(rows.key, rows.value, opened.log_gates, owner)
-    assert (
-        torch.equal(gates_by_row(opened), gates_by_row(named)[..., :12]) and (gates_by_row(named)[..., 12:] == 0).all()
-    )
+    apart = columns_of(rows, choice)
+    assert len(apart.chosen) == 1 and apart.rows == shared * slots
+    with torch.no_grad():
+        gathered = columns_of(rows, choice)
+    assert not gathered.chosen and gathered.rows == (active + shared) * slots
+    torch.testing.assert_close(attend(gathered), attend(apart), rtol=0, atol=1e-13)
+    assert rows.experts is not None
+    rows.experts.table = decoding_table(rows.experts)
+    with torch.no_grad():
+        assert torch.equal(attend(columns_of(rows, choice)), attend(gathered))
 
 
 def test_merged_columns_keep_their_gates_apart() -> None:
-    def part(batch: int, rows: int, gates: int | None) -> Columns:
-        columns = Columns(torch.randn(batch, 2, rows, D), torch.randn(batch, 2, rows, D))
-        if gates is not None:
-            columns.log_gates = torch.randn(B, T, gates)
-            columns.owner = torch.tensor([*range(gates), *[-1] * (rows - gates)])
-        return columns
+    def part(gated: int, always: int) -> Columns:
+        def slots(count: int, gates: Tensor | None) -> Slots:
+            return Slots(torch.randn(1, 2, count, D), torch.randn(1, 2, count, D), gates)
 
-    parts = [part(1, 3, 2), part(B, 2, None), part(1, 4, 3)]
-    merged = merge_columns(parts)
-    assert merged.key.shape == (B, 2, 9, D)
-    assert merged.owner.tolist() == [0, 1, -1, -1, -1, 2, 3, 4, -1]
-    assert torch.equal(merged.log_gates, torch.cat([parts[0].log_gates, parts[2].log_gates], -1))
+        found = [slots(gated, torch.randn(B, T, gated))] if gated else []
+        return Columns([*found, slots(always, None)])
+
+    parts = [part(2, 1), part(0, 2), part(3, 1)]
+    gates = gates_of(merge_columns(parts).slots)
+    assert gates is not None and gates.shape == (B, T, 9) and merge_columns(parts).number == 9
+    assert torch.equal(gates[..., :2], parts[0].slots[0].gates)
+    assert torch.equal(gates[..., 5:8], parts[2].slots[0].gates)
+    assert (gates[..., [2, 3, 4, 8]] == 0).all()
     assert merge_columns(parts[:1]) is parts[0]
-    assert merge_columns([part(1, 2, None), part(1, 2, None)]).log_gates is None
+    assert gates_of(merge_columns([parts[1], parts[1]]).slots) is None
 
 
 # -- the config view --------------------------------------------------------------------------------------------------
@@ -336,7 +246,7 @@ def test_kernel_chosen_after_attaching_takes_effect(monkeypatch: pytest.MonkeyPa
 def test_kernel_that_is_not_supported_is_refused_in_the_forward_too() -> None:
     base = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     model = get_peft_model(base, MEPTConfig()).eval()
-    base.config._attn_implementation = "flash_attention_2"
+    base.config._attn_implementation = "paged|sdpa"
     with pytest.raises(ValueError, match=r"set_attn_implementation\('sdpa'\)"):
         model(input_ids=torch.tensor([[3, 4, 5, 6]]))
 

@@ -7,13 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
-from torch import Tensor
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.engine.model_hooks import prompt_layers
+from peft_promptmoe.engine.vocabulary_start import why_unread
 from peft_promptmoe.mept.layer import MEPTLayer
+from peft_promptmoe.models.reader import text_reader
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2000,
@@ -90,3 +103,104 @@ def test_shared_experts_start_small_where_they_are_added(prompt_init: str) -> No
 def test_seeds_make_the_start() -> None:
     one, same, other = (rows(started("bert", seed=seed)[0])[0] for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+# -- what stands between a model and its embeddings -------------------------------------------------------------------
+
+
+class Valued(nn.Module):
+    """A user's own module around a language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = LlamaModel(LlamaConfig(**SIZES))
+        self.value = nn.Linear(64, 1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.value(self.inner(input_ids).last_hidden_state)
+
+
+def lora(**settings: Any) -> PeftModel:
+    config = LoraConfig(**{"target_modules": ["q_proj"]} | settings)
+    return get_peft_model(base("llama"), config, adapter_name="lora")
+
+
+def second_adapter() -> PeftModel:
+    saved = MEPTConfig(num_virtual_tokens=P, modules_to_save=["embed_tokens"])
+    model = get_peft_model(base("llama"), saved, adapter_name="first")
+    with torch.no_grad():  # the first one's copy has moved on, and is not what the second one will see
+        model.get_input_embeddings().modules_to_save["first"].weight.add_(5.0)
+    model.add_adapter("prompts", MEPTConfig(num_virtual_tokens=P, prompt_init="sample_vocab"))
+    return model
+
+
+def prompted(model: nn.Module, **settings: Any) -> PeftModel:
+    config = MEPTConfig(num_virtual_tokens=P, prompt_init="sample_vocab", **settings)
+    return get_peft_model(model, config, adapter_name="prompts")
+
+
+WRAPPED: dict[str, Any] = {
+    "saved_embeddings": lambda: prompted(base("llama"), modules_to_save=["embed_tokens"]),
+    "second_adapter": second_adapter,
+    "lora_on_embeddings": lambda: prompted(lora(target_modules=["embed_tokens"])),
+    "trainable_tokens": lambda: prompted(lora(trainable_token_indices=[5, 6])),
+    "own_module": lambda: prompted(Valued()),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_embeddings_give_the_rows_as_plain_ones_do(name: str) -> None:
+    model = WRAPPED[name]()
+    layer: Any = prompt_layers(model)[0]
+    rows = layer.mept_prompts["prompts"].weight * layer.prompt_config["prompts"].prompt_scale
+    known = model.get_submodule("base_model.model.inner") if name == "own_module" else base("llama").model
+    table = known.embed_tokens.weight.detach()
+    for row in rows.flatten(0, 1):
+        assert (table - row).abs().amax(-1).min() < 1e-5
+
+
+# -- where they cannot be had -----------------------------------------------------------------------------------------
+
+
+def llava() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in SIZES if name != "vocab_size"}
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, **sizes)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=LlamaConfig(**SIZES), image_token_id=60, vision_feature_layer=-1)
+    )
+
+
+def test_layers_that_text_does_not_reach_start_at_random_with_one_warning() -> None:
+    with pytest.warns(UserWarning, match="start at random") as caught:
+        model = get_peft_model(llava(), MEPTConfig(num_virtual_tokens=P))
+    (said,) = [str(warning.message) for warning in caught if "start at random" in str(warning.message)]
+    assert "text alone does not reach 2 of the prompted layers" in said and "vision_tower" in said
+    for layer in prompt_layers(model):
+        spread = float(rows(layer)[0].std())  # type: ignore[arg-type]
+        assert (spread > 0.5) == ("vision_tower" in layer.site.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        pytest.param(lambda: BertModel(BertConfig(**SIZES, max_position_embeddings=4)), "4 positions", id="short"),
+        pytest.param(llava, "text alone does not reach 2 of the prompted layers", id="images-beside"),
+        pytest.param(
+            lambda: ViTModel(ViTConfig(image_size=16, patch_size=4, hidden_size=64, num_attention_heads=2)),
+            "does not read token ids alone",
+            id="images",
+        ),
+    ],
+)
+def test_the_reason_is_the_true_one(make: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"prompt_init='sample_vocab'.*{reason}.*prompt_init='random'"):
+        get_peft_model(make(), MEPTConfig(num_virtual_tokens=P, prompt_init="sample_vocab"))
+
+
+def test_weights_that_are_not_in_memory_are_not_run() -> None:
+    model = base("llama")
+    assert why_unread(model, text_reader(model), P) is None
+    model.model.layers[1].mlp.to("meta")
+    assert why_unread(model, text_reader(model), P) == "its weights are not in memory"

@@ -51,7 +51,7 @@ def test_assisted_decoding_gives_the_greedy_answer(ways: dict[str, Any]) -> None
 def test_packed_rows_are_refused_where_nothing_is_generated_either() -> None:
     torch.manual_seed(0)
     base = LlamaModel(LlamaConfig(**LLAMA.architecture.settings)).eval()
-    model = get_peft_model(base, MEPTConfig(task_type="FEATURE_EXTRACTION"))
+    model = get_peft_model(base, MEPTConfig(task_type="FEATURE_EXTRACTION", routing="sample"))
     packed = {"input_ids": torch.arange(5, 15)[None], "position_ids": torch.tensor([[0, 1, 2, 3, 4] * 2])}
     with pytest.raises(ValueError, match="packed rows hold several samples"):
         model(**packed)

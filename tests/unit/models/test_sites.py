@@ -59,7 +59,7 @@ class Expected:
     rotary: str | None = None
     rotary_types: tuple[str | None, ...] = (None, None, None)
     causal: bool = False
-    generates: bool = False
+    by_token: bool = False
     bias_owner: str | None = None
     knows_input_spread: bool = False
     first_norm: str | None = field(default="same")
@@ -123,7 +123,7 @@ EXPECTED: dict[str, Expected] = {
         "transformer.h.{i}.attn",
         "transformer.h.{i}.ln_1",
         causal=True,
-        generates=True,
+        by_token=True,
     ),
     "llama": Expected(
         "LlamaForCausalLM",
@@ -133,7 +133,7 @@ EXPECTED: dict[str, Expected] = {
         "model.layers.{i}.input_layernorm",
         "model.rotary_emb",
         causal=True,
-        generates=True,
+        by_token=True,
     ),
     "mistral": Expected(
         "MistralForSequenceClassification",
@@ -152,6 +152,7 @@ EXPECTED: dict[str, Expected] = {
         "layers.{i}.input_layernorm",
         "rotary_emb",
         causal=True,
+        by_token=True,
     ),
     "gemma3_text": Expected(
         "Gemma3ForCausalLM",
@@ -162,7 +163,7 @@ EXPECTED: dict[str, Expected] = {
         "model.rotary_emb",
         ("sliding_attention", "full_attention", "sliding_attention"),
         causal=True,
-        generates=True,
+        by_token=True,
     ),
 }
 
@@ -190,7 +191,7 @@ def test_the_table_finds(name: str) -> None:
         assert site.norm is (modules[expected.norm.format(i=i)] if expected.norm else None)
         assert site.rotary is (modules[expected.rotary] if expected.rotary else None)
         assert site.rotary_type == expected.rotary_types[i]
-        assert (site.causal, site.generates) == (expected.causal, expected.generates)
+        assert (site.causal, site.by_token) == (expected.causal, expected.by_token)
         assert site.bias_owner is (modules[expected.bias_owner] if expected.bias_owner else None)
         assert (site.input_std is not None) == expected.knows_input_spread
         assert site.index == i and site.width == 16

@@ -624,6 +624,48 @@ def test_hidden_states_have_no_prompts(pixels: Tensor, asked_before: bool, retur
     assert [state.shape[1] for state in bare(pixels, output_hidden_states=True).hidden_states] == [17, 17, 17]
 
 
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_attention_maps_have_no_prompts(pixels: Tensor, asked_before: bool) -> None:
+    """They are those of the tokens that are there behind the block, as where prompts are rows of attention."""
+    plain: Any = base(num_hidden_layers=2)
+    plain.set_attn_implementation("eager")
+    if asked_before:
+        plain(pixels, output_attentions=True)
+    model = pmoe(dinov2(), model=plain, init_weights=False).eval()
+    whole: list[Tensor] = []
+    attention = model.get_base_model().get_submodule("vit.layers.1.attention")
+    handle = attention.register_forward_hook(lambda module, args, output: whole.append(output[1]), prepend=True)
+    maps = model(pixels, output_attentions=True).attentions
+    handle.remove()
+    assert [tuple(weights.shape[1:]) for weights in maps] == [(4, 17, 17)] * 2
+    kept = [0, *range(1 + PROMPTS, 17 + PROMPTS)]  # prompts stand behind the class token
+    assert whole[0].shape[-1] == 17 + PROMPTS
+    assert torch.equal(maps[1], whole[0][:, :, kept][..., kept])
+    with model.disable_adapter():
+        torch.testing.assert_close(
+            model(pixels, output_attentions=True).attentions[0].sum(dim=-1), torch.ones(len(pixels), 4, 17)
+        )
+
+
+class Logits(nn.Module):
+    """A model that puts out a tensor, as tracing asks for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(pixels).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
+def test_a_traced_model_gives_the_same(pixels: Tensor) -> None:
+    model = pmoe(dinov2(), small_timm(), init_weights=False).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(model), pixels, check_trace=False)
+        torch.testing.assert_close(traced(pixels.flip(0) * 0.5), model(pixels.flip(0) * 0.5).logits)
+
+
 def backbone() -> nn.Module:
     return Dinov2Backbone(Dinov2Config(**SHAPE, out_features=["stage1", "stage2"]))
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_promptmoe.mept.layer import CENTER_MOMENTUM, RouterCenter, orthogonal_rows
-from peft_promptmoe.routing.balance_loss import add_balance_loss, balance_loss, carry_balance_loss
-from peft_promptmoe.routing.prompt_call import PromptCall
+from peft_promptmoe.mept.center import MOMENTUM, RouterCenter
+from peft_promptmoe.mept.layer import orthogonal_rows
+from peft_promptmoe.routing.balance_loss import balance_loss
 from peft_promptmoe.routing.router import (
     RMS_EPS,
     mix_experts,
@@ -178,41 +178,45 @@ def test_perturb_statistics() -> None:
     assert set(dropped[:, 0].detach().tolist()) <= {0.0, 2.0 / 0.8}
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.25, 1024.0], ids=["plain", "four_accumulation_steps", "loss_scale"])
-def test_balance_gradient_follows_the_loss(factor: float) -> None:
-    weight = normal(4).requires_grad_()
-    call = PromptCall()
-    carrier = carry_balance_loss(weight * 2, (weight**2).sum(), call, "layer", "default")
-    loss = add_balance_loss(carrier.sum(), call)
-    assert loss.item() == (weight * 2).sum().item()
-    assert (
-        call.balance["layer", "default"].item() == (weight**2).sum().item()
-        and not call.balance["layer", "default"].requires_grad
-    )
-    (loss * factor).backward()
-    close(weight.grad, ((2 + 2 * weight) * factor).detach())
-
-
-def test_balance_loss_without_the_models_loss_warns() -> None:
-    weight = normal(4).requires_grad_()
-    carrier = carry_balance_loss(weight * 2, (weight**2).sum(), PromptCall(), "layer", "default")
-    with pytest.warns(UserWarning, match="balance_loss_weight has no effect"):
-        carrier.sum().backward()
-    close(weight.grad, [2.0] * 4)
-
-
 def test_router_center_is_a_mean_first_and_a_running_mean_later() -> None:
     center = RouterCenter(D).double()
     seen = [normal(D) for _ in range(150)]
     expected = torch.zeros(D, dtype=torch.float64)
     for step, value in enumerate(seen, start=1):
-        center.update(value)
-        momentum = max(1.0 / step, CENTER_MOMENTUM)
+        center.update(value[None], torch.ones(1, 1))
+        momentum = max(1.0 / step, MOMENTUM)
         expected = expected + momentum * (value - expected)
         if step == 40:
             torch.testing.assert_close(center.weight, torch.stack(seen[:40]).mean(0), rtol=0, atol=1e-6)
     torch.testing.assert_close(center.weight, expected, rtol=0, atol=1e-6)
     assert int(center.steps) == 150
+
+
+def test_a_router_center_without_its_steps_counts_as_one_of_many() -> None:
+    center, value = RouterCenter(D), normal(D).float()
+    with torch.no_grad():
+        center.weight.copy_(normal(D))
+    before = center.weight.clone()
+    assert bool(center.is_known) and not bool(RouterCenter(D).is_known)
+    center.update(value[None], torch.ones(1, 1))
+    torch.testing.assert_close(center.weight, before + MOMENTUM * (value - before), rtol=0, atol=1e-3)
+    assert not center.weight.requires_grad
+
+
+def test_rows_that_do_not_count_are_not_in_a_router_center() -> None:
+    center, values = RouterCenter(D), normal(3, D).float()
+    mean = center.update(values, torch.tensor([[1.0], [0.0], [1.0]]))
+    torch.testing.assert_close(mean, (values[0] + values[2]) / 2)
+    torch.testing.assert_close(center(), mean)
+
+
+def test_a_lost_router_center_is_noticed_at_the_second_step() -> None:
+    center = RouterCenter(D)
+    center.update(normal(2, D), torch.ones(2, 1))
+    with torch.no_grad():
+        center.weight.zero_()
+    with pytest.raises(RuntimeError, match=r"FSDP and ZeRO-3.*router_centering=False"):
+        center.update(normal(2, D), torch.ones(2, 1))
 
 
 @pytest.mark.parametrize("rows", [1, D, D + 3, 3 * D])

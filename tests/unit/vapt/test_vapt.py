@@ -576,6 +576,31 @@ def test_an_adapter_takes_images_of_another_size(kind: str, settings: dict[str, 
         assert (predict(model, pixels) - found).abs().max() > 1e-3
 
 
+class Logits(nn.Module):
+    """A model that puts out a tensor, as tracing asks for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return read(self.model(pixels))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 64)], ids=["own", "resampled"])
+@pytest.mark.parametrize("kind", ["dinov2", "timm"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:FutureWarning")
+def test_a_traced_model_gives_the_same_and_the_original_goes_on(kind: str, size: tuple[int, int]) -> None:
+    """Sizes are tensors while a model is traced, which are no keys to what was noted of the grid."""
+    model, pixels, others = prompted(any_size(kind), image_size=32), images(2, *size), images(2, *size).flip(0) * 0.5
+    before = predict(model, others)
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(model), pixels, check_trace=False)
+        torch.testing.assert_close(traced(others), before)
+    torch.testing.assert_close(predict(model, others), before)
+    torch.testing.assert_close(predict(model, images(2, 40, 40)), predict(copy.deepcopy(model), images(2, 40, 40)))
+
+
 @pytest.mark.parametrize("kind", ["dinov2", "timm"])
 def test_another_size_can_be_refused(kind: str) -> None:
     model = prompted(any_size(kind), image_size=32, resample_grid=False)

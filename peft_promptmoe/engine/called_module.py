@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks on the modules of a base model that may be called: the whole, or a tower, body or encoder by itself."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from transformers import PreTrainedModel
+
+from ..models.call_arguments import attention_mask
+from ..models.inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
+from ..models.query import query_of, refuse_packed_rows, warn_of_no_query
+from ..routing.auxiliary_loss import add_losses
+from ..routing.prompt_call import CallBook, PromptCall
+from .prompt_layer import PROMPT_CALL, PromptLayer
+
+
+class WholeModel(Protocol):
+    """What a called module asks of the hooks on the whole model; `ModelHooks` answers."""
+
+    calls: CallBook
+    last_losses: dict[tuple[str, str, str], Tensor]
+
+    def begin(self) -> PromptCall:
+        """A forward begins, whichever module it is of."""
+
+    def end(self, call: PromptCall, done: bool) -> None:
+        """A forward has come to its end, or failed."""
+
+
+class CalledModule:
+    """The hooks on one module of a base model that holds prompted attention layers.
+
+    The outermost module that is called begins a `PromptCall`; those within add what their own arguments tell and hand
+    it on. A loss may come out of any of them.
+
+    Args:
+        whole: the hooks on the whole model.
+        module: the module.
+    """
+
+    def __init__(self, whole: WholeModel, module: nn.Module) -> None:
+        self.whole = whole
+        self.names = parameter_names(module)
+        # Only what hands unknown arguments on to attention gets one more; a user's own module may do anything with it.
+        ours = isinstance(module, PreTrainedModel) or type(module).__module__.startswith("transformers.")
+        self.hands_on = ours and accepts_keyword_arguments(module)
+        self.divides = divides_its_loss(unwrapped_forward(module))
+        self._looked = False
+
+    def attach(self, module: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            # Also when the forward fails: the next one is none of this.
+            module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel copies a model together with its hooks, which belong to the original, so the copies "
+                "would have the original's prompts. Use one process per device: torchrun or accelerate launch."
+            )
+        call = self._call(kwargs) or self.whole.begin()
+        call.within.append(self)
+        bound = dict(zip(self.names, args, strict=False)) | kwargs
+        if call.pools_rows:
+            refuse_packed_rows(bound)
+        if call.reads_query and not call.knows_query:
+            call.query = query_of(bound)
+            self._look_at(call.query, bound, module)
+        if not call.asks or not self.hands_on or PROMPT_CALL in kwargs:
+            return None
+        return args, {**kwargs, PROMPT_CALL: call}
+
+    def _call(self, kwargs: dict[str, Any]) -> PromptCall | None:
+        """The call of a forward that has begun further out."""
+        call = kwargs.get(PROMPT_CALL)
+        return call if isinstance(call, PromptCall) else self.whole.calls.call
+
+    def _look_at(self, query: Tensor | None, bound: dict[str, Any], module: nn.Module) -> None:
+        """Look once, in the first step of training, whether routers have anything to read."""
+        if query is None or not module.training or self._looked or torch.compiler.is_compiling():
+            return
+        if query.is_meta or isinstance(query, FakeTensor):  # which have no values to look at
+            return
+        self._looked = True
+        mask = attention_mask(bound)
+        warn_of_no_query(query & mask.bool() if mask is not None and mask.ndim == 2 else query)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        call = self._call(kwargs)
+        if call is None:
+            return None
+        if call.within and call.within[-1] is self:
+            call.within.pop()
+        if not call.within:
+            self.whole.end(call, done=output is not None)
+        if not call.losses or output is None:
+            return None
+        self.whole.last_losses = call.losses
+        if not torch.is_grad_enabled():
+            return None
+        return self._with_losses(output, call, dict(zip(self.names, args, strict=False)) | kwargs)
+
+    def _with_losses(self, output: Any, call: PromptCall, bound: dict[str, Any]) -> Any:
+        """The module's output, auxiliary losses in the gradient of its loss; None where there is no loss."""
+        if isinstance(output, tuple):
+            loss = output[0] if output else None  # where transformers and everybody after them puts it
+            if not isinstance(loss, Tensor) or loss.ndim > 0 or not loss.requires_grad:
+                return None
+            loss = add_losses(loss, self.whole.calls, call, self._share(bound))
+            return type(output)(loss, *output[1:]) if hasattr(output, "_fields") else (loss, *output[1:])
+        loss = output.get("loss") if hasattr(output, "get") else None
+        if loss is not None:
+            output["loss"] = add_losses(loss, self.whole.calls, call, self._share(bound))
+        return output
+
+    def _share(self, bound: dict[str, Any]) -> Tensor | float:
+        """Share of this forward in its optimiser step, where the caller says how many labels the step has.
+
+        The Trainer then leaves it to the model to divide by them and does not divide by the accumulation steps. Models
+        that do not do so either have the auxiliary losses' gradient grow with the task loss's.
+        """
+        total, labels = bound.get("num_items_in_batch"), bound.get("labels")
+        if total is None or labels is None or not self.divides:
+            return 1.0
+        return (labels != -100).sum() / total
+
+
+def holders(model: nn.Module, layers: list[PromptLayer]) -> list[nn.Module]:
+    """The modules of a model that hold whole blocks with prompts, and may be called by themselves."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[int, nn.Module] = {}
+    for layer in layers:
+        path = paths.get(id(layer.site.block), "")  # no path: a block of pMoE's further backbones
+        while path:
+            path = path.rpartition(".")[0]
+            module = model.get_submodule(path)
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                found[id(module)] = module
+    return list(found.values())

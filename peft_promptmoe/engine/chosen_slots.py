@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slots of the experts that tokens chose, and what the tokens make of them, in blocks by expert.
+
+Letters are those of `blocks`, and `B` batch, `T` tokens of a sample, N = B * T, `v` width of a head's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..routing.router import routing_dtype
+from .blocks import Heads, Order, rows_of_blocks, sum_of_blocks, to_blocks, to_choices
+
+Rotate = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Turn(NamedTuple):
+    """A rotation: cosines and sines, each (1 or B, T or 1, r), and the model's own function, which applies them."""
+
+    cos: Tensor
+    sin: Tensor
+    rotate: Rotate
+
+    def there(self, rows: Tensor) -> Tensor:
+        """Rows (B, heads, T, d) turned by the angle."""
+        return self._by(self.sin, rows)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Rows turned by the opposite angle, which is the transpose of `there`."""
+        return self._by(-self.sin, rows)
+
+    def _by(self, sin: Tensor, rows: Tensor) -> Tensor:
+        # The function turns queries and keys; the keys are of no head here.
+        return self.rotate(rows, rows[:, :0], self.cos.to(rows.dtype), sin.to(rows.dtype))[0]
+
+
+@dataclass
+class ChosenSlots:
+    """The experts' slots of one adapter in one attention call, and which of them every token chose.
+
+    Attributes:
+        key: (1 or B, H, E * P, d), expert by expert; turned by their positions as far as `turn` leaves that to them.
+        value: (1 or B, H, E * P, v).
+        log_gates: (B, T, K).
+        experts: (B, T, K).
+        slots: P.
+        bias: (1 or B, Hq, T, P) relative position bias, alike for all experts, in models that have one.
+        turn: where samples begin, (1 or B, 1, r): queries are turned back by that before they meet these keys, so
+            that keys need not be turned for each sample; None where they are.
+    """
+
+    key: Tensor
+    value: Tensor
+    log_gates: Tensor
+    experts: Tensor
+    slots: int
+    bias: Tensor | None = None
+    turn: Turn | None = None
+
+
+class SlotBlocks:
+    """Queries of one call in blocks beside the slots of their experts, and the weights that they give these slots.
+
+    Args:
+        part: the slots; its `experts` are not read.
+        order: where every choice lies in the blocks.
+        query: (B, Hq, T, d).
+        scale: factor of the scores.
+        cap: scores become cap * tanh(score / cap); None leaves them.
+    """
+
+    def __init__(self, part: ChosenSlots, order: Order, query: Tensor, scale: float, cap: float | None) -> None:
+        self.part, self.order, self.scale, self.dtype = part, order, scale, routing_dtype(query)
+        self.heads = Heads(part.key.shape[1], query.shape[1] // part.key.shape[1])
+        self.shape, self.active, self.number = part.log_gates.shape[:2], part.log_gates.shape[2], len(order.group)
+        self.choice = order.source.clamp(min=0)
+        self.token = self.choice // self.active if self.active > 1 else self.choice
+        self.query = self._of_tokens((query if part.turn is None else part.turn.back(query)).transpose(1, 2))
+        self.key, self.value = self._slots(part.key), self._slots(part.value)
+        scores = torch.bmm(self.query, self.key.transpose(1, 2)) * scale
+        self.slope: Tensor | None = None
+        if cap is not None:
+            squashed = torch.tanh(scores / cap)
+            self.slope, scores = 1 - squashed.square(), squashed * cap
+        if part.bias is not None:
+            index = self.token % self.shape[1] if part.bias.shape[0] == 1 else self.token
+            scores = scores + self._blocked(part.bias.transpose(1, 2).flatten(0, 1), index)
+        self.log_sum = scores.logsumexp(dim=-1, keepdim=True)
+        self.weights = torch.exp(scores - self.log_sum)
+
+    # -- between tokens, choices and blocks ---------------------------------------------------------------------------
+
+    def _blocked(self, rows: Tensor, index: Tensor) -> Tensor:
+        return to_blocks(rows, index, self.heads, self.number).to(self.dtype)
+
+    def _of_tokens(self, by_token: Tensor) -> Tensor:
+        """(M * H, C * g, w) of (B, T, Hq, w)."""
+        return self._blocked(by_token.flatten(0, 1), self.token)
+
+    def _of_choices(self, by_choice: Tensor) -> Tensor:
+        """(M * H, C * g, 1) of (N, K, Hq)."""
+        return self._blocked(by_choice.flatten(0, 1)[..., None], self.choice)
+
+    def _choices(self, blocked: Tensor) -> Tensor:
+        """(N, K, Hq, w) of (M * H, C * g, w)."""
+        return to_choices(blocked, self.order, self.heads).unflatten(0, (-1, self.active))
+
+    def _slots(self, rows: Tensor) -> Tensor:
+        return rows_of_blocks(rows, self.order.group, self.part.slots).to(self.dtype)
+
+    def _sum_of_slots(self, blocked: Tensor, like: Tensor) -> Tensor:
+        return sum_of_blocks(blocked, self.order.group, like, self.part.slots).to(like.dtype)
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def _scores(self) -> Tensor:
+        """(N, K, Hq) log-sum-exp of the scores of each choice, its log-gate included."""
+        return self._choices(self.log_sum)[..., 0] + self.part.log_gates.flatten(0, 1)[..., None].to(self.dtype)
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Score (B, T, Hq) and output (B, T, Hq, v) of all choices of a token together."""
+        scores, output = self._scores(), self._choices(torch.bmm(self.weights, self.value))
+        if self.active == 1:
+            return scores[:, 0].unflatten(0, self.shape), output[:, 0].unflatten(0, self.shape)
+        score = scores.logsumexp(dim=1)
+        output = (torch.exp(scores - score[:, None])[..., None] * output).sum(dim=1)
+        return score.unflatten(0, self.shape), output.unflatten(0, self.shape)
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+
+    def _inner(self, of_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients (B, T, Hq, v) of the output in blocks, those of the weights if it were of one choice alone, and
+        by row the products of that output and its gradient."""
+        output = self._of_tokens(of_output)
+        of_weights = torch.bmm(output, self.value.transpose(1, 2))
+        return output, of_weights, (self.weights * of_weights).sum(dim=-1, keepdim=True)
+
+    def output_times(self, of_output: Tensor) -> Tensor:
+        """(B, T, Hq) products of the output and (B, T, Hq, v)."""
+        inner = self._choices(self._inner(of_output)[2])[..., 0]
+        if self.active > 1:
+            inner = torch.softmax(self._scores(), dim=1) * inner
+        return inner.sum(dim=1).unflatten(0, self.shape)
+
+    def gradients(self, of_score: Tensor, of_output: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key, value, log-gates and bias.
+
+        Args:
+            of_score: (B, T, Hq).
+            of_output: (B, T, Hq, v).
+            needed: of key, value, log-gates and bias, whether theirs is.
+        """
+        part = self.part
+        score = of_score.flatten(0, 1)[:, None].to(self.dtype)
+        output, of_weights, inner = self._inner(of_output)
+        of_slots, weights = of_weights - inner, self.weights
+        if self.active > 1:
+            share, inner = torch.softmax(self._scores(), dim=1), self._choices(inner)[..., 0]
+            score = share * (score + inner - (share * inner).sum(dim=1, keepdim=True))
+            blocked_share = self._of_choices(share)
+            of_slots, output = of_slots * blocked_share, output * blocked_share
+        # What only fills blocks up takes part in nothing.
+        filled = (self.order.source >= 0).to(self.dtype).view(self.number, 1, -1, 1)
+        filled = filled.expand(-1, self.heads.groups, -1, self.heads.each).reshape(len(weights), -1, 1)
+        weights = weights * filled
+        of_slots = weights * (of_slots + self._of_choices(score))
+        of_bias = self._of_bias(of_slots, part.bias) if needed[3] and part.bias is not None else None
+        of_products = of_slots * self.scale if self.slope is None else of_slots * self.slope * self.scale
+        of_query = self._choices(torch.bmm(of_products, self.key)).sum(dim=1).unflatten(0, self.shape)
+        of_query = of_query.transpose(1, 2)
+        of_query = of_query if part.turn is None else part.turn.there(of_query)
+        of_key = of_value = of_log_gates = None
+        if needed[0]:
+            of_key = self._sum_of_slots(torch.bmm(of_products.transpose(1, 2), self.query), part.key)
+        if needed[1]:
+            of_value = self._sum_of_slots(torch.bmm(weights.transpose(1, 2), output), part.value)
+        if needed[2]:
+            of_log_gates = score.sum(dim=-1).view(part.log_gates.shape).to(part.log_gates.dtype)
+        return of_query, of_key, of_value, of_log_gates, of_bias
+
+    def _of_bias(self, of_slots: Tensor, bias: Tensor) -> Tensor:
+        found = self._choices(of_slots).sum(dim=1).unflatten(0, self.shape).transpose(1, 2)
+        found = found if bias.shape[0] > 1 else found.sum(dim=0, keepdim=True)
+        return found.to(bias.dtype)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The query of a causal language model, said by hand where no labels tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..routing.prompt_call import GivenQuery
+from .model_hooks import ModelHooks, prompt_layers
+
+
+@contextmanager
+def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]:
+    """Let the routers of `routing="sample"` on a causal model read the first tokens of each row within the block.
+
+    For forwards that have no labels: trainers that compute the loss themselves, and scores of texts. Labels count for
+    nothing within the block.
+
+    Args:
+        model: a model with an adapter of this package.
+        tokens: how many tokens of each row are its query, padding not counted: a number, or (B,) one for each row of
+            the batches within the block. None for all tokens, where one answer is made of the whole row.
+
+    Raises:
+        ValueError: the number is negative, or no router of the model reads a query: it routes by token, has one
+            expert, or is not causal.
+    """
+    if isinstance(tokens, int) and tokens < 0:
+        raise ValueError(f"given_query takes the number of tokens in the query, got {tokens}.")
+    layers = prompt_layers(model)
+    hooks = next((module for module in model.modules() if isinstance(module, ModelHooks)), None)
+    if hooks is None or not any(layer.reads_query(name) for layer in layers for name in layer.prompt_config):
+        raise ValueError(
+            "No router of this model reads a query: that is what routing='sample' with several experts does on a "
+            "causal model. Leave given_query out."
+        )
+    before = hooks.calls.give(GivenQuery(tokens))
+    try:
+        yield
+    finally:
+        hooks.calls.give(before)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Behind which blocks of a vision model somebody reads the patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+EVERY = 3
+
+
+def read_blocks(model: nn.Module, blocks: list[int]) -> list[int]:
+    """Blocks, of those that there are, whose maps a backbone puts out or a model's heads read.
+
+    Args:
+        model: a backbone of transformers, a model around one, or a model that says in `levels` which blocks it reads.
+        blocks: numbers of its blocks.
+
+    Returns:
+        The numbers in order; where nobody says, every third block up to the last.
+    """
+    stages = next((_stages(module) for module in model.modules() if hasattr(module, "stage_names")), None)
+    levels = getattr(model, "levels", None)
+    asked = sorted({level for own in levels.values() for level in own}) if isinstance(levels, dict) else None
+    if stages is not None and asked is not None:
+        asked = [stages[level] for level in asked if level < len(stages)]
+    found = sorted(set(asked if asked is not None else stages or ()) & set(blocks))
+    return found or sorted(blocks)[::-1][::EVERY][::-1]
+
+
+def _stages(backbone: Any) -> list[int]:
+    """Blocks behind which the feature maps of a backbone are taken; the stem is -1."""
+    stages = list(backbone.stage_names)
+    offset = 1 if stages[:1] == ["stem"] else 0
+    return [stages.index(name) - offset for name in backbone.out_features]

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optical flow and depth over frozen vision backbones: models, metrics, data, pictures."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .base import MotionOutput
+from .model import DepthModel, FlowModel, MotionModel
+
+if TYPE_CHECKING:
+    from .data import Example, MotionDataset, TorchvisionPairs, find_examples
+    from .metrics import DepthError, EndPointError, trainer_metrics
+    from .pictures import depth_picture, error_picture, flow_legend, flow_picture
+
+# Loaded when asked for: they need evaluate, torchvision or matplotlib, which the models do without.
+LATER = {
+    "DepthError": "metrics",
+    "EndPointError": "metrics",
+    "trainer_metrics": "metrics",
+    "Example": "data",
+    "MotionDataset": "data",
+    "TorchvisionPairs": "data",
+    "find_examples": "data",
+    "depth_picture": "pictures",
+    "error_picture": "pictures",
+    "flow_legend": "pictures",
+    "flow_picture": "pictures",
+}
+
+__all__ = [
+    "DepthError",
+    "DepthModel",
+    "EndPointError",
+    "Example",
+    "FlowModel",
+    "MotionDataset",
+    "MotionModel",
+    "MotionOutput",
+    "TorchvisionPairs",
+    "depth_picture",
+    "error_picture",
+    "find_examples",
+    "flow_legend",
+    "flow_picture",
+    "trainer_metrics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{LATER[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{name} needs {error.name}, which is not installed: pip install 'peft-promptmoe[motion]'.",
+            name=error.name,
+        ) from error

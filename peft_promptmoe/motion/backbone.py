@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the maps of several levels from any vision backbone, by what its library offers for it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..models.patches import Grid, count_prefix
+
+Kind = Literal["feature_maps", "hidden_states", "timm"]
+
+# Levels by task, as shares of the blocks. Flow: where DINOv2's features match best; its last ones do not match at all.
+SHARES = {"flow": (1 / 3, 5 / 12, 1 / 2), "depth": (1 / 2, 3 / 4, 1.0)}
+
+PYRAMID = 32  # pixels of the coarsest cell in models without a patch embedding
+PROBE = 16  # patches along a side of the image that shapes are read from
+
+
+def default_levels(task: str, depth: int) -> list[int]:
+    """Blocks that a task reads in a backbone of `depth` blocks, counted from 0; for flow in twelve: 3, 4, 5."""
+    return sorted({max(round(share * depth) - 1, 0) for share in SHARES[task]})
+
+
+@dataclass
+class Reader:
+    """How to read maps from one backbone; holds no module, so that copies and threads share it.
+
+    Attributes:
+        kind: what is read: feature maps (AutoBackbone), hidden states (other models of transformers), or timm's
+            intermediates.
+        levels: which of them, counted from 0: blocks, or the feature maps' places in `out_features`.
+        patch: (rows, columns) pixels of a patch, to whose multiples images have to be padded.
+        prefix: tokens in front of the patches, for hidden states.
+        interpolates: whether the forward has to be told that images may have any size.
+        widths: channels of each level's map, found by running the backbone once.
+        strides: (rows, columns) pixels of each level's cell.
+    """
+
+    kind: Kind
+    levels: list[int]
+    patch: Grid
+    prefix: int = 0
+    interpolates: bool = False
+    widths: dict[int, int] = field(default_factory=dict)
+    strides: dict[int, Grid] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the backbone's forward."""
+        found: dict[str, Any] = {"return_dict": True}
+        if self.kind == "hidden_states" and self.levels:
+            found["output_hidden_states"] = True
+        if self.interpolates:
+            found["interpolate_pos_encoding"] = True
+        return found
+
+    def read(self, backbone: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
+        """Maps (B, D_l, H_l, W_l) by level, of images (B, channels, rows, columns) of whole patches."""
+        if self.kind == "timm":
+            maps: Any = timm_part(backbone).forward_intermediates(
+                pixels, indices=self.levels, intermediates_only=True, output_fmt="NCHW", stop_early=True
+            )
+            return dict(zip(self.levels, maps, strict=True))
+        return self.maps_of(backbone(pixel_values=pixels, **self.arguments()), pixels)
+
+    def maps_of(self, output: Any, pixels: Tensor) -> dict[int, Tensor]:
+        """Maps by level, from the output of a forward of transformers."""
+        if self.kind == "feature_maps":
+            if any(each.ndim != 4 for each in output.feature_maps):
+                raise ValueError("The backbone gives tokens, not maps. Load it with reshape_hidden_states=True.")
+            return {level: output.feature_maps[level] for level in self.levels}
+        rows, columns = (size // patch for size, patch in zip(pixels.shape[-2:], self.patch, strict=True))
+        states = [output.hidden_states[level + 1] for level in self.levels]  # the first one is the embedding
+        if any(state.ndim != 3 or state.shape[1] != rows * columns + self.prefix for state in states):
+            raise ValueError(
+                f"The backbone makes tokens of shape {tuple(states[0].shape)} from {rows} x {columns} patches and "
+                f"{self.prefix} tokens in front of them, so that they cannot be put on a grid: it drops, merges or "
+                "adds tokens. Use a plain vision transformer, or an AutoBackbone."
+            )
+        states = [state[:, self.prefix :].transpose(1, 2).unflatten(2, (rows, columns)) for state in states]
+        return dict(zip(self.levels, states, strict=True))
+
+    def of(self, levels: Sequence[int]) -> tuple[list[int], Grid]:
+        """Widths of some levels, and the stride of the first."""
+        return [self.widths[level] for level in levels], self.strides[levels[0]]
+
+
+def make_reader(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tuple[Reader, dict[str, list[int]]]:
+    """How to read a backbone, and the levels of each task; runs the backbone once, on a grey image.
+
+    Args:
+        backbone: an AutoBackbone, another model of transformers for images, or one of timm.
+        levels: blocks that each task reads, counted from 0; None for the task's own. Without tasks nothing is read but
+            the patch size: a model with a decoder of its own reads its maps itself.
+
+    Raises:
+        ValueError: it is none of these, or has no such levels.
+    """
+    if isinstance(backbone, PeftModel):
+        raise ValueError(
+            "The backbone already is a PeftModel. Put the head on the plain backbone and add the adapter to both: "
+            "get_peft_model(FlowModel(backbone), config)."
+        )
+    embedding = _patch_embedding(backbone)
+    if not levels:
+        return Reader("hidden_states", [], (PYRAMID, PYRAMID) if embedding is None else _patch_size(embedding)), {}
+    if hasattr(backbone, "out_indices") and hasattr(backbone, "stage_names"):
+        kind, chosen = _feature_maps(backbone, levels)
+    elif hasattr(timm_part(backbone), "forward_intermediates"):
+        kind, chosen = _timm(backbone, levels)
+    elif getattr(backbone, "main_input_name", None) == "pixel_values" and hasattr(backbone, "config"):
+        kind, chosen = _hidden_states(backbone, levels)
+    else:
+        raise ValueError(
+            f"{type(backbone).__name__} is no backbone whose maps can be read. Use an AutoBackbone, an AutoModel for "
+            "images, or a vision transformer of timm."
+        )
+    reader = Reader(
+        kind=kind,
+        levels=sorted({level for each in chosen.values() for level in each}),
+        patch=_patch_size(embedding) if embedding is not None else (1, 1),
+        prefix=_prefix(backbone, embedding) if kind == "hidden_states" else 0,
+        interpolates=kind == "hidden_states" and "interpolate_pos_encoding" in _arguments(backbone),
+    )
+    _probe(reader, backbone, embedding)
+    return reader, chosen
+
+
+def timm_part(backbone: nn.Module) -> Any:
+    """The model of timm within its wrapper in transformers."""
+    return getattr(backbone, "timm_model", backbone)
+
+
+def _feature_maps(backbone: Any, levels: dict[str, list[int] | None]) -> tuple[Kind, dict[str, list[int]]]:
+    stages, given = list(backbone.stage_names), list(backbone.out_features)
+    blocks = stages[1:] if stages[0] == "stem" else stages
+    chosen = {}
+    for task, asked in levels.items():
+        names = given if asked is None else [blocks[level] if 0 <= level < len(blocks) else "" for level in asked]
+        if missing := [level for level, name in zip(asked or (), names, strict=False) if name not in given]:
+            raise ValueError(
+                f"levels={asked} asks for the blocks {missing}, whose maps this {type(backbone).__name__} does not "
+                f"give: it gives {given}. Load it with "
+                f"out_indices={[level + len(stages) - len(blocks) for level in asked or ()]}, or leave levels unset "
+                "to read all that it gives."
+            )
+        if task == "flow" and asked is None and given == stages[-1:] and len(blocks) > 4:
+            middle = [level + len(stages) - len(blocks) for level in default_levels("flow", len(blocks))]
+            warnings.warn(
+                f"This {type(backbone).__name__} gives the map of its last block only, and last blocks match "
+                f"patches badly. Load it with maps from the middle, such as out_indices={middle}.",
+                stacklevel=4,
+            )
+        chosen[task] = [given.index(name) for name in names]
+    return "feature_maps", chosen
+
+
+def _hidden_states(backbone: Any, levels: dict[str, list[int] | None]) -> tuple[Kind, dict[str, list[int]]]:
+    if "noise" in _arguments(backbone):
+        raise ValueError(
+            f"{type(backbone).__name__} hides and shuffles patches. Load the weights into the model's plain form, "
+            "such as ViTModel."
+        )
+    depth = next((d for d in (_depth(config) for config in _configs(backbone.config)) if d is not None), None)
+    if depth is None:
+        raise ValueError(
+            f"{type(backbone).__name__} does not say of how many blocks it is (config.num_hidden_layers): it is no "
+            "plain vision transformer. Use its AutoBackbone, whose maps are read whatever it is made of."
+        )
+    return "hidden_states", _blocks(levels, depth, type(backbone).__name__)
+
+
+def _timm(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tuple[Kind, dict[str, list[int]]]:
+    model = timm_part(backbone)
+    depth = len(model.blocks) if hasattr(model, "blocks") else len(model.feature_info)
+    return "timm", _blocks(levels, depth, type(model).__name__)
+
+
+def _blocks(levels: dict[str, list[int] | None], depth: int, name: str) -> dict[str, list[int]]:
+    chosen = {task: default_levels(task, depth) if asked is None else asked for task, asked in levels.items()}
+    for asked in chosen.values():
+        if not all(0 <= level < depth for level in asked):
+            raise ValueError(f"levels={asked}: {name} has the blocks 0 to {depth - 1}.")
+    return chosen
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """The config of the backbone within, and a config itself."""
+    if getattr(config, "backbone_config", None) is not None:
+        yield config.backbone_config
+    yield config
+
+
+def _depth(config: Any) -> int | None:
+    found = getattr(config, "num_hidden_layers", None)
+    return found if isinstance(found, int) and not hasattr(config, "depths") else None
+
+
+def _arguments(backbone: nn.Module) -> list[str]:
+    return list(inspect.signature(inspect.unwrap(type(backbone).forward)).parameters)
+
+
+def _patch_size(embedding: nn.Conv2d) -> Grid:
+    return embedding.kernel_size[0], embedding.kernel_size[1]
+
+
+def _patch_embedding(backbone: nn.Module) -> nn.Conv2d | None:
+    first = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or tuple(first.kernel_size) != tuple(first.stride) or min(first.kernel_size) < 2:
+        return None
+    return first
+
+
+def _prefix(backbone: nn.Module, embedding: nn.Conv2d | None) -> int:
+    """Tokens in front of the patches."""
+    if embedding is None:
+        raise ValueError(
+            f"{type(backbone).__name__} does not begin with a convolution that makes one token of each patch. Use a "
+            "plain vision transformer, or an AutoBackbone."
+        )
+    owners = [m for m in backbone.modules() if any(module is embedding for module in m.modules())]
+    return next((count for m in reversed(owners) if (count := count_prefix(m)) is not None), 0)
+
+
+@torch.no_grad()
+def _probe(reader: Reader, backbone: nn.Module, embedding: nn.Conv2d | None) -> None:
+    """Fill in widths and strides."""
+    first: Any = (
+        embedding if embedding is not None else next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    )
+    size = _probe_size(reader, backbone)
+    pixels = torch.zeros(1, first.in_channels, *size, device=first.weight.device, dtype=first.weight.dtype)
+    with evaluating(backbone):
+        maps = reader.read(backbone, pixels)
+    for level, found in maps.items():
+        reader.widths[level] = found.shape[1]
+        rows, columns = (length // cells for length, cells in zip(size, found.shape[-2:], strict=True))
+        reader.strides[level] = (rows, columns)
+    coarsest = [max(stride[axis] for stride in reader.strides.values()) for axis in (0, 1)]
+    reader.patch = max(reader.patch[0], coarsest[0]), max(reader.patch[1], coarsest[1])
+
+
+def _probe_size(reader: Reader, backbone: nn.Module) -> Grid:
+    """Pixels of an image that the backbone takes: a small one where it takes any size, else its own."""
+    small = (PROBE * reader.patch[0], PROBE * reader.patch[1]) if reader.patch != (1, 1) else (224, 224)
+    if reader.kind == "timm":
+        own = getattr(getattr(timm_part(backbone), "patch_embed", None), "img_size", None)
+        fixed = own is not None and not getattr(timm_part(backbone), "dynamic_img_size", False)
+        return tuple(own) if fixed and own is not None else small
+    own = next((s for c in _configs(backbone.config) if (s := getattr(c, "image_size", None)) is not None), None)
+    if own is None or reader.interpolates or any(hasattr(m, "interpolate_pos_encoding") for m in backbone.modules()):
+        return small
+    return (own, own) if isinstance(own, int) else tuple(own)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Everything below the module in evaluation mode, and as it was afterwards."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode

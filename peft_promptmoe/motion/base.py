@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the models of flow, of depth and of both share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..engine.model_hooks import set_frozen_eval
+from .backbone import make_reader
+from .checkpointing import Checkpointed
+from .checks import check_depth, check_flow, check_frames, check_settings
+from .decoder import DecoderOutput, DepthScale, check_grid, decoder_parts, predicted_by
+from .depth_head import DepthHead
+from .flow_head import FlowHead
+from .losses import depth_loss, flow_loss, valid_depth, valid_flow
+from .saving import Saved
+
+# What is asked for where the user asks for nothing: rounds of refinement, and weights in the sum of losses.
+REFINEMENTS = {"flow": 3, "depth": 2}
+
+
+@dataclass
+class MotionOutput(ModelOutput):
+    """What the models of motion and depth return.
+
+    Attributes:
+        loss: the loss, where labels were given.
+        flow: (B, 2, rows, columns) from frame 1 to frame 2 in pixels, x to the right, y down, in frame 1's pixels.
+        depth: (B, rows, columns) of frame 1.
+    """
+
+    loss: Tensor | None = None
+    flow: Tensor | None = None
+    depth: Tensor | None = None
+
+
+class MotionBase(Saved, Checkpointed, nn.Module):
+    """What [`FlowModel`], [`DepthModel`] and [`MotionModel`] share; their docstrings say how they are used.
+
+    It keeps no `config`, by which PEFT would take it for a model of transformers; the backbone's is at
+    `backbone.config`.
+
+    Args:
+        backbone: an AutoBackbone, an AutoModel for images, or a vision transformer of timm; for depth also a DPT, a
+            Depth Anything or a GLPN, whose own decoder is used and trained.
+        levels: blocks whose maps the heads read, counted from 0: a list, or one for each task
+            (`{"flow": [3, 4, 5], "depth": [5, 8, 11]}`). Unset, an AutoBackbone is read at all its `out_indices`;
+            in other models flow reads the blocks at 1/3, 5/12 and 1/2 of the depth, depth those at 1/2, 3/4 and the
+            last. Blocks behind the last level are computed in vain (not in timm), and an adapter in them gets no
+            gradient, for which DDP needs `find_unused_parameters` (the Trainer's default). Leave them out when
+            loading: `AutoBackbone.from_pretrained(id, num_hidden_layers=6, out_indices=[4, 5, 6])`, or
+            `AutoModel.from_pretrained(id, num_hidden_layers=6)`.
+        channels: of the features that are matched, and of the map that depth is read from.
+        refinements: rounds of refinement; 3 for flow and 2 for depth if unset.
+        max_flow: flow that is longer, in pixels of the labels, is not trained on.
+        min_depth: least depth that is predicted and trained on, in units of the labels.
+        max_depth: largest depth.
+        task_weights: of the losses by task ("flow", "depth"), 1 each if unset. The two differ in size by an order of
+            magnitude: see `last_losses`.
+        decoder_output: what the model's own decoder predicts, "inverse" depth up to a factor or "depth"; read from the
+            model if unset.
+        freeze_backbone: whether the backbone is frozen and in evaluation mode. False trains all of it; PEFT
+            freezes it itself.
+
+    Attributes:
+        last_losses: the losses of the last forward with labels, by task, detached and without their weights.
+
+    Raises:
+        ValueError: the backbone's maps cannot be read at these levels, or a setting is out of range.
+    """
+
+    tasks: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        levels: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        channels: int = 64,
+        refinements: int | None = None,
+        max_flow: float = 400.0,
+        min_depth: float = 1e-3,
+        max_depth: float = 80.0,
+        task_weights: Mapping[str, float] | None = None,
+        decoder_output: DecoderOutput | None = None,
+        freeze_backbone: bool = True,
+    ) -> None:
+        super().__init__()
+        asked, weights = check_settings(
+            self.tasks, levels, channels, refinements, max_flow, min_depth, max_depth, task_weights, decoder_output
+        )
+        self.max_flow, self.min_depth, self.max_depth = max_flow, min_depth, max_depth
+        self.task_weights = weights
+        self.freeze_backbone = freeze_backbone
+        self.last_losses: dict[str, Tensor] = {}
+        self.decoder = decoder_parts(backbone)
+        self._check_decoder(backbone, asked, decoder_output)
+        if self.decoder:
+            del asked["depth"]
+        self.reader, self.levels = make_reader(backbone, asked)
+        self.backbone = backbone
+        rounds = {task: REFINEMENTS[task] if refinements is None else refinements for task in self.tasks}
+        if "flow" in self.tasks:
+            self.flow_head = FlowHead(*self.reader.of(self.levels["flow"]), channels, rounds["flow"])
+        if "depth" in self.tasks and self.decoder:
+            self.depth_scale = DepthScale(decoder_output or predicted_by(backbone), min_depth, max_depth)
+        elif "depth" in self.tasks:
+            widths, stride = self.reader.of(self.levels["depth"])
+            self.depth_head = DepthHead(widths, stride, channels, rounds["depth"], min_depth, max_depth)
+        if freeze_backbone:
+            self._freeze()
+        self.train(backbone.training)
+
+    def _check_decoder(self, backbone: nn.Module, asked: dict[str, Any], output: str | None) -> None:
+        name = type(backbone).__name__
+        if self.decoder and "depth" not in self.tasks:
+            raise ValueError(
+                f"{name} brings a depth decoder, which flow does not read. Give its backbone (its child "
+                "`backbone`, `dpt` or `glpn`), or use MotionModel for both."
+            )
+        if self.decoder and asked.get("depth") is not None:
+            raise ValueError(f"{name} reads depth with its own decoder, at that one's levels. Leave them unset.")
+        if output is not None and not self.decoder:
+            raise ValueError(f"decoder_output={output!r}, but {name} has no depth decoder of its own. Leave it unset.")
+
+    @property
+    def head_names(self) -> list[str]:
+        """Paths of the parts that are trained beside any adapter: what PEFT's `modules_to_save` has to name."""
+        own = [name for name in ("flow_head", "depth_head", "depth_scale") if hasattr(self, name)]
+        found = [name for name in own if next(self.get_submodule(name).parameters(), None) is not None]
+        return found + [f"backbone.{part}" for part in self.decoder]
+
+    def _freeze(self) -> None:
+        heads = {id(p) for name in self.head_names for p in self.get_submodule(name).parameters()}
+        for parameter in self.backbone.parameters():
+            if id(parameter) not in heads:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode and self.freeze_backbone:
+            set_frozen_eval(self.backbone)
+        return self
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        pixel_values: Tensor,
+        next_pixel_values: Tensor | None,
+        flow_labels: Tensor | None = None,
+        depth_labels: Tensor | None = None,
+        flow_mask: Tensor | None = None,
+        depth_mask: Tensor | None = None,
+    ) -> MotionOutput:
+        check_frames(pixel_values, next_pixel_values, flow_labels)
+        check_flow(flow_labels, flow_mask, len(pixel_values))
+        check_depth(depth_labels, depth_mask, len(pixel_values))
+        size = (pixel_values.shape[-2], pixel_values.shape[-1])
+        two = next_pixel_values is not None
+        pixels = pixel_values if next_pixel_values is None else torch.cat([pixel_values, next_pixel_values])
+        maps, decoded = self._encode(_pad(pixels, self.reader.patch))
+        # No attribute of the model is written before the end: forwards of other threads may run beside this one.
+        losses: dict[str, Tensor] = {}
+        # Heads work in float32 where a model does: their coordinates have more digits than half precision.
+        with torch.autocast(pixels.device.type, enabled=False):
+            output = MotionOutput()
+            if "flow" in self.tasks and two:
+                output.flow = self._flow(maps, size, flow_labels, flow_mask, losses)
+            if "depth" in self.tasks:
+                decoded = None if decoded is None else decoded[: len(pixel_values)]
+                output.depth = self._depth(maps, decoded, len(pixel_values), size, depth_labels, depth_mask, losses)
+        if losses:
+            output.loss = torch.stack([self.task_weights[task] * loss for task, loss in losses.items()]).sum()
+        self.last_losses = {task: loss.detach() for task, loss in losses.items()}
+        return output
+
+    def _encode(self, pixels: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Maps by level, and what the model's own decoder predicts."""
+        if not self.decoder:
+            return self.reader.read(self.backbone, pixels), None
+        check_grid(self.backbone, pixels, self.reader.patch)
+        output = self.backbone(pixel_values=pixels, **self.reader.arguments())
+        return (self.reader.maps_of(output, pixels) if self.levels else {}), output.predicted_depth
+
+    def _head_maps(self, maps: dict[int, Tensor], task: str) -> list[Tensor]:
+        head: Any = self.flow_head if task == "flow" else self.depth_head
+        dtype = next(head.parameters()).dtype
+        return [maps[level].to(dtype) for level in self.levels[task]]
+
+    def _flow(
+        self,
+        maps: dict[int, Tensor],
+        size: Any,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        losses: dict[str, Tensor],
+    ) -> Tensor:
+        both = self._head_maps(maps, "flow")
+        count = len(both[0]) // 2
+        flows = self.flow_head([m[:count] for m in both], [m[count:] for m in both], all_rounds=labels is not None)
+        wanted = size if labels is None else (labels.shape[-2], labels.shape[-1])
+        flows = [_resize_flow(flow[..., : size[0], : size[1]], wanted) for flow in flows]
+        if labels is not None:
+            labels = labels.float()
+            losses["flow"] = flow_loss(flows, labels, valid_flow(labels, self.max_flow, mask))
+        return flows[-1]
+
+    def _depth(
+        self,
+        maps: dict[int, Tensor],
+        decoded: Tensor | None,
+        count: int,
+        size: Any,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        losses: dict[str, Tensor],
+    ) -> Tensor:
+        wanted = size if labels is None else (labels.shape[-2], labels.shape[-1])
+        labels = None if labels is None else labels.float()
+        valid = None if labels is None else valid_depth(labels, self.min_depth, self.max_depth, mask)
+        if decoded is None:
+            read = [m[:count] for m in self._head_maps(maps, "depth")]
+            depths = self.depth_head(read, all_rounds=labels is not None)
+        else:
+            padded = tuple(-(-length // patch) * patch for length, patch in zip(size, self.reader.patch, strict=True))
+            if self.training and labels is not None and valid is not None:
+                self._scale().start(decoded, labels, valid)
+            depths = [self.depth_scale(decoded, padded)]
+        depths = [_resize(depth[:, None, : size[0], : size[1]], wanted)[:, 0] for depth in depths]
+        if labels is not None and valid is not None:
+            losses["depth"] = depth_loss(depths, labels, valid)
+        return depths[-1]
+
+    def _scale(self) -> DepthScale:
+        """The scale in use, which PEFT has copied for the active adapter."""
+        found: Any = self.depth_scale
+        if not isinstance(found, DepthScale):
+            active = found.active_adapters
+            found = found.modules_to_save[active[0]] if active else found.original_module
+        return found
+
+
+def _pad(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images padded at the right and below to whole patches, by their border."""
+    rows, columns = (-length % size for length, size in zip(pixels.shape[-2:], patch, strict=True))
+    return F.pad(pixels, (0, columns, 0, rows), mode="replicate") if rows or columns else pixels
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """Flow at another size; its values are scaled as the axes are."""
+    ratio = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]])
+    return _resize(flow, size) * ratio[:, None, None]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of flow and depth, of one image at a time, as sums that can be added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+THRESHOLDS = (1, 3, 5)  # pixels
+F1_PIXELS, F1_SHARE = 3.0, 0.05  # KITTI counts an error that is larger than both
+DELTA = 1.25
+PADDING = -100.0  # what the Trainer fills labels of different sizes up with
+# Shares of rows and columns that are evaluated: Garg et al. 2016, Eigen et al. 2014 (KITTI), and Eigen's on NYU.
+CROPS = {
+    "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
+    "eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
+    "nyu": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
+}
+
+
+def known_flow(reference: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(H, W) of bool: pixels of flow (2, H, W) that are finite, no padding of the Trainer's, and not masked out."""
+    known = torch.isfinite(reference).all(dim=0) & (reference != PADDING).any(dim=0)
+    return known if mask is None else known & mask.bool()
+
+
+def flow_sums(prediction: Tensor, reference: Tensor, known: Tensor) -> dict[str, float]:
+    """Sums over the known pixels of one image.
+
+    Args:
+        prediction: (2, H, W) in pixels, float64.
+        reference: (2, H, W).
+        known: (H, W) of bool, some true.
+
+    Returns:
+        `pixels`, and sums of end-point errors (`epe`, `zero_flow`, `constant_flow`), of errors below thresholds
+        (`1px` ...), of outliers (`f1`).
+    """
+    found, true = prediction[:, known], reference[:, known]
+    error, length = (found - true).norm(dim=0), true.norm(dim=0)
+    sums = {"pixels": float(known.sum()), "epe": float(error.sum())}
+    for pixels in THRESHOLDS:
+        sums[f"{pixels}px"] = float((error < pixels).sum())
+    sums["f1"] = float(((error > F1_PIXELS) & (error > F1_SHARE * length)).sum())
+    sums["zero_flow"] = float(length.sum())
+    sums["constant_flow"] = float((true - geometric_median(true)[:, None]).norm(dim=0).sum())
+    return sums
+
+
+def geometric_median(points: Tensor, rounds: int = 50) -> Tensor:
+    """The point (C,) whose mean distance to points (C, N) is least, by Weiszfeld's iteration from their mean."""
+    middle = points.mean(dim=1)
+    for _ in range(rounds):
+        weights = 1 / (points - middle[:, None]).norm(dim=0).clamp(min=1e-9)
+        middle = (points * weights).sum(dim=1) / weights.sum()
+    return middle
+
+
+def crop_mask(size: tuple[int, int], crop: str, device: torch.device) -> Tensor:
+    """(H, W) of bool: the part of an image that a crop leaves."""
+    rows, columns = size
+    top, bottom, left, right = CROPS[crop]
+    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask[int(top * rows) : int(bottom * rows), int(left * columns) : int(right * columns)] = True
+    return mask
+
+
+def depth_sums(prediction: Tensor, reference: Tensor) -> dict[str, float]:
+    """Sums over the known pixels of one image.
+
+    Args:
+        prediction: (N,) depths, positive, float64.
+        reference: (N,)
+
+    Returns:
+        `pixels`, and sums of relative, squared relative and squared errors, of differences of logarithms and their
+        squares, of ratios within 1.25, 1.25^2 and 1.25^3, and of the relative error of the reference's own median.
+    """
+    error = prediction - reference
+    logs = prediction.log() - reference.log()
+    ratio = torch.maximum(prediction / reference, reference / prediction)
+    sums = {
+        "pixels": float(len(reference)),
+        "abs_rel": float((error.abs() / reference).sum()),
+        "sq_rel": float((error.square() / reference).sum()),
+        "square": float(error.square().sum()),
+        "log": float(logs.sum()),
+        "log_square": float(logs.square().sum()),
+        "constant": float(((reference.median() - reference).abs() / reference).sum()),
+    }
+    for power in (1, 2, 3):
+        sums[f"delta{power}"] = float((ratio < DELTA**power).sum())
+    return sums
+
+
+def depth_errors(sums: dict[str, float]) -> dict[str, float]:
+    """Errors of sums of `depth_sums`: all but `delta1` to `delta3`, shares of pixels, are the smaller the better."""
+    count = sums["pixels"]
+    mean, square = sums["log"] / count, sums["log_square"] / count
+    errors = {
+        "abs_rel": sums["abs_rel"] / count,
+        "sq_rel": sums["sq_rel"] / count,
+        "rmse": (sums["square"] / count) ** 0.5,
+        "rmse_log": square**0.5,
+        "silog": 100 * max(square - mean**2, 0.0) ** 0.5,
+        "abs_rel_constant": sums["constant"] / count,
+    }
+    return errors | {f"delta{power}": sums[f"delta{power}"] / count for power in (1, 2, 3)}
+
+
+def add_up(images: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Sums of sums."""
+    total: dict[str, float] = {}
+    for sums in images:
+        for key, value in sums.items():
+            total[key] = total.get(key, 0.0) + value
+    return total

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving a model of motion or depth with its backbone, and loading it from a folder or the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+WEIGHTS, CONFIG, BACKBONE = "model.safetensors", "config.json", "backbone"
+STAGES = ("out_features", "out_indices", "stage_names")
+TIMM_ARGUMENTS = ("num_classes", "global_pool")
+
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ model_class }}
+
+Optical flow or depth over a vision backbone. What `save_pretrained` wrote here is loaded by
+
+```
+pip install peft-promptmoe
+```
+
+```python
+from peft_promptmoe import {{ model_class }}
+
+model = {{ model_class }}.from_pretrained(".")  # this folder, or the id of this repository on the Hub
+```
+"""
+
+
+class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", "depth-estimation"]):
+    """`save_pretrained`, `from_pretrained` and `push_to_hub`.
+
+    A folder holds the heads (`model.safetensors`), the arguments of the model (`config.json`), and below `backbone/`
+    what the backbone's own library saves. Weights are safetensors only, and no code is read from a folder.
+    """
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        model: Any = self
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                f"This {type(self).__name__} carries an adapter. Save the PeftModel, whose save_pretrained writes "
+                "adapter and heads, or take the adapter out (unload, merge_and_unload) and save then."
+            )
+        own = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith(f"{BACKBONE}.")}
+        save_file(own, save_directory / WEIGHTS, metadata={"format": "pt"})
+        library = _save_backbone(model.backbone, save_directory / BACKBONE)
+        arguments: Any = self._hub_mixin_config or {}
+        config = {**arguments, "model_class": type(self).__name__, "backbone_library": library}
+        (save_directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def generate_model_card(self, **values: Any) -> ModelCard:
+        """The card that says how to load the model."""
+        data = self._hub_mixin_info.model_card_data
+        return ModelCard.from_template(data, template_str=CARD, model_class=type(self).__name__, **values)
+
+    @classmethod
+    def _from_pretrained(
+        cls: Any,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        config: dict[str, Any] | None = None,
+        backbone: nn.Module | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """The model in a folder or a repository.
+
+        Args:
+            backbone: instead of the saved one; needed where that is neither of transformers nor of timm.
+
+        Raises:
+            ValueError: the folder holds another model, or no backbone that can be loaded.
+        """
+        if Path(model_id).is_dir():
+            folder = Path(model_id)
+        else:
+            found = snapshot_download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+                allow_patterns=["*.json", "*.safetensors"],
+            )
+            folder = Path(found)
+        stored = config or {}
+        if stored.get("model_class") != cls.__name__:
+            raise ValueError(
+                f"{model_id!r} holds {stored.get('model_class') or 'no model of motion or depth'}, not {cls.__name__}."
+            )
+        if backbone is None:
+            backbone = _load_backbone(folder / BACKBONE, stored.get("backbone_library"), model_id)
+        model = cls(backbone, **arguments)
+        missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        missing = [key for key in missing if not key.startswith(f"{BACKBONE}.")]
+        if missing or unexpected:
+            raise ValueError(f"{model_id!r} does not fit its backbone: missing {missing}, not expected {unexpected}.")
+        model.name_or_path = model_id  # which PEFT writes into adapters, and AutoPeftModel reads there
+        return model.eval()
+
+
+def _save_backbone(backbone: nn.Module, folder: Path) -> str | None:
+    """Save a backbone as its library does.
+
+    Returns:
+        The library: "transformers" or "timm"; None for any other, which is not saved.
+    """
+    if isinstance(backbone, PreTrainedModel):
+        backbone.save_pretrained(folder)
+        if not hasattr(backbone, "out_indices"):
+            _drop_stages(folder / CONFIG)
+        return "transformers"
+    if hasattr(backbone, "pretrained_cfg") and type(backbone).__module__.startswith("timm."):
+        from timm.models import save_for_hf
+
+        save_for_hf(backbone, str(folder), model_args=_timm_arguments(backbone), safe_serialization=True)
+        return "timm"
+    return None
+
+
+def _drop_stages(file: Path) -> None:
+    """Take out of a config what only an AutoBackbone reads.
+
+    A model that was loaded with fewer blocks than it had (`num_hidden_layers=6`) still names its old last stage there,
+    and transformers refuses to load it again.
+    """
+    config = json.loads(file.read_text())
+    kept = {key: value for key, value in config.items() if key not in STAGES}
+    file.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+
+def _timm_arguments(backbone: Any) -> dict[str, Any]:
+    """What has to be said to make the same model of timm again."""
+    found = {name: getattr(backbone, name) for name in TIMM_ARGUMENTS if hasattr(backbone, name)}
+    embedding = getattr(backbone, "patch_embed", None)
+    size = getattr(embedding, "img_size", None)
+    if size is not None:
+        found["img_size"] = list(size)
+    if getattr(backbone, "dynamic_img_size", False):
+        found["dynamic_img_size"] = True
+    return found
+
+
+def _load_backbone(folder: Path, library: str | None, name: str) -> nn.Module:
+    if library == "transformers" and (folder / CONFIG).is_file():
+        architecture = (json.loads((folder / CONFIG).read_text()).get("architectures") or [""])[0]
+        # transformers' own classes only: a name in a file must not choose what is imported
+        cls: Any = getattr(transformers, str(architecture), None)
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            return cls.from_pretrained(folder, use_safetensors=True)
+    elif library == "timm" and (folder / CONFIG).is_file():
+        import timm
+
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    raise ValueError(
+        f"{name!r} holds no backbone of transformers or timm. Make it yourself and hand it over: "
+        "from_pretrained(path, backbone=backbone)."
+    )

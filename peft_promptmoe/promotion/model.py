@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ProMotion tuner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checks import check_has_patches, check_whole_grid, refuse_task_type
+from ..models.levels import read_blocks
+from ..models.sites import Site, find_site
+from ..models.targets import image_targets
+from ..tuner import PromptTuner
+from .config import MAX_UNITS, MAX_VALUES, ProMotionConfig
+from .layer import ProMotionLayer
+
+
+class ProMotionModel(PromptTuner):
+    """Adds denoised prototypes behind blocks of a frozen vision transformer, for optical flow and depth.
+
+    Experimental, and our reading of ProMotion (arXiv 2406.04999), whose code and equations are not public: an adapter
+    where the paper trains a network. It works with any model that a vision transformer of transformers or timm is part
+    of; its losses reach the optimiser through the `loss` that the model puts out.
+
+    Args:
+        model: the base model, with one patch grid.
+        config: a [`ProMotionConfig`].
+        adapter_name: name of the adapter.
+
+    Example:
+
+        ```py
+        >>> import peft_promptmoe
+        >>> from peft import get_peft_model
+        >>> from transformers import AutoModelForImageClassification
+
+        >>> vit = AutoModelForImageClassification.from_pretrained("facebook/dinov2-small", num_labels=10)
+        >>> model = get_peft_model(vit, peft_promptmoe.ProMotionConfig())
+        >>> model.print_trainable_parameters()
+        ```
+    """
+
+    prefix = "promotion_"
+    method = "ProMotion"
+    tuner_layer_cls = ProMotionLayer
+    prompt_layer_cls = ProMotionLayer
+
+    def default_targets(self) -> str | list[str]:
+        return image_targets(self.model)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and peft_config.layers_to_transform is None:
+            found = self.default_targets()
+            peft_config.target_modules = found if isinstance(found, str) else set(found)
+            paths = [path for path, _ in self.model.named_modules()]
+            sites = [find_site(self.model, p) for p in paths if self._check_target_module_exists(peft_config, p)]
+            if sites:
+                peft_config.layers_to_transform = read_blocks(self.model, sorted({site.index for site in sites}))
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def resolve(self, config: ProMotionConfig, sites: list[Site]) -> None:
+        refuse_task_type(config)
+        if len(sites) > MAX_UNITS:
+            raise ValueError(f"ProMotion would stand behind {len(sites)} blocks; at most {MAX_UNITS} are allowed.")
+
+    def check_site(self, config: ProMotionConfig, site: Site) -> None:
+        check_has_patches(site, self.method)
+        check_whole_grid(self.model, config, site, self.method)
+        if config.bottleneck_dim * site.width > MAX_VALUES:
+            raise ValueError(
+                f"bottleneck_dim={config.bottleneck_dim} is too large for width {site.width}: at most {MAX_VALUES} "
+                "values are allowed."
+            )

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ProMotion's losses and prototypes in the Trainer's logs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from ..engine.model_hooks import last_aux_losses
+from .assignment_report import assigned_layers, assignment_report
+from .callback import LogCallback
+
+TOGETHER = 0.9  # a mean cosine between prototypes above which they have fallen together
+
+
+class AssignmentCallback(LogCallback):
+    """Logs ProMotion's losses and the use of its prototypes, and warns if these fall together.
+
+    Logged with the training loss, of the last step before: `promotion/denoise`, `promotion/denoise_ratio` (below 1
+    noise is taken away), `promotion/margin`, `promotion/compact`; `promotion/entropy`, `promotion/min_entropy` and
+    `promotion/max_between` of `assignment_report`.
+
+    Args:
+        together_above: a unit whose prototypes have a mean cosine above this counts as collapsed; there is one warning
+            per training. 1 for none.
+    """
+
+    def __init__(self, together_above: float = TOGETHER) -> None:
+        self.together_above = together_above
+        self._warned = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._warned = False
+        self.log_first()
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs or model is None or not assigned_layers(model, None):
+            return
+        report = assignment_report(model)
+        values = {f"promotion/{name}": value for name, value in last_aux_losses(model).items()}
+        values |= {
+            "promotion/entropy": float(report.entropy.mean()),
+            "promotion/min_entropy": float(report.entropy.min()),
+            "promotion/max_between": float(report.between.max()),
+        }
+        self.add(values, logs, state)
+        together = [n for n, value in zip(report.layers, report.between, strict=True) if value > self.together_above]
+        if together and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The prototypes behind the blocks {together} have fallen together (mean cosine above "
+                f"{self.together_above}), so they group nothing. Keep center=True, raise margin_weight, or use fewer "
+                "prototypes.",
+                stacklevel=2,
+            )

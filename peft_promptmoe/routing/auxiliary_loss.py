@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Auxiliary losses on their way to the optimiser: through the gradient of the model's own loss, whoever trains it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .prompt_call import CallBook, PromptCall
+
+
+class _TermGradient(torch.autograd.Function):
+    """Identity on `carrier`; gives `term` the gradient that the model's loss was given."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, term: Tensor, book: CallBook, call: PromptCall | None) -> Tensor:
+        ctx.book, ctx.call, ctx.device = book, call, term.device
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        gradient = ctx.book.loss_gradient if ctx.call is None else ctx.call.loss_gradient
+        if gradient is None:
+            warnings.warn(
+                "The adapter's auxiliary losses have no effect in this step: the loss that was differentiated is not "
+                "the model's own outputs.loss (label smoothing, compute_loss_func or a loss of your own replace it). "
+                "Let the model compute the loss, or set the weights of the auxiliary losses (balance_loss_weight, "
+                "denoise_weight, margin_weight, compact_weight) to 0.",
+                stacklevel=2,
+            )
+        # Layers of a model that is spread over devices need not be where its loss is.
+        return gradients[0], None if gradient is None else gradient.to(ctx.device), None, None
+
+
+class _LossGradient(torch.autograd.Function):
+    """Identity on the loss; notes its gradient before any layer's backward pass runs."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | float) -> Tensor:
+        ctx.book, ctx.call, ctx.share = book, call, share
+        return loss.clone()  # no view: the Trainer scales the loss in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.call.loss_gradient = gradients[0] * ctx.share
+        ctx.book.loss_gradient = ctx.call.loss_gradient.detach()
+        return gradients[0], None, None, None
+
+
+def carry_loss(
+    carrier: Tensor,
+    term: Tensor,
+    book: CallBook,
+    call: PromptCall | None,
+    site: str,
+    adapter: str,
+    values: dict[str, Tensor],
+) -> Tensor:
+    """Attach an auxiliary loss to a tensor that the layer's output depends on.
+
+    In eager mode the term rides on `carrier` and gets its gradient when that of `carrier` is computed, so it needs no
+    path to the loss: re-entrant checkpointing runs the layer without a graph and would cut any other. Compiled code
+    may not write from a backward pass to the outside, but there the whole graph is in view: the term is listed.
+
+    Args:
+        term: the weighted loss, a scalar.
+        book: of the base model.
+        call: of the forward; None in a block that is run again where no argument tells.
+        site: path of the attention layer.
+        values: what to report of it, by name.
+    """
+    if call is not None:
+        for name, value in values.items():
+            call.losses[site, adapter, name] = value.detach()
+    if not torch.is_grad_enabled():
+        return carrier
+    if torch.compiler.is_compiling():
+        if call is not None:
+            call.terms.append(term)
+        return carrier
+    return _TermGradient.apply(carrier, term, book, call)
+
+
+def add_losses(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | float = 1.0) -> Tensor:
+    """The model's loss, unchanged in value, with the auxiliary losses of its layers in its gradient.
+
+    Their gradient is scaled like that of the loss, whatever the trainer does to it afterwards: division by
+    accumulation steps, a gradient scaler, a weight in a sum.
+
+    Args:
+        loss: the model's loss, a scalar.
+        book: of the base model.
+        call: of this forward.
+        share: of this forward in its optimiser step, where the loss already accounts for it.
+    """
+    for term in call.terms:
+        loss = loss + (share * (term - term.detach())).to(loss.dtype)
+    call.terms = []  # a model around this one may put out the same loss
+    if torch.compiler.is_compiling():
+        return loss
+    return _LossGradient.apply(loss, book, call, share)

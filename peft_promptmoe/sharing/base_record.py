@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter's config says of the base model it was made for, and how the same is read from a model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter_state import PROMPT_CHILD
+from .load_checks import classes_differ
+
+Record = dict[str, Any]
+
+SAMPLES = 32  # values of a tensor
+MAX_TENSORS = 8
+TOLERANCE = 2.0**-6  # relative, twice what bfloat16 rounds away
+NUMBERS = {"width": "hidden size", "depth": "layers", "num_labels": "num_labels"}
+
+
+def describe_base(model: Any) -> Record:
+    """Type, width, depth and number of classes of a base model; None where it does not say."""
+    timm = getattr(model, "timm_model", model)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kind = getattr(config, "model_type", None)
+    if (known := getattr(timm, "pretrained_cfg", None)) and timm is model:
+        kind = known.get("architecture")
+    blocks: Any = getattr(timm, "blocks", None)
+    return {
+        "type": kind if isinstance(kind, str) else None,
+        "width": _count(getattr(text, "hidden_size", None), getattr(timm, "embed_dim", None)),
+        "depth": _count(getattr(text, "num_hidden_layers", None), len(blocks) if hasattr(blocks, "__len__") else None),
+        "num_labels": _count(getattr(config, "num_labels", None), getattr(timm, "num_classes", None)),
+        "weights": None,
+    }
+
+
+def _count(*found: Any) -> int | None:
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def check_record(stored: Any) -> None:
+    """Raise TypeError or ValueError unless `stored` is None or a record."""
+    if stored is None:
+        return
+    if not isinstance(stored, dict):
+        raise TypeError(f"base_record must be a dict, got {stored!r:.80}.")
+    kind, weights = stored.get("type"), stored.get("weights")
+    if kind is not None and not isinstance(kind, str):
+        raise TypeError(f"type in base_record must be a string, got {kind!r:.80}.")
+    for name in NUMBERS:
+        if (value := stored.get(name)) is not None and _count(value) is None:
+            raise TypeError(f"{name} in base_record must be an integer, got {value!r:.80}.")
+    if weights is None:
+        return
+    if not isinstance(weights, dict) or not all(isinstance(item, str) for pair in weights.items() for item in pair):
+        raise TypeError(f"weights in base_record must be hashes by name, got {weights!r:.80}.")
+    if len(weights) > MAX_TENSORS or not all(
+        re.fullmatch(r"([0-9a-f]{4}){1,64}", value) for value in weights.values()
+    ):
+        raise ValueError(f"weights in base_record must be at most {MAX_TENSORS} hashes, got {weights!r:.80}.")
+
+
+def check_type(stored: Record | None, model: nn.Module, name: str | None) -> None:
+    """Refuse a model of another type than the adapter was made for.
+
+    Args:
+        stored: the adapter's record, None in files of older versions.
+        model: the base model.
+        name: of the adapter's base model.
+
+    Raises:
+        ValueError: the types are known and differ.
+    """
+    found = describe_base(model)
+    if stored is None or None in (stored.get("type"), found["type"]) or stored["type"] == found["type"]:
+        return
+    raise ValueError(
+        f"{_made_for(stored, name)}, and this is a {_summary(found)}. Load it onto the base model it was made for."
+    )
+
+
+def remark(stored: Record | None, model: nn.Module, name: str | None) -> str | None:
+    """What to add to an error of loading, where width, depth or classes are not what the adapter was made for."""
+    found = describe_base(model)
+    if stored is None or not (differ := [key for key in NUMBERS if _differ(stored.get(key), found[key])]):
+        return None
+    if differ == ["num_labels"]:
+        return classes_differ(stored["num_labels"], found["num_labels"])
+    return f"{_made_for(stored, name)}, and this one has {_numbers(found)}."
+
+
+def _differ(stored: Any, found: Any) -> bool:
+    return stored is not None and found is not None and stored != found
+
+
+def _made_for(stored: Record, name: str | None) -> str:
+    called = f"{name!r:.200}, " if name else ""
+    return f"The adapter was made for {called}a {_summary(stored)}"
+
+
+def _summary(record: Record) -> str:
+    return f"{record.get('type') or 'model'!s:.80} with {_numbers(record)}"
+
+
+def _numbers(record: Record) -> str:
+    return f"hidden size {record.get('width') or 'unknown'} and {record.get('depth') or 'unknown'} layers"
+
+
+# -- which weights ----------------------------------------------------------------------------------------------------
+
+
+def hash_weights(model: nn.Module, paths: list[str]) -> dict[str, str] | None:
+    """A few values each of a few frozen tensors, as hexadecimal digits of bfloat16.
+
+    Values and not a digest of them, because copies in float32, float16 and bfloat16 are the same model.
+
+    Args:
+        model: the base model.
+        paths: of its prompted attention layers.
+
+    Returns:
+        By name; None where no values are at hand: quantised weights, those on the meta device or spread over
+        processes.
+    """
+    chosen = (name for path in (paths[0], paths[-1]) for name in islice(_matrices(model, path), 2))
+    tensors = _frozen(model)
+    return {name: _digits(tensors[name]) for name in dict.fromkeys(chosen)} or None
+
+
+def warn_of_other_weights(stored: Record | None, model: nn.Module, name: str | None) -> None:
+    """Warn once where the model is of the shape that the adapter was made for, with other weights."""
+    tensors = _frozen(model)
+    weights = (stored or {}).get("weights") or {}
+    pairs = [(values, _digits(tensors[key])) for key, values in weights.items() if key in tensors]
+    if any(_are_other(values, found) for values, found in pairs if len(values) == len(found)):
+        called = f"{name!r:.200}" if name else "another model"
+        warnings.warn(
+            f"The adapter was made for other weights than this base model's, those of {called}, and may answer badly. "
+            "Load that base model, or set check_base_weights=False in the adapter's config where this is meant.",
+            stacklevel=2,
+        )
+
+
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the base model whose values are at hand, by the names they have without any adapter."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {
+        name.replace("base_layer.", "").replace("original_module.", ""): tensor
+        for name, tensor in named
+        if PROMPT_CHILD not in name.split(".") and _at_hand(tensor)
+    }
+
+
+def _at_hand(tensor: Tensor) -> bool:
+    plain = type(tensor) in (nn.Parameter, Tensor) and not tensor.is_meta and tensor.numel() > 0
+    return plain and tensor.is_floating_point() and tensor.itemsize >= 2 and tensor.untyped_storage().size() > 0
+
+
+def _matrices(model: nn.Module, path: str) -> Iterable[str]:
+    tensors = _frozen(model)
+    return (name for name in tensors if name.startswith(f"{path}.") and tensors[name].ndim > 1)
+
+
+def _digits(tensor: Tensor) -> str:
+    flat = tensor.detach().flatten()
+    places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    values = flat[places.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16)
+    return "".join(f"{value & 0xFFFF:04x}" for value in values.tolist())
+
+
+def _are_other(stored: str, found: str) -> bool:
+    """Whether more than a few values differ by more than rounding."""
+    one, two = (_values(digits) for digits in (stored, found))
+    far = (one - two).abs() > TOLERANCE * torch.maximum(one.abs(), two.abs())
+    return int(far.sum()) > len(one) // 8
+
+
+def _values(digits: str) -> Tensor:
+    bits = [int(digits[at : at + 4], 16) for at in range(0, len(digits), 4)]
+    signed = torch.tensor([value - 0x10000 if value >= 0x8000 else value for value in bits], dtype=torch.int16)
+    return signed.view(torch.bfloat16).double()
