@@ -184,8 +184,12 @@ def _image(model: Any) -> tuple[int, ...] | None:
         if patches.image_size is not None:
             return (patches.embedding.in_channels, *patches.image_size)
     timm = getattr(model, "timm_model", model)
-    size = getattr(timm, "pretrained_cfg", {}).get("input_size")
-    return tuple(size) if size else None
+    if size := getattr(timm, "pretrained_cfg", {}).get("input_size"):
+        return tuple(size)
+    side = getattr(getattr(model, "config", None), "image_size", None)
+    if getattr(model, "main_input_name", None) != "pixel_values" or side is None:
+        return None
+    return (getattr(model.config, "num_channels", 3), *([side, side] if isinstance(side, int) else side))
 
 
 def _say_what_repeats(heard: dict[str, list[Heard]]) -> None:

@@ -87,6 +87,7 @@ _GPT = {
 # transformers 5.24 put them on the attention interface, with tables of (sin, cos) stored by position.
 _NEW_GPTJ = hasattr(transformers.models.gptj.modeling_gptj, "GPTJRotaryEmbedding")
 _TWO_KINDS = ["sliding_attention", "full_attention"]
+_GEMMA_STACK = _LM_WIDE_HEADS | {"sliding_window": 4, "layer_types": _TWO_KINDS, "attn_logit_softcapping": None}
 _NEO = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
 _FALCON = _NEOX | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 _DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "hidden_dropout_prob": 0.0}
@@ -344,6 +345,12 @@ ARCHITECTURES: dict[str, Arch] = {
     "m2m_100": Arch(EXACT, _SEQ2SEQ, _BART),
     "plbart": Arch(EXACT, _SEQ2SEQ, _BART),
     "whisper": Arch(EXACT, "AutoModelForSpeechSeq2Seq", _BART | _WHISPER),
+    "t5gemma": Arch(  # softmax in float32
+        EXACT,
+        _SEQ2SEQ,
+        {"encoder": _GEMMA_STACK, "decoder": _GEMMA_STACK, "dropout_rate": 0.0, "decoder_start_token_id": 1},
+        tolerance=1e-5,
+    ),
     "longt5": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _T5),
     "led": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _BART),
     "pegasus_x": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _BART),
