@@ -235,7 +235,7 @@ def write_table(records: list[dict[str, Any]]) -> None:
     lines = [
         "# Which models prompts can join",
         "",
-        "Made by `make reach` from [reach.json](../benchmarks/results/reach.json): one tiny random model of every",
+        "Made by `make reach` from `benchmarks/results/reach.json`: one tiny random model of every",
         "type of transformers and of every kind of timm's blocks, under a default `MEPTConfig`. *Right* means that",
         "prompts move the output and learn, disabling and unloading give the base model back bit for bit, no later",
         "token reaches an earlier output, and padding, the rest of the batch and the cache change nothing. *Left",

@@ -71,6 +71,13 @@ def reads_into(function: Callable[..., Any], argument: str) -> bool:
 
 
 @lru_cache(maxsize=256)
+def gives(function: Callable[..., Any], keyword: str) -> bool:
+    """Whether a function calls anything with a keyword argument of that name."""
+    calls = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Call))
+    return any(word.arg == keyword for call in calls for word in call.keywords)
+
+
+@lru_cache(maxsize=256)
 def compares(function: Callable[..., Any], attribute: str) -> bool:
     """Whether a function compares an attribute of that name with anything."""
     comparisons = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Compare))

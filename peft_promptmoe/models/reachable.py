@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .inspection import passes_on_keywords, reads_into, unwrapped_forward
+from .inspection import gives, passes_on_keywords, reads_into, unwrapped_forward
 from .patches import Patches
 
 # What an attention layer may ask for that prompt rows have: the rest of its arguments have to have defaults.
@@ -36,14 +36,19 @@ class CannotJoin(ValueError):
         self.reason = reason
 
 
-def check_reachable(model: nn.Module, path: str, patches: Patches | None, rotary: nn.Module | None) -> None:
+def check_reachable(
+    model: nn.Module, path: str, patches: Patches | None, rotary: nn.Module | None, biases: nn.Module | None
+) -> None:
     """Refuse layers that the generic rule is known not to reach.
+
+    Args:
+        patches, rotary, biases: as a `Site` has them; the last is the owner of the relative position biases.
 
     Raises:
         CannotJoin: with the reason.
     """
     attention: Any = model.get_submodule(path)
-    reason = _inputs(attention) or _order_of_tokens(model, path) or _positions(attention, patches, rotary)
+    reason = _inputs(attention) or _order_of_tokens(model, path) or _positions(attention, patches, rotary, biases)
     if reason is not None:
         raise CannotJoin(path, attention, reason)
 
@@ -74,8 +79,12 @@ def _order_of_tokens(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def _positions(attention: nn.Module, patches: Patches | None, rotary: nn.Module | None) -> str | None:
+def _positions(
+    attention: nn.Module, patches: Patches | None, rotary: nn.Module | None, biases: nn.Module | None
+) -> str | None:
     """Why the layer's positions cannot be given to rows."""
+    if biases is None and gives(unwrapped_forward(attention), "position_bias"):
+        return "it adds a relative position bias of a form that prompts cannot be given"
     if "position_embeddings" not in inspect.signature(unwrapped_forward(attention)).parameters:
         return None
     if patches is not None:

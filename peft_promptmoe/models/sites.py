@@ -120,16 +120,15 @@ def find_site(model: nn.Module, path: str) -> Site:
     width = input_width(attention)
     patches = find_patches(model, path, width)
     rotary = rotary_embedding(model, path) if patches is None and not timm else None
+    biases = bias_owner(model, path, attention, own is not None)
     if family is None and not timm:
-        check_reachable(model, path, patches, rotary)
-    names = () if timm else parameter_names(attention)
+        check_reachable(model, path, patches, rotary, biases)
     by_mask = family.rows_by_mask if family is not None else not timm and hands_on_its_mask_only(attention)
-    kind = rotary_type(rotary, attention, block)
-    if kind is not None and not hasattr(rotary, f"{kind}_inv_freq"):  # Beam turns in some kinds of layers only
+    kind, names = rotary_type(rotary, attention, block), () if timm else parameter_names(attention)
+    # Beam turns in some kinds of layers only, and Falcon not where it has linear biases.
+    if (kind is not None and not hasattr(rotary, f"{kind}_inv_freq")) or (own and not own.turns(attention)):
         rotary, kind, names = None, None, ()
     causal = not timm and patches is None and (own.causal(attention) if own is not None else is_causal(model, path))
-    if own is not None and not own.turns(attention):
-        rotary, kind, names = None, None, ()
     return Site(
         name=path,
         index=index,
@@ -144,7 +143,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         rotary=rotary,
         rotary_type=kind,
         sine_first=sine_first(rotary),
-        bias_owner=bias_owner(model, path, attention),
+        bias_owner=biases,
         input_std=input_std(model, path, index, family),
         patches=patches,
         calls=2 if is_differential(attention) else 1,

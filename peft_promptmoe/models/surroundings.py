@@ -96,11 +96,17 @@ def rotary_type(rotary: nn.Module | None, attention: nn.Module, block: nn.Module
     return types[attention.layer_idx] if types is not None else None
 
 
-def bias_owner(model: nn.Module, path: str, attention: nn.Module) -> nn.Module | None:
-    """T5 keeps one table in the first layer of a stack; UMT5 one in each layer; MPNet one in the stack itself."""
+def bias_owner(model: nn.Module, path: str, attention: nn.Module, above: bool) -> nn.Module | None:
+    """The module with the table of relative position biases that an attention layer adds.
+
+    T5 keeps one in the first layer of a stack, UMT5 one in each layer, and MPNet, which is asked for by `above`, one in
+    the stack itself.
+    """
+    if above:
+        owners = (model.get_submodule(path.rsplit(".", steps)[0]) for steps in range(1, path.count(".") + 1))
+        return next((module for module in owners if hasattr(module, "relative_attention_bias")), None)
     if not hasattr(attention, "has_relative_attention_bias"):
-        above = (model.get_submodule(path.rsplit(".", steps)[0]) for steps in range(1, path.count(".") + 1))
-        return next((module for module in above if hasattr(module, "relative_attention_bias")), None)
+        return None
     if attention.has_relative_attention_bias:
         return attention
     first = re.sub(r"^((?:.*?\.)?)\d+(?=\.)", r"\g<1>0", path)

@@ -731,12 +731,18 @@ class Case:
     def model_class(self) -> Any:
         return getattr(transformers, self.architecture.model, None) or getattr(dense_models, self.architecture.model)
 
+    @property
+    def kernel_setting(self) -> dict[str, str]:
+        """How transformers is told which kernel to use, where it has a say."""
+        return {"attn_implementation": self.architecture.only or self.kernel} if self.architecture.told else {}
+
     # -- models -------------------------------------------------------------------------------------------------------
 
     def base(self, seed: int = 0, **settings: Any) -> nn.Module:
         """A random base model in eval mode whose weights are large enough for every prompt to matter."""
-        kernel = {"attn_implementation": self.architecture.only or self.kernel} if self.architecture.told else {}
-        made = getattr(transformers, self.architecture.config)(**self.architecture.settings | settings, **kernel)
+        made = getattr(transformers, self.architecture.config)(
+            **self.architecture.settings | settings, **self.kernel_setting
+        )
         if self.architecture.routed:
             made._experts_implementation = "eager"  # the grouped kernel has no float64
         with torch.random.fork_rng(devices=[]):
