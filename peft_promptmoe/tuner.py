@@ -102,7 +102,7 @@ class PromptTuner(BaseTuner):
             tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
             if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
                 self.initialize(config, adapter_name)
-        except Exception:
+        except BaseException:
             unread.take_back()
             raise
         hooks: Any = getattr(model, PROMPT_CHILD)

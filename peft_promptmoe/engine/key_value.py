@@ -227,7 +227,8 @@ class KeyValueLayer(PromptLayer):
             rows = self._project(adapter, x, real, bound, call, 0 if choice is None else choice.of)
             if cached is not None:
                 cached[adapter] = rows
-                if rows.experts is not None and kernel.adds_mask:
+                # Gathered from while decoding, and there without gradient only.
+                if rows.experts is not None and kernel.adds_mask and not torch.is_grad_enabled():
                     rows.experts.table = decoding_table(rows.experts)
         columns = columns_of(rows, choice, kernel.adds_mask)
         if self.site.bias_owner is not None:
