@@ -145,7 +145,7 @@ class KeyValueLayer(PromptLayer):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
         if call is not None and not past and any(map(self.reads_query, adapters)):
-            self._look_for_query(call, cached is not None)
+            self._look_for_query(call)
         mask = bound.get("attention_mask", bound.get("mask"))
         # Images have no padding; what BEiT passes as a mask are its relative positions.
         real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None
@@ -156,17 +156,13 @@ class KeyValueLayer(PromptLayer):
         kwargs[COLUMNS] = columns
         return args, kwargs
 
-    def _look_for_query(self, call: PromptCall, cached: bool) -> None:
-        """Refuse, or say, that a router will read a text with its answer.
-
-        Args:
-            cached: whether there is a cache, as in generation, where all that is given is the query.
-        """
+    def _look_for_query(self, call: PromptCall) -> None:
+        """Refuse, or say, that a router will read a text with its answer."""
         if call.knows_query:
             return
         if self.training and call.learns:
             refuse_unknown_query()
-        if not (cached or call.warned or torch.compiler.is_compiling()):
+        if not (call.cached or call.warned or torch.compiler.is_compiling()):
             call.warned = True
             warn_of_whole_rows()
 

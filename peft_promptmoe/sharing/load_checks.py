@@ -195,7 +195,7 @@ def _check_tensor(name: str, given: Any, expected: Tensor) -> None:
     if tuple(given.shape) != tuple(expected.shape):
         raise ValueError(
             f"{name!r} has shape {tuple(given.shape)} in the adapter file and {tuple(expected.shape)} in the model: "
-            "the adapter was trained with other settings of size than its config says, or "
+            "the adapter was trained with other settings (num_virtual_tokens and the like) than its config says, or "
             "on a model of another width."
         )
     if not given.is_meta and not bool(torch.isfinite(given).all()):
