@@ -211,7 +211,7 @@ def main(args: argparse.Namespace) -> None:
         for group in args.groups:
             try:
                 run_group(group, setting, results, until)
-            except Exception as error:  # the device is lent by the minute: the other groups still run
+            except Exception as error:  # one group's failure must not cost the others' figures
                 traceback.print_exc()
                 results.data.setdefault("failed", {})[group] = f"{type(error).__name__}: {error}"
                 results.save()

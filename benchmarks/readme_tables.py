@@ -198,7 +198,7 @@ def cost_long() -> str:
         for row in rows:
             found = [figures(f"llama-1b-{length}{mask}", row) for length in LENGTHS]
             if any(found[0]):
-                name = name_of(*row) + (", masked" if mask else "")
+                name = name_of(row) + (", masked" if mask else "")
                 lines.append([name, *(ratio for ratios in found for ratio in ratios)])
     what = ("forward", "train", "saved")
     return table(["", *(f"{length:,}: {each}" for length in LENGTHS for each in what)], lines)

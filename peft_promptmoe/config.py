@@ -127,7 +127,7 @@ class PromptConfig(PeftConfig):
 
     def card_settings(self) -> dict[str, Any]:
         """Numbers, switches and choices of the method, which are checked; names and patterns may be a stranger's."""
-        inherited = {each.name for each in fields(PromptConfig)} - {"num_virtual_tokens"}
+        inherited = {each.name for each in fields(PromptConfig)}
         named = [each.name for each in fields(self) if each.name not in inherited]
         return {name: value for name in named if isinstance(value := getattr(self, name), (int, float, str))}
 

@@ -105,7 +105,7 @@ class PromptTuner(BaseTuner):
             self._rehearse(model, layers)
             if not config.inference_mode and not any(p.is_meta for layer in layers for p in layer.parameters()):
                 self.initialize(config, adapter_name)
-        except Exception:
+        except BaseException:
             unread.take_back()
             raise
         hooks: Any = getattr(model, PROMPT_CHILD)

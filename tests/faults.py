@@ -119,8 +119,8 @@ FAULTS = [
     Fault(
         "a decoding step gathers the wrong experts",
         "engine/rows.py",
-        "chosen = choice.experts[:, 0] if first is None",
-        "chosen = choice.experts[:, 0].flip(0) if first is None",
+        "chosen, (batch, number, _) = choice.experts[:, 0], table.shape",
+        "chosen, (batch, number, _) = choice.experts[:, 0].flip(0), table.shape",
         ("tests/unit/engine/test_attention.py", "-k", "gathered"),
     ),
     Fault(

@@ -12,6 +12,7 @@ IMAGE_MODELS = ("vit-b16-hf", "vit-b16-timm")
 MODELS = ("bert-base", "t5-base", "llama-1b", *IMAGE_MODELS)
 OURS = ("static", "vpt_deep", "vapt", "mept_sample", "mept_token")
 BY_SAMPLE = ("static", "vpt_deep", "vapt", "mept_sample")
+NAMED = {"train_flops": "training FLOPs", "saved_bytes": "saved bytes"}
 EXACT, LENGTHS = ("forward_flops", "train_flops", "saved_bytes"), (512, 2048, 8192)
 EXPERTS = {"static": 1, "mept_sample": 4, "mept_token": 4}
 GPU = "gpu_nvidia_h100_80gb_hbm3"
@@ -233,7 +234,7 @@ def many_experts() -> Iterator[Target]:
             (exact_row(model, "mept_token", 10, 64)[figure] / exact_row(model, "lora_r8")[figure], model)
             for model in growth
         ]
-        yield Target("P10", f"{figure.replace('_', ' ')} over LoRA r8, 64 experts by token", limit, found)
+        yield Target("P10", f"{NAMED[figure]} over LoRA r8, 64 experts by token", limit, found)
     found = against("saved_bytes", "lora_r8", ("bert-base",), ("mept_token",), (10, 20))
     yield Target("P10", "saved bytes over LoRA r8, 4 experts by token, BERT-base", 1.10, found)
 
@@ -249,5 +250,5 @@ def long_texts() -> Iterator[Target]:
     models = tuple(f"llama-1b-{length}{mask}" for length in LENGTHS for mask in ("", "-mask"))
     for figure in ("train_flops", "saved_bytes"):
         found = against(figure, "lora_r8", models, ("mept_sample", "mept_token"), (20,))
-        what = f"{figure.replace('_', ' ')} over LoRA r8, texts of 512 to 8,192 tokens, with and without a mask"
+        what = f"{NAMED[figure]} over LoRA r8, texts of 512 to 8,192 tokens, with and without a mask"
         yield Target("P12", what, 1.05, found)

@@ -73,40 +73,27 @@ class Heads(NamedTuple):
         return self.groups * self.each
 
 
-def to_blocks(rows: Tensor, index: Tensor, heads: Heads, blocks: int) -> Tensor:
-    """Rows by token or choice, in the order of the blocks.
+def rows_for_blocks(index: Tensor, heads: Heads, blocks: int) -> Tensor:
+    """Where blocks find their rows among those of all heads of tokens or choices.
 
     Args:
-        rows: (R, Hq, w).
-        index: (M * C,) which of R stands in each row.
+        index: (M * C,) which token or choice stands in each row.
         blocks: M.
 
     Returns:
-        (M * H, C * g, w).
+        (M * H * C * g,) of (R * Hq) rows.
     """
-    width = rows.shape[-1]
     by_head = torch.arange(heads.number, device=index.device).view(heads.groups, 1, heads.each)
-    places = index.view(blocks, 1, -1, 1) * heads.number + by_head
-    found = rows.reshape(-1, width).index_select(0, places.flatten())
-    return found.view(blocks * heads.groups, -1, width)
+    return (index.view(blocks, 1, -1, 1) * heads.number + by_head).flatten()
 
 
-def to_choices(blocked: Tensor, order: Order, heads: Heads) -> Tensor:
-    """What was computed in blocks, by choice.
-
-    Args:
-        blocked: (M * H, C * g, w).
-
-    Returns:
-        (N * K, Hq, w).
-    """
-    width, size = blocked.shape[-1], blocked.shape[1] // heads.each
-    block, row = order.place // size, order.place % size
-    first = (block * heads.groups * size + row) * heads.each
-    by_head = torch.arange(heads.groups, device=first.device)[:, None] * (size * heads.each)
-    by_head = by_head + torch.arange(heads.each, device=first.device)
-    places = first[:, None, None] + by_head
-    return blocked.reshape(-1, width).index_select(0, places.flatten()).view(-1, heads.number, width)
+def rows_for_choices(order: Order, heads: Heads) -> Tensor:
+    """Where choices find what was computed for all their heads in blocks: (N * K * Hq,) of (M * H * C * g) rows."""
+    size = order.source.shape[0] // order.group.shape[0]
+    first = torch.div(order.place, size, rounding_mode="floor") * ((heads.groups - 1) * size) + order.place
+    by_group = torch.arange(0, heads.groups * size * heads.each, size * heads.each, device=first.device)
+    by_head = (by_group[:, None] + torch.arange(heads.each, device=first.device)).flatten()
+    return (first[:, None] * heads.each + by_head).flatten()
 
 
 def rows_of_blocks(rows: Tensor, group: Tensor, slots: int) -> Tensor:
@@ -114,13 +101,13 @@ def rows_of_blocks(rows: Tensor, group: Tensor, slots: int) -> Tensor:
 
     Args:
         rows: (1 or B, H, E * P, w).
-        group: (M,) of `group_of`.
+        group: (M,) the expert, or sample and expert, of each block: see `group_for`.
         slots: P.
 
     Returns:
         (M * H, P, w).
     """
-    return by_expert(rows, slots).index_select(0, _expert(rows, group, slots)).flatten(0, 1)
+    return by_expert(rows, slots).index_select(0, group).flatten(0, 1)
 
 
 def sum_of_blocks(blocked: Tensor, group: Tensor, like: Tensor, slots: int) -> Tensor:
@@ -133,7 +120,7 @@ def sum_of_blocks(blocked: Tensor, group: Tensor, like: Tensor, slots: int) -> T
     """
     batch, heads, rows, width = like.shape
     total = blocked.new_zeros(batch * (rows // slots), heads, slots, width)
-    total.index_add_(0, _expert(like, group, slots), blocked.view(-1, heads, slots, width))
+    total.index_add_(0, group, blocked.view(-1, heads, slots, width))
     return total.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
@@ -157,5 +144,6 @@ def group_of(experts: Tensor, key: Tensor, slots: int) -> tuple[Tensor, int]:
     return (experts + sample[:, None, None]).flatten(), key.shape[0] * number
 
 
-def _expert(rows: Tensor, group: Tensor, slots: int) -> Tensor:
-    return group if rows.shape[0] > 1 else group % (rows.shape[2] // slots)
+def group_for(rows: Tensor, key: Tensor, group: Tensor, slots: int) -> Tensor:
+    """(M,) groups of blocks among these rows, which may be the same for all samples where keys are not."""
+    return group if rows.shape[0] == key.shape[0] else group % (rows.shape[2] // slots)

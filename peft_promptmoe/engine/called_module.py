@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 
-from ..models.call_arguments import attention_mask
+from ..models.call_arguments import attention_mask, given_cache
 from ..models.inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
 from ..models.query import query_of, refuse_packed_rows, warn_of_no_query
 from ..routing.auxiliary_loss import add_losses
@@ -71,6 +71,7 @@ class CalledModule:
         bound = dict(zip(self.names, args, strict=False)) | kwargs
         if call.pools_rows:
             refuse_packed_rows(bound)
+        call.cached |= given_cache(bound) is not None
         if call.reads_query and not call.knows_query:
             call.query = query_of(bound)
             self._look_at(call.query, bound, module)

@@ -17,7 +17,7 @@ Letters, beside those of `chosen_slots`: `A` adapters whose experts are chosen a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,6 +94,9 @@ def attend_chosen(
         cos, sin = part.turn[:2] if part.turn is not None else (None, None)
         order = in_blocks(*group_of(part.experts, part.key, part.slots))
         tensors += [part.key, part.value, part.log_gates, part.bias, cos, sin, *order]
+    if torch.jit.is_tracing():  # which cannot look into functions with a backward of their own
+        joined, score, output = _attend(query, settings, tensors)
+        return Joined(joined, score, lambda found: _finish(found, output, settings)[0])
     joined, score, output = _Attend.apply(query, settings, *tensors)
     return Joined(joined, score, lambda found: _Finish.apply(found, output, joined.detach(), settings, *tensors))
 
@@ -105,19 +108,36 @@ def _most(query: Tensor) -> float:
     return MOST_IN_FLOAT16 if dtype == torch.float16 else torch.finfo(torch.bfloat16).max / 2
 
 
+def _attend(query: Tensor, settings: Settings, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries with features (B, Hq, lead + T, width), scores and outputs of the chosen slots, adapter by adapter."""
+    with without_autocast(query):
+        found = [blocks.merged() for blocks in _blocks(settings, tensors, query)]
+        joined = _with_features(query, [score for score, _ in found], settings)
+    scores, outputs = (torch.stack(each) for each in zip(*found, strict=True))
+    return joined, scores, outputs.to(query.dtype)
+
+
+def _finish(found: Tensor, output: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """What attention over all rows puts out, and the weights of the columns in it."""
+    width = settings.widths[1]
+    text = found[:, settings.lead :]
+    weights = text[..., width : width + len(output)].clone()
+    result = text[..., :width]
+    for number, part in enumerate(output):
+        result = torch.addcmul(result, weights[..., number, None], part.to(result.dtype))
+    return result, weights
+
+
 class _Attend(torch.autograd.Function):
     """From queries to queries with features, scores and outputs of the chosen slots."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        with without_autocast(query):
-            found = [blocks.merged() for blocks in _blocks(settings, tensors, query)]
-            joined = _with_features(query, [score for score, _ in found], settings)
+        joined, scores, outputs = _attend(query, settings, tensors)
         ctx.settings = settings
         ctx.save_for_backward(joined, *tensors)
         ctx.set_materialize_grads(False)
-        scores, outputs = (torch.stack(each) for each in zip(*found, strict=True))
-        return joined, scores, outputs.to(query.dtype)
+        return joined, scores, outputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -149,12 +169,7 @@ class _Finish(torch.autograd.Function):
     def forward(
         ctx: Any, found: Tensor, output: Tensor, joined: Tensor, settings: Settings, *tensors: Tensor | None
     ) -> Tensor:
-        width = settings.widths[1]
-        text = found[:, settings.lead :]
-        weights = text[..., width : width + len(output)].clone()
-        result = text[..., :width]
-        for number, part in enumerate(output):
-            result = torch.addcmul(result, weights[..., number, None], part.to(result.dtype))
+        result, weights = _finish(found, output, settings)
         ctx.settings, ctx.length = settings, found.shape[1]
         ctx.save_for_backward(weights, joined, *tensors)
         return result

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..routing.router import routing_dtype
-from .blocks import Heads, Order, rows_of_blocks, sum_of_blocks, to_blocks, to_choices
+from .blocks import Heads, Order, group_for, rows_for_blocks, rows_for_choices, rows_of_blocks, sum_of_blocks
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
@@ -78,8 +78,13 @@ class SlotBlocks:
         self.part, self.order, self.scale, self.dtype = part, order, scale, routing_dtype(query)
         self.heads = Heads(part.key.shape[1], query.shape[1] // part.key.shape[1])
         self.shape, self.active, self.number = part.log_gates.shape[:2], part.log_gates.shape[2], len(order.group)
-        self.choice = order.source.clamp(min=0)
-        self.token = self.choice // self.active if self.active > 1 else self.choice
+        # What is built of places is built once: these are many small operations, which a GPU waits for.
+        choice = order.source.clamp(min=0)
+        self.token = choice // self.active if self.active > 1 else choice
+        self.from_tokens = rows_for_blocks(self.token, self.heads, self.number)
+        several = self.active > 1
+        self.from_choices = rows_for_blocks(choice, self.heads, self.number) if several else self.from_tokens
+        self.to_choices = rows_for_choices(order, self.heads)
         self.query = self._of_tokens((query if part.turn is None else part.turn.back(query)).transpose(1, 2))
         self.key, self.value = self._slots(part.key), self._slots(part.value)
         scores = torch.bmm(self.query, self.key.transpose(1, 2)) * scale
@@ -88,39 +93,52 @@ class SlotBlocks:
             squashed = torch.tanh(scores / cap)
             self.slope, scores = 1 - squashed.square(), squashed * cap
         if part.bias is not None:
+            # (T or B * T, Hq, P)
             index = self.token % self.shape[1] if part.bias.shape[0] == 1 else self.token
-            scores = scores + self._blocked(part.bias.transpose(1, 2).flatten(0, 1), index)
-        self.log_sum = scores.logsumexp(dim=-1, keepdim=True)
-        self.weights = torch.exp(scores - self.log_sum)
+            scores = scores + self._blocked(
+                part.bias.transpose(1, 2).flatten(0, 1), rows_for_blocks(index, self.heads, self.number)
+            )
+        self.scores, self.weights = scores, torch.softmax(scores, dim=-1)
 
     # -- between tokens, choices and blocks ---------------------------------------------------------------------------
 
     def _blocked(self, rows: Tensor, index: Tensor) -> Tensor:
-        return to_blocks(rows, index, self.heads, self.number).to(self.dtype)
+        """(M * H, C * g, w) of rows (R, Hq, w)."""
+        found = rows.reshape(-1, rows.shape[-1]).index_select(0, index)
+        return found.view(self.number * self.heads.groups, -1, rows.shape[-1]).to(self.dtype)
 
     def _of_tokens(self, by_token: Tensor) -> Tensor:
         """(M * H, C * g, w) of (B, T, Hq, w)."""
-        return self._blocked(by_token.flatten(0, 1), self.token)
+        return self._blocked(by_token, self.from_tokens)
 
     def _of_choices(self, by_choice: Tensor) -> Tensor:
         """(M * H, C * g, 1) of (N, K, Hq)."""
-        return self._blocked(by_choice.flatten(0, 1)[..., None], self.choice)
+        return self._blocked(by_choice[..., None], self.from_choices)
 
     def _choices(self, blocked: Tensor) -> Tensor:
         """(N, K, Hq, w) of (M * H, C * g, w)."""
-        return to_choices(blocked, self.order, self.heads).unflatten(0, (-1, self.active))
+        found = blocked.reshape(-1, blocked.shape[-1]).index_select(0, self.to_choices)
+        return found.view(-1, self.active, self.heads.number, blocked.shape[-1])
+
+    def _sum(self, choices: Tensor) -> Tensor:
+        """(N, ...) of (N, K, ...)."""
+        return choices[:, 0] if self.active == 1 else choices.sum(dim=1)
 
     def _slots(self, rows: Tensor) -> Tensor:
-        return rows_of_blocks(rows, self.order.group, self.part.slots).to(self.dtype)
+        group = group_for(rows, self.part.key, self.order.group, self.part.slots)
+        return rows_of_blocks(rows, group, self.part.slots).to(self.dtype)
 
     def _sum_of_slots(self, blocked: Tensor, like: Tensor) -> Tensor:
-        return sum_of_blocks(blocked, self.order.group, like, self.part.slots).to(like.dtype)
+        group = group_for(like, self.part.key, self.order.group, self.part.slots)
+        return sum_of_blocks(blocked, group, like, self.part.slots).to(like.dtype)
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def _scores(self) -> Tensor:
         """(N, K, Hq) log-sum-exp of the scores of each choice, its log-gate included."""
-        return self._choices(self.log_sum)[..., 0] + self.part.log_gates.flatten(0, 1)[..., None].to(self.dtype)
+        # Of the best slot, whose weight is at least one in P.
+        log_sum = self.scores.amax(dim=-1, keepdim=True) - self.weights.amax(dim=-1, keepdim=True).log()
+        return self._choices(log_sum)[..., 0] + self.part.log_gates.flatten(0, 1)[..., None].to(self.dtype)
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Score (B, T, Hq) and output (B, T, Hq, v) of all choices of a token together."""
@@ -145,7 +163,7 @@ class SlotBlocks:
         inner = self._choices(self._inner(of_output)[2])[..., 0]
         if self.active > 1:
             inner = torch.softmax(self._scores(), dim=1) * inner
-        return inner.sum(dim=1).unflatten(0, self.shape)
+        return self._sum(inner).unflatten(0, self.shape)
 
     def gradients(self, of_score: Tensor, of_output: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """Gradients of query, key, value, log-gates and bias.
@@ -171,7 +189,7 @@ class SlotBlocks:
         of_slots = weights * (of_slots + self._of_choices(score))
         of_bias = self._of_bias(of_slots, part.bias) if needed[3] and part.bias is not None else None
         of_products = of_slots * self.scale if self.slope is None else of_slots * self.slope * self.scale
-        of_query = self._choices(torch.bmm(of_products, self.key)).sum(dim=1).unflatten(0, self.shape)
+        of_query = self._sum(self._choices(torch.bmm(of_products, self.key))).unflatten(0, self.shape)
         of_query = of_query.transpose(1, 2)
         of_query = of_query if part.turn is None else part.turn.there(of_query)
         of_key = of_value = of_log_gates = None
@@ -184,6 +202,6 @@ class SlotBlocks:
         return of_query, of_key, of_value, of_log_gates, of_bias
 
     def _of_bias(self, of_slots: Tensor, bias: Tensor) -> Tensor:
-        found = self._choices(of_slots).sum(dim=1).unflatten(0, self.shape).transpose(1, 2)
+        found = self._sum(self._choices(of_slots)).unflatten(0, self.shape).transpose(1, 2)
         found = found if bias.shape[0] > 1 else found.sum(dim=0, keepdim=True)
         return found.to(bias.dtype)

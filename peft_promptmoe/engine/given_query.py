@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from ..routing.prompt_call import GivenQuery
-from .model_hooks import ModelHooks, prompt_layers
+from .model_hooks import find_hooks, prompt_layers
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]
     if isinstance(tokens, int) and tokens < 0:
         raise ValueError(f"given_query takes the number of tokens in the query, got {tokens}.")
     layers = prompt_layers(model)
-    hooks = next((module for module in model.modules() if isinstance(module, ModelHooks)), None)
+    hooks = find_hooks(model)
     if hooks is None or not any(layer.reads_query(name) for layer in layers for name in layer.prompt_config):
         raise ValueError(
             "No router of this model reads a query: that is what routing='sample' with several experts does on a "

@@ -152,7 +152,7 @@ class KeyValueLayer(PromptLayer):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
         if call is not None and not past and any(map(self.reads_query, adapters)):
-            self._look_for_query(call, cached is not None)
+            self._look_for_query(call)
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
@@ -172,17 +172,13 @@ class KeyValueLayer(PromptLayer):
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
 
-    def _look_for_query(self, call: PromptCall, cached: bool) -> None:
-        """Refuse, or say, that a router will read a text with its answer.
-
-        Args:
-            cached: whether there is a cache, as in generation, where all that is given is the query.
-        """
+    def _look_for_query(self, call: PromptCall) -> None:
+        """Refuse, or say, that a router will read a text with its answer."""
         if call.knows_query:
             return
         if self.training and call.learns:
             refuse_unknown_query()
-        if not (cached or call.warned or torch.compiler.is_compiling()):
+        if not (call.cached or call.warned or torch.compiler.is_compiling()):
             call.warned = True
             warn_of_whole_rows()
 
@@ -247,7 +243,9 @@ class KeyValueLayer(PromptLayer):
                 rows = replace(rows, first=first)  # a copy: kept rows serve other texts as well
             if cached is not None:
                 cached[adapter] = rows
-                if rows.experts is not None and kernel.adds_mask and self.site.own is None:
+                # Gathered from while decoding, and there without gradient only.
+                gathered = rows.experts is not None and kernel.adds_mask and not torch.is_grad_enabled()
+                if rows.experts is not None and gathered and self.site.own is None:
                     rows.experts.table = decoding_table(rows.experts)
         slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
         if self.site.own is not None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extra key and value rows inside one frozen attention layer of transformers.
 
-A deep prompt is overwritten at the next layer, so all that the real tokens see of it are its key and value rows in
-this layer's attention. This module makes those rows with the layer's own norm and projections, places them (rotary
-embedding, T5 bias), and appends them at the public `AttentionInterface`. What one call needs travels in that call's
-keyword arguments; no module is changed per call, which is what makes threads and `torch.compile` safe.
+A deep prompt is overwritten at the next layer, so the text sees only its keys and values in this layer's attention.
+They are made in `projection`; here they meet the layer's call of the public `AttentionInterface`, and one of `kernels`
+puts them in front of the text's. What a call needs travels in its keyword arguments; no module is changed per call,
+which is what makes threads and `torch.compile` safe.
 """
 
 from __future__ import annotations

@@ -61,9 +61,6 @@ class RouterCenter(nn.Module):
             RuntimeError: the mean after the first batch was lost.
         """
         self._check_kept()
-        if self.weight.grad is None and not torch.compiler.is_compiling():
-            # Training loops take a tensor without gradient for one that the loss does not reach.
-            self.weight.grad = torch.zeros_like(self.weight)
         mean = _mean(inputs.detach(), weight).to(self.weight.dtype)
         copied = (self.steps == 0) & self.weight.any()
         self.steps.add_(torch.where(copied, SETTLED, 0)).add_(1)

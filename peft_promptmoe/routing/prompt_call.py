@@ -55,6 +55,8 @@ class PromptCall:
         loss_gradient: gradient of the model's loss, known once its backward pass has begun.
         terms: auxiliary losses with their graph, for compiled code (see `carry_loss`).
         centers: router centres as this forward's first pass saw them, by layer and adapter.
+        cached: whether the caller brought a cache, as generation does, whose texts are all query. Models make one of
+            their own otherwise.
         warned: whether somebody was told that routers read the whole row.
     """
 
@@ -68,7 +70,7 @@ class PromptCall:
         self.loss_gradient: Tensor | None = None
         self.terms: list[Tensor] = []
         self.centers: dict[tuple[str, str], Tensor] = {}
-        self.warned = False
+        self.cached = self.warned = False
 
     @property
     def knows_query(self) -> bool:

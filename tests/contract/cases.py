@@ -495,11 +495,10 @@ HEADS: dict[str, Architecture] = {
             "fusion_hidden_size": 8,
             "reassemble_factors": [4, 2, 1, 0.5],
             "semantic_classifier_dropout": 0.0,
-            "use_auxiliary_head": False,  # which has dropout whatever the config says
         },
         "IMAGE",
         None,
-        ("neck", "head.head"),
+        ("neck", "head.head", "auxiliary_head.head"),
         dense=True,
     ),
 }
@@ -748,6 +747,9 @@ class Case:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.model_class(made).eval()
+        for module in model.modules():  # DPT's auxiliary head has dropout whatever its config says
+            if isinstance(module, nn.Dropout) and self.architecture.dense:
+                module.p = 0.0
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in model.named_parameters():

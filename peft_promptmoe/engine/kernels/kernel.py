@@ -71,7 +71,7 @@ def refuse_capped_choice(columns: Columns, cap: float | None) -> None:
     if columns.chosen and cap is not None:
         raise ValueError(
             "Token routing brings the scores of a token's experts ready, and this kernel would cap them once more. "
-            "Use attn_implementation='sdpa' or routing='sample' with this model."
+            "Use attn_implementation='eager' or routing='sample' with this model."
         )
 
 

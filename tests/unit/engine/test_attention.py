@@ -281,3 +281,39 @@ def test_causal_kernels_stay_without_a_mask(
         by_eager = model(input_ids=ids, labels=ids.masked_fill(ids < 4, -100)).logits
     # transformers' eager kernel takes its softmax in float32
     torch.testing.assert_close(by_sdpa, by_eager, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("padded", [False, True], ids=["no_mask", "mask"])
+@pytest.mark.parametrize("routing", ["sample", "token"])
+def test_rows_leave_the_kernel_on_the_base_models_path(
+    routing: str, padded: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mask where there was none, no mask that trains, grouped heads repeated only where the base model does."""
+    config = LlamaConfig(**SMALL | {"num_attention_heads": 4}, num_key_value_heads=2, attn_implementation="sdpa")
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 3, 2, 11, 4, 5]])
+    inputs = {"input_ids": ids, "labels": ids.masked_fill(ids < 4, -100)}
+    if padded:
+        inputs["attention_mask"] = torch.tensor(PADDING["right"][:2])
+    plain = F.scaled_dot_product_attention
+
+    def calls(model: Any) -> list[tuple[bool, bool, bool, int]]:
+        found = []
+
+        def spy(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            mask = kwargs["attn_mask"]
+            assert mask is None or not mask.requires_grad
+            found.append((mask is None, kwargs["is_causal"], kwargs.get("enable_gqa", False), key.shape[1]))
+            return plain(query, key, *args, **kwargs)
+
+        with monkeypatch.context() as patch, torch.set_grad_enabled(training):
+            patch.setattr(F, "scaled_dot_product_attention", spy)
+            model.train(training)(**inputs)
+        return found
+
+    expected = calls(base)
+    settings = {"num_virtual_tokens": 2, "routing": routing, "num_experts": 3, "init_weights": False}
+    assert calls(get_peft_model(base, MEPTConfig(**settings))) == expected
+    assert expected == [(not padded, not padded, not padded, 4 if padded else 2)] * 2

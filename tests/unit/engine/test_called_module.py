@@ -108,7 +108,7 @@ def test_a_balance_loss_without_the_models_loss_says_so(name: str) -> None:
     torch.manual_seed(0)
     model = get_peft_model(build(), MEPTConfig(num_virtual_tokens=3, balance_loss_weight=1.0)).train()
     features = call(model.get_base_model())
-    with pytest.warns(UserWarning, match="has no effect in this step"):
+    with pytest.warns(UserWarning, match="have no effect in this step"):
         features.square().sum().backward()
 
 
