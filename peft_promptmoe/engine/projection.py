@@ -66,7 +66,10 @@ def _turned(site: Site, key: Tensor, positions: Positions) -> Tensor:
         return key
     turn = Turn(*angle, rotation(site))
     width = site.own.turned(site.attention) if site.own is not None else None
-    return turn.there(key) if width is None else torch.cat([turn.there(key[..., :width]), key[..., width:]], dim=-1)
+    if width is None:
+        return turn.there(key)
+    key = key.expand(max(key.shape[0], positions.batch), -1, -1, -1)
+    return torch.cat([turn.there(key[..., :width]), key[..., width:]], dim=-1)
 
 
 def rotation(site: Site) -> Rotate:

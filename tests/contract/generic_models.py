@@ -37,6 +37,7 @@ class Arch:
         tolerance: of the comparison in float64, which a model leaves where it computes in float32.
         mept: settings that MEPTConfig needs for this architecture.
         single: whether the model cannot run in float64.
+        pads: whether the model itself is sound with padding.
         kernel: attention kernel, where the architecture has it.
         says: what attaching says beside the warning of the generic rule.
     """
@@ -50,6 +51,7 @@ class Arch:
     says: str | None = None
     kernel: str = "sdpa"
     single: bool = False
+    pads: bool = True
 
 
 _LM: dict[str, Any] = {
@@ -268,6 +270,7 @@ ARCHITECTURES: dict[str, Arch] = {
         _CAUSAL,
         {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
         | {"is_decoder": True, "pad_token_id": 0},
+        says="start at random",
     ),
     "luke": Arch(EXACT, _CLASSIFIER, _BERT | {"entity_vocab_size": 8, "entity_emb_size": 32}),
     "mvp": Arch(EXACT, _SEQ2SEQ, _BART),
@@ -277,6 +280,9 @@ ARCHITECTURES: dict[str, Arch] = {
         {"vocab_size": 64, "hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0}
         | {"num_encoder_layers": 2, "num_decoder_layers": 2, "max_position_embeddings": 64}
         | {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+        tolerance=1e-4,
+        single=True,
+        pads=False,
     ),
     "bloom": Arch(  # softmax in float32
         EXACT, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, tolerance=1e-5
