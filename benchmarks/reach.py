@@ -148,6 +148,7 @@ def judge(kind: str, name: str) -> dict[str, Any]:
         return {"outcome": "not run", "says": _line(error)}
     config = MEPTConfig(task_type=TASKS.get(kind))
     record: dict[str, Any] = {"model": type(base).__name__}
+    base.requires_grad_(False)  # as PEFT leaves it; some layers of torch take another path then
     try:
         model, said = attach(base, config)
     except Exception as error:
@@ -179,6 +180,9 @@ def prepare(kind: str, name: str) -> tuple[Any, Inputs]:
         inputs = with_image(model, name)
         run(model, inputs)
         return model, inputs
+    decoder = getattr(model.config, "decoder", None)
+    if kind in ("seq2seq", "speech") and not getattr(decoder, "add_cross_attention", True):
+        raise ValueError("the decoder of the default config does not look at the encoder")
     last: Exception | None = None
     for inputs in candidates(model, kind):
         try:
