@@ -55,7 +55,7 @@ def check_attention(site: Site) -> None:
     """Refuse attention kernels that rows cannot join."""
     if site.is_timm:
         check_fused(site.attention, site.name)
-    else:
+    elif site.own is None:
         find_kernel(site.attention.config._attn_implementation_internal)
 
 

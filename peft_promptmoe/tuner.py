@@ -16,14 +16,16 @@ from torch import nn
 from .adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
 from .checks import check_attention, check_layers, check_saved_modules, no_match
 from .config import PromptConfig
+from .engine.choice import join_all, join_what_can_be
 from .engine.key_value import KeyValueLayer
 from .engine.model_hooks import ModelHooks, prompt_layers
 from .engine.prompt_layer import PromptLayer
+from .engine.rehearsal import rehearse
 from .engine.token_form import TokenForm
 from .models.families import FAMILIES, VISION_FAMILIES
 from .models.heads import apart, vision_heads
 from .models.patches import Patches
-from .models.sites import Site, find_site
+from .models.sites import Site
 from .models.targets import check_at_hand, default_targets, is_encoder_decoder, model_type
 from .sharing.adapter_names import check_adapter_name, check_apart
 from .sharing.base_model import base_model_card
@@ -99,8 +101,9 @@ class PromptTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
             # An adapter that is loaded for inference gets its values from a file.
-            tensors = (tensor for layer in prompt_layers(model) for tensor in layer.parameters())
-            if not config.inference_mode and not any(tensor.is_meta for tensor in tensors):
+            layers = prompt_layers(model)
+            self._rehearse(model, layers)
+            if not config.inference_mode and not any(p.is_meta for layer in layers for p in layer.parameters()):
                 self.initialize(config, adapter_name)
         except BaseException:
             unread.take_back()
@@ -108,11 +111,25 @@ class PromptTuner(BaseTuner):
         hooks: Any = getattr(model, PROMPT_CHILD)
         hooks.watch(model, unread)
 
+    def _rehearse(self, model: nn.Module, layers: list[PromptLayer]) -> None:
+        """See that layers which only the generic rule found are what it takes them for; say where it is not seen."""
+        generic = {layer.site.name for layer in layers if layer.site.family is None}
+        if not generic or generic <= rehearse(model):
+            return
+        tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
+        warnings.warn(
+            f"{model_type(model) or type(model).__name__} is not among the architectures peft_promptmoe is tested "
+            f"with ({tested}); its attention layers were found by a generic rule, and what that makes of them could "
+            "not be tried out.",
+            stacklevel=3,
+        )
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
         self._check_base(peft_config)
         if peft_config.modules_to_save:
             peft_config.modules_to_save = apart(self.model, peft_config.modules_to_save, self._own_names())
-        if peft_config.target_modules is None:
+        chosen = peft_config.target_modules is None
+        if chosen:
             found = self.default_targets()
             peft_config.target_modules = found if isinstance(found, str) else set(found)
         paths = [path for path, _ in self.model.named_modules() if path and f"{PROMPT_CHILD}." not in f"{path}."]
@@ -121,7 +138,10 @@ class PromptTuner(BaseTuner):
             raise ValueError(no_match(self.model, peft_config))
         for path in paths:
             check_at_hand(self.model.get_submodule(path), path)
-        sites = [find_site(self.model, path) for path in paths]
+        join = join_what_can_be if chosen else join_all
+        sites = join(self.model, paths, issubclass(self.prompt_layer_cls, KeyValueLayer))
+        if len(sites) < len(paths):
+            peft_config.target_modules = {site.name for site in sites}
         check_layers(self.model, peft_config, sites)
         for site in sites:
             if issubclass(self.prompt_layer_cls, KeyValueLayer):
@@ -136,14 +156,7 @@ class PromptTuner(BaseTuner):
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)
-        if any(site.family is None for site in sites):
-            tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
-            warnings.warn(
-                f"{model_type(self.model) or type(self.model).__name__} is not among the architectures peft_promptmoe "
-                f"is tested with ({tested}); its attention layers were found by a generic rule.",
-                stacklevel=2,
-            )
-        self._note_base(peft_config, paths)
+        self._note_base(peft_config, [site.name for site in sites])
         self._sites = {site.name: site for site in sites}
         return peft_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -40,13 +40,35 @@ class Columns:
         slots: rows that become columns.
         chosen: slots of experts that are attended apart, adapter by adapter, and become one column each.
         bias: (B or 1, query heads, T, all R) relative position bias, for models that have one.
+        offsets: (all R,) positions relative to the first real token, and
+        first: (B,) its column (None for column 0 of all), for layers that compute attention themselves.
+        calls: how many kernel calls the layer makes (differential attention: two), whose keys and values stand side by
+            side along d.
         arrived: how often the attention interface has seen these columns.
     """
 
     slots: list[Slots]
     chosen: list[ChosenSlots] = field(default_factory=list)
     bias: Tensor | None = None
+    offsets: Tensor | None = None
+    first: Tensor | None = None
+    calls: int = 1
     arrived: int = 0
+
+    def arrive(self) -> Columns:
+        """The columns of the kernel call that comes next."""
+        self.arrived += 1
+        if self.calls == 1 or self.arrived > self.calls:
+            return self
+        which = self.arrived - 1
+        slots = [Slots(self._part(each.key, which), self._part(each.value, which), each.gates) for each in self.slots]
+        chosen = [
+            replace(each, key=self._part(each.key, which), value=self._part(each.value, which)) for each in self.chosen
+        ]
+        return replace(self, slots=slots, chosen=chosen)
+
+    def _part(self, rows: Tensor, which: int) -> Tensor:
+        return rows.chunk(self.calls, dim=-1)[which]
 
     @property
     def rows(self) -> int:
@@ -63,15 +85,33 @@ class MaskWithRows:
     """An attention mask with the prompt rows of its call, for layers that hand on their mask and nothing else."""
 
     mask: Tensor | None
-    columns: Columns | Harvest
+    columns: Columns | Overheard
 
 
-class Harvest:
-    """Stands in for `Columns` when the attention layer itself is run on prompt rows to get their keys and values."""
+class Overheard:
+    """Stands in for `Columns` to note the keys and values of a layer's own call, which goes on as if it were not.
+
+    Those of several kernel calls stand side by side along d.
+    """
 
     def __init__(self) -> None:
         self.key: Tensor | None = None
         self.value: Tensor | None = None
+        self.arrived = 0
+
+    def note(self, key: Tensor, value: Tensor) -> None:
+        self.key = key if self.key is None else torch.cat([self.key, key], dim=-1)
+        self.value = value if self.value is None else torch.cat([self.value, value], dim=-1)
+        self.arrived += 1
+
+
+class Harvest(Overheard):
+    """Stands in for `Columns` when the attention layer itself is run on prompt rows to get their keys and values."""
+
+    def catch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Note keys and values, and give (B, Hq, R, dv) zeros that the rest of the layer can run on."""
+        self.note(key, value)
+        return value.new_zeros(*query.shape[:3], value.shape[-1])
 
 
 def merge_columns(parts: list[Columns]) -> Columns:
@@ -80,10 +120,13 @@ def merge_columns(parts: list[Columns]) -> Columns:
         return parts[0]
     biases = [part.bias for part in parts if part.bias is not None]
     batch = max((bias.shape[0] for bias in biases), default=1)
+    offsets = [part.offsets for part in parts if part.offsets is not None]
     return Columns(
         [slots for part in parts for slots in part.slots],
         [chosen for part in parts for chosen in part.chosen],
         torch.cat([bias.expand(batch, -1, -1, -1) for bias in biases], dim=-1) if biases else None,
+        torch.cat(offsets) if offsets else None,
+        parts[0].first,
     )
 
 

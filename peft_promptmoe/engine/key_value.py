@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,29 +14,25 @@ from ..config import PromptConfig
 from ..models.call_arguments import first_real
 from ..models.inspection import parameter_names
 from ..models.query import refuse_unknown_query, warn_of_whole_rows
+from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
-from .columns import Columns, MaskWithRows, merge_columns
+from .columns import Columns, MaskWithRows, Overheard, merge_columns
 from .kernels import find_kernel
 from .kernels.dense import SDPA
 from .kernels.kernel import Kernel
-from .projection import (
-    first_angle,
-    project_experts,
-    project_rows,
-    relative_bias,
-    rotary_tables,
-    slot_offsets,
-)
+from .positions import first_position, relative_bias, row_positions, slot_offsets
+from .projection import project_experts, project_rows
 from .prompt_layer import PROMPT_CALL, PromptLayer
 from .row_cache import cached_rows, note_keys
-from .rows import Rows, columns_of, decoding_table
+from .rows import Rows, columns_of, decoding_table, gated_columns
 from .timm_attention import close_forward, open_forward
-from .transformers_attention import COLUMNS, ConfigView
+from .transformers_attention import COLUMNS, config_view
 
 LAYER_INPUT = "_promptmoe_layer_input"
 BLOCK_INPUT = "_promptmoe_block_input"
+MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 
 
 class KeyValueLayer(PromptLayer):
@@ -75,24 +72,24 @@ class KeyValueLayer(PromptLayer):
     def hook(self) -> list[Any]:
         """Hook the attention layer and its norm, and open the layer's way to the kernel for prompt rows."""
         attention = self.site.attention
-        if self.site.is_timm:
-            open_forward(attention)
+        if self.site.is_called:
+            open_forward(self.site)
         else:
-            attention.config = ConfigView(attention.config)
+            attention.config = config_view(self.site)
         handles = [
             attention.register_forward_pre_hook(self._before_attention, with_kwargs=True),
             attention.register_forward_hook(self._after_attention, with_kwargs=True),
         ]
         if self.site.norm is not None:
             handles.append(self.site.norm.register_forward_hook(self._after_norm, with_kwargs=True))
-        if self.site.family is None:
+        if self.site.family is None and self._takes_block_input():
             handles.append(self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True))
         return handles
 
     def unhook(self) -> None:
         super().unhook()
         self.has_token_form = False
-        if self.site.is_timm:
+        if self.site.is_called:
             close_forward(self.site.attention)
         else:
             self.site.attention.config = self.site.attention.config.real
@@ -124,7 +121,7 @@ class KeyValueLayer(PromptLayer):
             setattr(output, LAYER_INPUT, layer_input)
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Mark the block's input, so that a wrong guess of the generic rule about norms cannot go unnoticed."""
+        """Mark the block's input, so that a norm which the generic rule has overlooked cannot go unnoticed."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
             setattr(hidden, BLOCK_INPUT, id(block))
@@ -137,7 +134,7 @@ class KeyValueLayer(PromptLayer):
             return None
         kwargs = dict(kwargs)
         call = kwargs.pop(PROMPT_CALL, None) or self.calls.call
-        kernel = SDPA if self.site.is_timm else find_kernel(attention.config.real._attn_implementation)  # type: ignore
+        kernel = SDPA if self.site.is_called else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         x = self.layer_input(bound[self._names[0]])
         for name in adapters:
@@ -146,15 +143,24 @@ class KeyValueLayer(PromptLayer):
         cached, past = cached_rows(self.site, bound, x.shape[1])
         if call is not None and not past and any(map(self.reads_query, adapters)):
             self._look_for_query(call)
-        mask = bound.get("attention_mask", bound.get("mask"))
+        mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
+        if self.site.own is not None and mask is not None:
+            mask = self.site.own.opens(mask)
         # Images have no padding; what BEiT passes as a mask are its relative positions.
         real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None
         parts = [self._columns(name, x, real, bound, call, cached, past, kernel) for name in adapters]
         columns = merge_columns(parts)
-        if self.site.family is not None and self.site.family.rows_by_mask:
-            return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
-        kwargs[COLUMNS] = columns
-        return args, kwargs
+        columns.calls = self.site.calls
+        return self.carry(args, kwargs, columns)
+
+    def carry(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], columns: Columns | Overheard
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The attention layer's arguments, with what is to arrive where its rows join."""
+        if not self.site.rows_by_mask:
+            return args, {**kwargs, COLUMNS: columns}
+        bound = dict(zip(self._names, args, strict=False)) | kwargs
+        return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
 
     def _look_for_query(self, call: PromptCall) -> None:
         """Refuse, or say, that a router will read a text with its answer."""
@@ -171,32 +177,32 @@ class KeyValueLayer(PromptLayer):
     ) -> None:
         mask = kwargs.get("attention_mask")
         columns = mask.columns if isinstance(mask, MaskWithRows) else kwargs.get(COLUMNS)
-        if isinstance(columns, Columns) and columns.arrived != 1:
+        if isinstance(columns, Columns) and columns.arrived != columns.calls:
             raise RuntimeError(
                 f"{type(attention).__name__} at {self.site.name!r} reached its attention kernel "
-                f"{columns.arrived} times in one call instead of once, so the prompts did not join its attention as "
-                "defined. This architecture (or this option of it) is not supported; unload the adapter."
+                f"{columns.arrived} times in one call instead of {columns.calls}, so the prompts did not join its "
+                "attention as defined. This architecture (or this option of it) is not supported; unload the adapter."
             )
         if isinstance(columns, Columns):
             note_keys(self.site, dict(zip(self._names, args, strict=False)) | kwargs)
 
+    def _takes_block_input(self) -> bool:
+        return self.site.norm is None or isinstance(self.site.norm, nn.Identity)
+
     def layer_input(self, hidden: Tensor) -> Tensor:
-        layer_input: Tensor | None = hidden
-        if self.site.norm is not None and not isinstance(self.site.norm, nn.Identity):
-            layer_input = getattr(hidden, LAYER_INPUT, None)
-            if layer_input is None:
-                raise RuntimeError(
-                    f"The input of {self.site.name!r} is not the output of {type(self.site.norm).__name__}, so the "
-                    "router cannot see the layer's input. This architecture is not supported."
-                )
-        check = self.site.family is None and not torch.compiler.is_compiling()
-        if check and getattr(layer_input, BLOCK_INPUT, None) != id(self.site.block):
-            raise RuntimeError(
-                f"More than one norm stands between the input of {type(self.site.block).__name__} and "
-                f"{self.site.name!r}, so prompts would not pass through what the text passes through. This "
-                "architecture is not supported."
-            )
-        assert layer_input is not None
+        """(B, T, D) what the attention layer's input (B, T, D) was before the norm."""
+        name = self.site.name
+        if self._takes_block_input():
+            check = self.site.family is None and not torch.compiler.is_compiling()
+            if check and getattr(hidden, BLOCK_INPUT, None) != id(self.site.block):
+                reason = "its input is not its block's, and no norm was found that stands between the two"
+                raise CannotJoin(name, self.site.attention, reason)
+            return hidden
+        layer_input: Tensor | None = getattr(hidden, LAYER_INPUT, None)
+        if layer_input is None or layer_input.shape != hidden.shape:
+            norm = type(self.site.norm).__name__
+            reason = f"its input is not the output of {norm}, through which prompts pass"
+            raise CannotJoin(name, self.site.attention, reason)
         return layer_input
 
     def _columns(
@@ -221,18 +227,26 @@ class KeyValueLayer(PromptLayer):
             rows = cached[adapter]
         else:
             rows = self._project(adapter, x, real, bound, call, 0 if choice is None else choice.of)
+            if self.site.own is not None:
+                rows = replace(rows, first=first)  # a copy: kept rows serve other texts as well
             if cached is not None:
                 cached[adapter] = rows
                 # Gathered from while decoding, and there without gradient only.
-                if rows.experts is not None and kernel.adds_mask and not torch.is_grad_enabled():
+                decodes = kernel.adds_mask and self.site.own is None and not torch.is_grad_enabled()
+                if rows.experts is not None and decodes:
                     rows.experts.table = decoding_table(rows.experts)
+        slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
+        if self.site.own is not None:
+            columns = gated_columns(rows, choice)
+            offsets = slot_offsets(columns.rows, slots, x.device)
+            columns.offsets, columns.first = (offsets if prefix else offsets * 0), rows.first
+            return columns
         columns = columns_of(rows, choice, kernel.adds_mask)
         if self.site.bias_owner is not None:
-            offsets = slot_offsets(config.num_virtual_tokens, config.num_virtual_tokens, x.device)
-            offsets = offsets if config.prompt_positions == "prefix" else offsets * 0
-            bias = relative_bias(self.site, first, offsets, x.shape[1])
+            offsets = slot_offsets(slots, slots, x.device)
+            bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
             assert bias is not None
-            columns.bias = bias.repeat(1, 1, 1, columns.rows // config.num_virtual_tokens)
+            columns.bias = bias.repeat(1, 1, 1, columns.rows // slots)
             for chosen in columns.chosen:
                 chosen.bias = bias
         return columns
@@ -247,8 +261,8 @@ class KeyValueLayer(PromptLayer):
         experts: int,
     ) -> Rows:
         """The adapter's key and value rows, or those kept from the last time where they would be the same."""
-        config, positions = self.prompt_config[adapter], bound.get("position_embeddings")
-        turned = positions is not None and self.site.patches is None  # by angles that each call brings along
+        config = self.prompt_config[adapter]
+        turned = self.site.is_rotary and self.site.patches is None  # by angles that each call brings along
         anew = turned or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         kept = None if anew or self.reads_input(adapter) else self.kept
         # Asked only where rows are kept: of the meta device there is no autocast to ask for.
@@ -257,12 +271,12 @@ class KeyValueLayer(PromptLayer):
             return kept[key]
         rows = self.rows(adapter, x, real, call).to(x.dtype)
         slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
-        angle = first_angle(self.site, positions, first_real(real))
+        at = first_position(self.site, bound, first_real(real))
         if experts:
-            found = project_experts(self.site, rows, slots, experts * slots, angle, prefix, bound)
+            found = project_experts(self.site, rows, slots, experts * slots, at, prefix)
         else:
             offsets = slot_offsets(rows.shape[1], slots, x.device) if prefix else None
-            found = project_rows(self.site, rows, rotary_tables(self.site, angle, offsets), bound)
+            found = project_rows(self.site, rows, row_positions(self.site, at, offsets))
         if kept is not None:
             kept[key] = found
         return found

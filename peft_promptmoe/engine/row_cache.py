@@ -162,13 +162,25 @@ def _check_unchanged(layer: Any, own: dict[str, Rows]) -> None:
     )
 
 
+# What layers that run several times in a forward add to their number, for the cache to tell the runs apart.
+SLOT_OFFSETS = ("cycle_offset", "cache_offset")
+
+
+def cache_slot(site: Site, bound: dict[str, Any]) -> int:
+    """Number of the cache's layer that this run of the attention layer writes to."""
+    number, layer = bound.get("layer_idx"), site.attention  # Zamba's one layer stands at many places
+    if number is None:
+        number = layer.layer_idx if hasattr(layer, "layer_idx") else layer.layer_id  # GPT-Neo
+    return int(number + sum(bound.get(name) or 0 for name in SLOT_OFFSETS))
+
+
 def _cache_layer(site: Site, bound: dict[str, Any]) -> Any | None:
     """The part of the call's cache that belongs to the attention layer; None without a cache that counts tokens."""
     cache = given_cache(bound)
     if cache is None or not hasattr(cache, "get_seq_length"):
         return None
     cache = getattr(cache, "self_attention_cache", cache)
-    layers, index = getattr(cache, "layers", None), site.attention.layer_idx
+    layers, index = getattr(cache, "layers", None), cache_slot(site, bound)
     if layers is not None:
         kind = getattr(cache, "layer_class_to_replicate", None)
         while kind is not None and len(layers) <= index:

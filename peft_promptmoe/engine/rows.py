@@ -40,11 +40,13 @@ class Rows:
         key: (B or 1, H, R, d) of the rows that are open to all tokens, positions applied.
         value: (B or 1, H, R, v).
         experts: those that tokens choose among.
+        first: (B,) column of the first real token when the rows were made, None for column 0 of all.
     """
 
     key: Tensor
     value: Tensor
     experts: Experts | None = None
+    first: Tensor | None = None
 
 
 def columns_of(rows: Rows, choice: Chosen | None, gathers: bool = True) -> Columns:
@@ -67,6 +69,19 @@ def columns_of(rows: Rows, choice: Chosen | None, gathers: bool = True) -> Colum
         experts.key, experts.value, choice.log_gates, choice.experts, experts.slots, turn=experts.turn
     )
     return Columns([always], [chosen])
+
+
+def gated_columns(rows: Rows, choice: Chosen | None) -> Columns:
+    """The columns of one call with all experts among them, those that a token did not choose closed to it.
+
+    For layers that compute attention themselves, where scores may depend on rows in ways of their own.
+    """
+    experts, always = rows.experts, Slots(rows.key, rows.value)
+    if choice is None or experts is None:
+        return Columns([always])
+    gates = choice.log_gates.new_full((*choice.log_gates.shape[:2], choice.of), -torch.inf)
+    gates = gates.scatter(-1, choice.experts, choice.log_gates)
+    return Columns([Slots(experts.key, experts.value, gates.repeat_interleave(experts.slots, dim=-1)), always])
 
 
 def _gathered(experts: Experts, choice: Chosen) -> Slots:

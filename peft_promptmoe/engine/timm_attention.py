@@ -14,14 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .columns import Columns, Harvest, join_rows
+from ..models.inspection import parameter_names
+from ..models.sites import Site
+from .columns import Columns, Harvest, Overheard, join_rows
+from .own_attention import OwnSteps
 from .transformers_attention import COLUMNS
 
 
 class _RowsMode(TorchFunctionMode):
     """Puts prompt rows into calls of `scaled_dot_product_attention`, or catches keys and values there."""
 
-    def __init__(self, columns: Columns | Harvest) -> None:
+    def __init__(self, columns: Columns | Overheard) -> None:
         super().__init__()
         self.columns = columns
 
@@ -32,14 +35,14 @@ class _RowsMode(TorchFunctionMode):
         columns = self.columns
         if isinstance(columns, Harvest):
             return _catch(columns, *args, **kwargs)
-        columns.arrived += 1
-        return _attend(columns, *args, **kwargs)
+        if isinstance(columns, Overheard):
+            columns.note(*args[1:3])
+            return func(*args, **kwargs)
+        return _attend(columns.arrive(), *args, **kwargs)
 
 
 def _catch(harvest: Harvest, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    harvest.key, harvest.value = key, value
-    # Of the shape that the output projection takes; heads may be narrower in values than in keys.
-    return query[..., :1].expand(-1, -1, -1, value.shape[-1])
+    return harvest.catch(query, key, value)
 
 
 def _attend(
@@ -66,28 +69,38 @@ def _attend(
 
 
 class JoinedForward:
-    """A timm attention layer's forward that takes prompt rows; without any it is the layer's own.
+    """An attention layer's forward that takes prompt rows; without any it is the layer's own.
 
     Args:
         forward: the layer's forward as found.
         replaced: whether it was an attribute of the layer itself (a wrapper's) and not of its class.
+        site: the layer, if it computes attention step by step; None for timm's, which calls a kernel.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], replaced: bool) -> None:
+    def __init__(self, forward: Callable[..., Any], replaced: bool, site: Site | None = None) -> None:
         self.forward = forward
         self.replaced = replaced
+        self.site = site
+        self._names = parameter_names(site.attention) if site is not None else ()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         columns = kwargs.pop(COLUMNS, None)
         if columns is None:
             return self.forward(*args, **kwargs)
-        with _RowsMode(columns):
+        with self._mode(columns, dict(zip(self._names, args, strict=False)) | kwargs):
             return self.forward(*args, **kwargs)
 
+    def _mode(self, columns: Columns | Overheard, bound: dict[str, Any]) -> TorchFunctionMode:
+        if self.site is None or self.site.own is None or isinstance(columns, Overheard):
+            return _RowsMode(columns)
+        return OwnSteps(columns, self.site, bound)
 
-def open_forward(attention: nn.Module) -> None:
+
+def open_forward(site: Site) -> None:
     """Let the layer's forward take prompt rows."""
-    attention.forward = JoinedForward(attention.forward, "forward" in vars(attention))
+    attention = site.attention
+    own = site if site.own is not None else None
+    attention.forward = JoinedForward(attention.forward, "forward" in vars(attention), own)
 
 
 def close_forward(attention: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ..models.inspection import parameter_names
 from ..models.sites import Site
 from ..models.targets import model_type
 from .key_value import KeyValueLayer, no_call
-from .projection import bias_at, relative_bias
+from .positions import as_pair, bias_at, first_position, relative_bias, row_positions
 from .prompt_layer import PROMPT_CALL
 
 
@@ -76,9 +76,19 @@ class TokenForm:
             if bias is None:
                 bias = self.site.bias_owner.compute_bias(x.shape[1], x.shape[1], device=x.device)
             bound["position_bias"] = extend_bias(self.site, bias, slots, first_real(real))
+        if as_pair(bound.get("position_embeddings"), self.site.sine_first) is not None:
+            parts = [self._tables(layer.prompt_config[name], bound, first_real(real)) for name in adapters]
+            bound["position_embeddings"] = extend_tables(parts, bound["position_embeddings"])
         # What came by position goes on by position: re-entrant checkpointing gives gradients to nothing else.
         positional = tuple(bound.pop(name) for name in self._names[: len(args)])
         return positional, bound
+
+    def _tables(self, config: VirtualTokensConfig, bound: dict[str, Any], first: Tensor | None) -> Any:
+        """Rotary tables of an adapter's prompts, in the form that the block takes."""
+        device, count = bound["hidden_states"].device, config.num_virtual_tokens
+        offsets = _positions(config, device) if config.prompt_positions == "prefix" else None
+        positions = row_positions(self.site, first_position(self.site, bound, first), offsets)
+        return positions.tables(positions.batch, count, self.site.sine_first)
 
     def _before_decoder(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -118,8 +128,6 @@ def why_decoder_cannot_see(model: Any, site: Site) -> str | None:
         return f"the decoder of {name} reads times or masks off the length of the encoder's output"
     if getattr(model, "main_input_name", "input_ids") != "input_ids" and not model.can_generate():
         return f"the decoder of {name} reads places off the encoder's output, and prompts have none"
-    if site.rotary is not None:
-        return f"the encoder of {name} turns its tokens by tables that are as long as its text"
     if site.bias_owner is not None and "position_bias" not in parameter_names(site.block):
         return f"{type(site.attention).__name__} keeps the relative positions to itself in which prompts would stand"
     return None
@@ -137,8 +145,17 @@ def extend_both_ways(mask: Tensor | None, slots: int) -> Tensor | None:
     mask = F.pad(mask, (slots, 0), value=value)
     if mask.shape[2] == 1:
         return mask
-    # Without causality every query has the same mask, so any row will do for the prompts'.
-    return torch.cat([mask[:, :, -1:].expand(-1, -1, slots, -1), mask], dim=2)
+    # A prompt sees what any token sees: all of the text, where the tokens themselves look through a window.
+    anyone = mask.amax(dim=2, keepdim=True) if mask.is_floating_point() else mask.any(dim=2, keepdim=True)
+    return torch.cat([anyone.expand(-1, -1, slots, -1), mask], dim=2)
+
+
+def extend_tables(parts: list[Any], text: Any) -> Any:
+    """Rotary tables (b, T, r), as a pair or complex, with those of prompts (b, R, r) in front."""
+    if isinstance(text, Tensor):
+        batch = max(text.shape[0], *(part.shape[0] for part in parts))
+        return torch.cat([part.expand(batch, -1, -1).to(text.dtype) for part in [*parts, text]], dim=1)
+    return tuple(extend_tables([part[which] for part in parts], table) for which, table in enumerate(text))
 
 
 def extend_bias(site: Site, bias: Tensor, slots: Tensor, first: Tensor | None) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..models.inspection import unwrapped_forward
-from .columns import Harvest, MaskWithRows
+from ..models.inspection import compares, unwrapped_forward
+from ..models.sites import Site
+from .columns import Harvest, MaskWithRows, Overheard
 from .kernels import find_kernel
 from .kernels.kernel import PlainModule
 
@@ -24,15 +25,42 @@ COLUMNS = "promptmoe_columns"
 DENSE = (None, "sdpa", "eager")  # kernels that never look at the config, and compile best without a stand-in
 
 
-class ConfigView:
-    """A layer's config with the attention interface replaced; everything else reads and writes the real one."""
+class KernelName(str):
+    """The interface's name for who looks a kernel up, and equal to the real kernel's for who compares names.
 
-    def __init__(self, real: Any) -> None:
+    DeepSeek's sparse attention builds its mask under the kernels that it knows by name.
+    """
+
+    real: str | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or self.real == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+class ConfigView:
+    """A layer's config with the attention interface replaced; everything else reads and writes the real one.
+
+    Args:
+        real: the config.
+        compared: whether the layer compares the name of its kernel, which compiled code cannot follow.
+    """
+
+    def __init__(self, real: Any, compared: bool = False) -> None:
         object.__setattr__(self, "real", real)
+        object.__setattr__(self, "compared", compared)
 
     @property
     def _attn_implementation(self) -> str:
-        return INTERFACE
+        if not self.compared:
+            return INTERFACE
+        name = KernelName(INTERFACE)
+        name.real = self.real._attn_implementation
+        return name
 
     def __getattr__(self, name: str) -> Any:
         if name == "real" or name.startswith("__"):  # not there yet while copying or unpickling
@@ -42,8 +70,14 @@ class ConfigView:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.real, name, value)
 
-    def __reduce__(self) -> tuple[type[ConfigView], tuple[Any]]:
-        return ConfigView, (self.real,)
+    def __reduce__(self) -> tuple[type[ConfigView], tuple[Any, bool]]:
+        return ConfigView, (self.real, self.compared)
+
+
+def config_view(site: Site) -> ConfigView:
+    """The view of an attention layer's config that opens its way to the kernel for prompt rows."""
+    compared = site.family is None and compares(unwrapped_forward(site.attention), "_attn_implementation")
+    return ConfigView(site.attention.config, compared)
 
 
 def promptmoe_attention(
@@ -65,16 +99,17 @@ def promptmoe_attention(
     name = view.real._attn_implementation
     function = _function(module, name)
     if isinstance(columns, Harvest):
-        columns.key, columns.value = key, value
-        # Of the shape that the output projection takes; heads may be narrower in values than in keys.
-        return query.transpose(1, 2)[..., :1].expand(-1, -1, -1, value.shape[-1]), None
+        return columns.catch(query, key, value).transpose(1, 2).contiguous(), None
+    if isinstance(columns, Overheard):
+        columns.note(key, value)
+        columns = None
     if columns is None:
         seen = module if name in DENSE else PlainModule(module)
         return function(seen, query, key, value, attention_mask, **kwargs)
     kernel = find_kernel(name)
-    columns.arrived += 1
     seen = PlainModule(module) if kernel.reads_config else module
-    return kernel.attend(function, seen, query, key, value, attention_mask, columns, kwargs)
+    output, weights = kernel.attend(function, seen, query, key, value, attention_mask, columns.arrive(), kwargs)
+    return output.contiguous(), weights  # as kernels give it: some layers view it
 
 
 AttentionInterface.register(INTERFACE, promptmoe_attention)

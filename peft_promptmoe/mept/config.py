@@ -41,7 +41,8 @@ class MEPTConfig(VirtualTokensConfig):
         router_dropout: probability of dropping a router logit in training (official code: 0.2 where noise is off).
         balance_loss_weight: weight of the load-balance term of every router; off in evaluation (not in the paper).
         prompt_positions: where prompt keys stand for rotary embeddings and T5 biases: "prefix" right before the text
-            (official code), "unrotated" at the first token's position, for models whose rotary table is out of reach.
+            (official code), "unrotated" at the first token's position. "auto" is "prefix" but for models whose rotary
+            angles are out of reach or follow from the text's length (longrope, dynamic).
         decoder_sees_prompts: whether the decoder of an encoder-decoder attends to the prompts of the last encoder
             block (official code: yes). The encoder's output is longer by `num_virtual_tokens` then, so it needs
             routing="sample" and a decoder that takes encoder outputs of any length: not one of speech, which reads
@@ -73,7 +74,7 @@ class MEPTConfig(VirtualTokensConfig):
     router_dropout: float = field(default=0.0, metadata={"help": "Dropout of router logits in training."})
     balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the load-balance term."})
     prompt_positions: str = field(  # type: ignore[misc]
-        default="prefix", metadata={"help": "Positions of prompt keys: 'prefix' or 'unrotated'."}
+        default="auto", metadata={"help": "Positions of prompt keys: 'prefix', 'unrotated', or 'auto' by the model."}
     )
     decoder_sees_prompts: bool | str = field(
         default="auto", metadata={"help": "Whether a decoder attends to the last encoder block's prompts, or 'auto'."}
@@ -97,7 +98,7 @@ class MEPTConfig(VirtualTokensConfig):
                 f"{MAX_SLOTS_PER_LAYER} are allowed. Lower one of the three."
             )
         check_choice("routing", self.routing, ("auto", "sample", "token"))
-        check_choice("prompt_positions", self.prompt_positions, ("prefix", "unrotated"))
+        check_choice("prompt_positions", self.prompt_positions, ("auto", "prefix", "unrotated"))
         check_choice("prompt_init", self.prompt_init, ("auto", "sample_vocab", "random"))
         for name in ("router_norm", "router_centering", "renormalize_top_k"):
             check_bool(name, getattr(self, name))

@@ -8,9 +8,10 @@ import warnings
 from torch import Tensor
 
 from ..engine.model_hooks import prompt_layers
-from ..engine.projection import LENGTH_DEPENDENT, rotary_kind
+from ..engine.positions import can_stand_before, no_angles
 from ..engine.token_form import why_decoder_cannot_see
-from ..engine.vocabulary_start import text_reader, vocabulary_inputs, why_unread
+from ..engine.vocabulary_start import vocabulary_inputs, why_unread
+from ..models.reader import text_reader
 from ..models.sites import Site
 from ..models.targets import is_encoder_decoder
 from ..tuner import PromptTuner
@@ -48,6 +49,8 @@ class MEPTModel(PromptTuner):
         if config.routing == "auto":
             config.routing = "token" if any(site.by_token for site in sites) else "sample"
             config._check_dead_settings()
+        if config.prompt_positions == "auto":
+            config.prompt_positions = "prefix" if all(map(can_stand_before, sites)) else "unrotated"
         if config.decoder_sees_prompts == "auto":
             config.decoder_sees_prompts = not any(self._why_decoder_cannot_see(config, site) for site in sites)
 
@@ -99,15 +102,10 @@ class MEPTModel(PromptTuner):
                 f"decoder_sees_prompts=True hands the decoder prompt tokens with the encoder's output: {reason}. Set "
                 "decoder_sees_prompts=False."
             )
-        lengthens = site.rotary is not None and site.patches is None and rotary_kind(site) in LENGTH_DEPENDENT
-        if config.prompt_positions == "prefix" and lengthens:
+        if config.prompt_positions == "prefix" and not can_stand_before(site):
+            raise ValueError(no_angles(site))
+        if site.is_called and config.num_experts > 1 and config.router_centering:
             raise ValueError(
-                f"prompt_positions='prefix' needs the rotary angles of the positions before the text, and those of "
-                f"{type(site.attention).__name__} depend on the text's length ({rotary_kind(site)!r}). Set "
-                "prompt_positions='unrotated'."
-            )
-        if site.is_timm and config.num_experts > 1 and config.router_centering:
-            raise ValueError(
-                "router_centering needs the model to hand an argument on to its layers, and timm's do not. Set "
-                "router_centering=False."
+                f"router_centering needs the model to hand an argument on to its layers, and "
+                f"{type(site.attention).__name__} is not handed any. Set router_centering=False."
             )

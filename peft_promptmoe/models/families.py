@@ -5,6 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .alibi import BLOOM, FALCON, MPT
+from .disentangled import DEBERTA, DEBERTA_V2
+from .own_attention import OwnAttention
+from .written_out import BERT_LIKE, GPT_NEO, MPNET, OPENAI_GPT, VIDEOMAE, XGLM
+
+FOUND = "?"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -12,7 +19,8 @@ class Family:
 
     Attributes:
         attention: regular expression that fully matches the paths of the attention layers to prompt.
-        norm: sibling of the attention layer that normalises its input; None for post-norm blocks.
+        norm: sibling of the attention layer that normalises its input, or several of which a block has the first or
+            the next; None for post-norm blocks, FOUND where it is to be read from the block.
         key, value: the key and value projections, attributes of the attention layer.
         key_norm: norm applied to each head's keys, if the layer has one.
         fused: the projection that makes queries, keys and values at once, instead of `key` and `value`.
@@ -21,11 +29,12 @@ class Family:
         stem_norm: end of the path of the norm behind the embeddings, whose output is the first block's input
             (post-norm).
         direct: whether the projections named here give keys and values; otherwise the layer itself is run on the rows.
+        own: how the layer computes attention itself, past transformers' AttentionInterface; None where it does not.
         rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
     """
 
     attention: str
-    norm: str | None = None
+    norm: str | tuple[str, ...] | None = None
     key: str = "k_proj"
     value: str = "v_proj"
     key_norm: str | None = None
@@ -35,6 +44,7 @@ class Family:
     stem_norm: str | None = None
     direct: bool = True
     rows_by_mask: bool = False
+    own: OwnAttention | None = None
 
 
 _BERT = Family(
@@ -45,6 +55,12 @@ _BERT = Family(
     input_norm="output.LayerNorm",
     stem_norm="embeddings.LayerNorm",
 )
+
+
+def _post_norm(own: OwnAttention) -> Family:
+    return Family(_BERT.attention, own=own, input_norm="output.LayerNorm", stem_norm="embeddings.LayerNorm")
+
+
 _LLAMA = Family(r"(.*\.)?layers\.\d+\.self_attn", norm="input_layernorm")
 _QK_NORM = Family(r"(.*\.)?layers\.\d+\.self_attn", norm="input_layernorm", key_norm="k_norm")
 
@@ -77,6 +93,18 @@ FAMILIES: dict[str, Family] = {
     "mistral": _LLAMA,
     "qwen3": _QK_NORM,
     "gemma3_text": _QK_NORM,
+    "bloom": Family(r"(.*\.)?h\.\d+\.self_attention", norm="input_layernorm", own=BLOOM),
+    "falcon": Family(r"(.*\.)?h\.\d+\.self_attention", norm=("ln_attn", "input_layernorm"), own=FALCON),
+    "mpt": Family(r"(.*\.)?blocks\.\d+\.attn", norm="norm_1", own=MPT),
+    "deberta": _post_norm(DEBERTA),
+    "deberta-v2": _post_norm(DEBERTA_V2),
+    "gpt_neo": Family(r"(.*\.)?h\.\d+\.attn\.attention", norm=FOUND, own=GPT_NEO),
+    "xglm": Family(r"(.*\.)?layers\.\d+\.self_attn", norm="self_attn_layer_norm", own=XGLM),
+    "openai-gpt": Family(r"(.*\.)?h\.\d+\.attn", own=OPENAI_GPT),
+    "megatron-bert": Family(_BERT.attention, norm=FOUND, own=BERT_LIKE),
+    "rembert": _post_norm(BERT_LIKE),
+    "tapas": _post_norm(BERT_LIKE),
+    "mpnet": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attn", own=MPNET),
 }
 
 _VIT = Family(r"(.*\.)?layers\.\d+\.attention", norm="layernorm_before")
@@ -93,11 +121,12 @@ VISION_FAMILIES: dict[str, Family] = {
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": Family(r"(.*\.)?layer\.\d+\.attention", norm="norm1"),
+    "videomae": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attention", norm=FOUND, own=VIDEOMAE),
     "clip_vision_model": Family(_CLIP_PATH, norm="layer_norm1"),
     "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1", rows_by_mask=True),
 }
 
-TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.attn"
+TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.(?:attns\.\d+\.)?attn"
 # By the class of timm's attention layer; where the norm stands is read from the block, of which timm has many. EVA
 # (and timm's DINOv3) splits the biases of its projection, so there the layer itself is run.
 TIMM_FAMILIES: dict[str, Family] = {

@@ -43,8 +43,10 @@ def calls_in_order(function: Callable[..., Any]) -> tuple[str, ...]:
     class Visitor(ast.NodeVisitor):
         def visit_Call(self, node: ast.Call) -> None:
             self.generic_visit(node)
-            if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-                calls.append(node.func.attr if node.func.value.id == "self" else "")
+            # One of a list, as in self.attentions[0](x), stands for the list.
+            called = node.func.value if isinstance(node.func, ast.Subscript) else node.func
+            if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+                calls.append(called.attr if called.value.id == "self" else "")
 
     Visitor().visit(_source_tree(function))
     return tuple(filter(None, calls))
@@ -58,6 +60,29 @@ def passes_on_keywords(function: Callable[..., Any]) -> bool:
     calls = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Call))
     handed_on = (word.value for call in calls for word in call.keywords if word.arg is None)
     return rest is not None and any(isinstance(value, ast.Name) and value.id == rest for value in handed_on)
+
+
+@lru_cache(maxsize=256)
+def reads_into(function: Callable[..., Any], argument: str) -> bool:
+    """Whether a function looks into an argument itself (an index or an attribute of it), not only hands it on."""
+    nodes = ast.walk(_source_tree(function))
+    looks = (node.value for node in nodes if isinstance(node, (ast.Subscript, ast.Attribute)))
+    return any(isinstance(value, ast.Name) and value.id == argument for value in looks)
+
+
+@lru_cache(maxsize=256)
+def gives(function: Callable[..., Any], keyword: str) -> bool:
+    """Whether a function calls anything with a keyword argument of that name."""
+    calls = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Call))
+    return any(word.arg == keyword for call in calls for word in call.keywords)
+
+
+@lru_cache(maxsize=256)
+def compares(function: Callable[..., Any], attribute: str) -> bool:
+    """Whether a function compares an attribute of that name with anything."""
+    comparisons = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Compare))
+    parts = (part for comparison in comparisons for part in ast.walk(comparison))
+    return any(isinstance(part, ast.Attribute) and part.attr == attribute for part in parts)
 
 
 @lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ from .families import FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION_FAMILIES, Famil
 from .inspection import calls_attention_interface, calls_sdpa
 from .patches import find_patches
 
-CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
+CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec|x_attn", re.IGNORECASE)
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -25,7 +25,10 @@ def model_type(model: nn.Module) -> str | None:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model has an encoder whose output a decoder reads."""
     config = getattr(model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and hasattr(model, "get_decoder")
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return False
+    # Heads on the encoder alone (Whisper's of audio classification) name themselves, for want of a decoder.
+    return model.get_decoder() not in (model, getattr(model, "base_model", model))  # type: ignore[operator]
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
@@ -36,7 +39,7 @@ def default_targets(model: nn.Module) -> str | list[str]:
     """
     kind = model_type(model) or ""
     family = FAMILIES.get(kind) or VISION_FAMILIES.get(kind)
-    if family is not None:
+    if family is not None and any(re.fullmatch(family.attention, path) for path, _ in model.named_modules()):
         return family.attention
     paths = [path for path, _ in _generic_attentions(model)]
     if not paths:
@@ -91,7 +94,7 @@ def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside_decoder = decoder_modules(model)
     for path, module in model.named_modules():
         if is_timm_attention(module, path):
-            if find_patches(model, path, input_width(module)) is not None:
+            if not hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"):
                 yield path, module
         elif (
             id(module) not in inside_decoder
@@ -112,9 +115,11 @@ def family_of(model: nn.Module, attention: nn.Module, path: str) -> Family | Non
 
 def input_width(attention: Any) -> int:
     """Width D of the layer's input."""
-    if hasattr(attention, "config"):
-        return int(getattr(attention.config, "hidden_size", 0))  # models of several widths have no one number
-    return next(module.in_features for module in attention.modules() if isinstance(module, nn.Linear))
+    found = (getattr(module, "in_features", getattr(module, "nx", None)) for module in attention.modules())
+    taken = [width for width in found if isinstance(width, int)]  # `nx` is what GPT-2's Conv1D calls it
+    named = getattr(getattr(attention, "config", None), "hidden_size", None)
+    # The first projection takes the layer's input; where it is none of these, the config has to say.
+    return int(named if isinstance(named, int) and (named in taken or not taken) else taken[0] if taken else 0)
 
 
 def decoder_modules(model: nn.Module) -> set[int]:
@@ -125,8 +130,8 @@ def decoder_modules(model: nn.Module) -> set[int]:
 
 
 def is_cross_attention_layer(path: str, attention: nn.Module) -> bool:
-    name = path.rpartition(".")[2]
-    return bool(CROSS_ATTENTION.search(name)) or bool(getattr(attention, "is_cross_attention", False))
+    names = ".".join(path.split(".")[-2:])  # BLIP-2's Q-Former has its own inside: crossattention.attention
+    return bool(CROSS_ATTENTION.search(names)) or bool(getattr(attention, "is_cross_attention", False))
 
 
 def check_at_hand(attention: nn.Module, path: str) -> None:

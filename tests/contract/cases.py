@@ -43,6 +43,9 @@ class Architecture:
         heads: modules that train and are saved along with the adapter.
         pixels: rows and columns of the images.
         timm: whether the attention layers are timm's.
+        own: whether they compute attention themselves.
+        only: the one kernel that the architecture has, if it does not have all.
+        tolerance: of comparisons in float64, which a model leaves where it computes in float32.
         dense: whether an image has a label for every pixel.
         for_its_head: whether it is here for a head of several layers, and only for rows that depend on that.
     """
@@ -55,6 +58,20 @@ class Architecture:
     heads: tuple[str, ...] = ()
     pixels: tuple[int, int] = (32, 32)
     timm: bool = False
+    own: bool = False
+    only: str | None = None
+    tolerance: float = 1e-12
+
+    @property
+    def told(self) -> bool:
+        """Whether the attention layers go through transformers' interface and are handed keyword arguments."""
+        return not (self.timm or self.own)
+
+    @property
+    def routed(self) -> bool:
+        """Whether tokens go through experts of the model's own, whose products round as the rest of a batch has it."""
+        return "num_experts_per_tok" in self.settings
+
     dense: bool = False
     for_its_head: bool = False
 
@@ -100,6 +117,10 @@ _LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_TWO_KINDS = ["sliding_attention", "full_attention"]
+_FEW_EXPERTS = {"num_experts_per_tok": 2}
+# Caps on scores have tests of their own.
+_NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 8}
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -251,6 +272,127 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         "CAUSAL_LM",
         "free",
+    ),
+    "deberta_v3": Architecture(
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        _BERT
+        | {
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_buckets": 4,
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "pooler_hidden_size": WIDTH,
+            "pooler_dropout": 0.0,
+            "num_labels": 3,
+        },
+        "SEQ_CLS",
+        None,
+        ("classifier",),
+        own=True,
+        tolerance=1e-6,
+    ),
+    "bloom": Architecture(
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": VOCAB, "hidden_size": WIDTH, "n_layer": 2, "n_head": HEADS, "pad_token_id": 0},
+        "CAUSAL_LM",
+        "free",
+        own=True,
+        tolerance=1e-5,
+    ),
+    "falcon": Architecture(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": HEADS,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        "CAUSAL_LM",
+        "free",
+        own=True,
+    ),
+    "gpt_oss": Architecture(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _LLAMA | _FEW_EXPERTS | {"num_local_experts": 4, "sliding_window": 5, "layer_types": _TWO_KINDS},
+        "CAUSAL_LM",
+        "free",
+        only="eager",
+        tolerance=1e-5,
+    ),
+    "deepseek_v3": Architecture(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        _LLAMA
+        | _FEW_EXPERTS
+        | {
+            "num_key_value_heads": HEADS,
+            "head_dim": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        "CAUSAL_LM",
+        "free",
+    ),
+    "llama4": Architecture(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        _LLAMA
+        | {
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": 4,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+        },
+        "CAUSAL_LM",
+        "free",
+        tolerance=1e-5,
+    ),
+    "qwen2_vl": Architecture(  # whose image tower has no prompts
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        {
+            "text_config": _LLAMA
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+            "vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2, "patch_size": 4},
+            "image_token_id": 3,
+            "video_token_id": 4,
+            "vision_start_token_id": 2,
+        },
+        "CAUSAL_LM",
+        "free",
+    ),
+    "t5gemma": Architecture(
+        "T5GemmaForConditionalGeneration",
+        "T5GemmaConfig",
+        {
+            "encoder": _LLAMA | _NO_CAPS | {"sliding_window": 5, "layer_types": _TWO_KINDS},
+            "decoder": _LLAMA | _NO_CAPS | {"sliding_window": 5, "layer_types": _TWO_KINDS},
+            "decoder_start_token_id": 1,
+            "dropout_rate": 0.0,
+            "classifier_dropout_rate": 0.0,
+        },
+        "SEQ_2_SEQ_LM",
+        "free",
+        only="eager",
+        tolerance=1e-5,
     ),
     "vit": Architecture("ViTForImageClassification", "ViTConfig", _VIT, "IMAGE", None, ("classifier",)),
     "dinov2": Architecture(
@@ -435,6 +577,9 @@ def _mept_variants() -> dict[str, dict[str, Variant]]:
             continue
         alone = {"decoder_sees_prompts": False} if architecture.task_type == "SEQ_2_SEQ_LM" else {}
         eager = name in ("bert", "t5", "gpt2", "gemma3")
+        if architecture.own and architecture.task_type == "CAUSAL_LM":
+            table[name] = {"token": Variant({"routing": "token"}, causal=True)}
+            continue
         table[name] = {
             "sample": Variant({"routing": "sample"}, kernels=_BOTH if name in ("bert", "t5", "bart") else ("sdpa",)),
             "token": Variant({"routing": "token"} | alone, causal=True, kernels=_BOTH if eager else ("sdpa",)),
@@ -585,13 +730,23 @@ class Case:
     def model_class(self) -> Any:
         return getattr(transformers, self.architecture.model, None) or getattr(dense_models, self.architecture.model)
 
+    @property
+    def kernel_setting(self) -> dict[str, str]:
+        """How transformers is told which kernel to use, where it has a say."""
+        return {"attn_implementation": self.architecture.only or self.kernel} if self.architecture.told else {}
+
     # -- models -------------------------------------------------------------------------------------------------------
 
     def base(self, seed: int = 0, **settings: Any) -> nn.Module:
         """A random base model in eval mode whose weights are large enough for every prompt to matter."""
-        kernel = {} if self.architecture.timm else {"attn_implementation": self.kernel}
-        made = getattr(transformers, self.architecture.config)(**self.architecture.settings | settings, **kernel)
-        model = self.model_class(made).eval()
+        made = getattr(transformers, self.architecture.config)(
+            **self.architecture.settings | settings, **self.kernel_setting
+        )
+        if self.architecture.routed:
+            made._experts_implementation = "eager"  # the grouped kernel has no float64
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.model_class(made).eval()
         for module in model.modules():  # DPT's auxiliary head has dropout whatever its config says
             if isinstance(module, nn.Dropout) and self.architecture.dense:
                 module.p = 0.0
@@ -791,6 +946,13 @@ def assert_equal(left: Tensor, right: Tensor, what: str) -> None:
     assert left.dtype == right.dtype and left.shape == right.shape, f"{what}: {left.dtype} {left.shape}"
     if not torch.equal(left, right):
         raise AssertionError(f"{what} differ by up to {(left - right).abs().max():.3g} and should be equal bit by bit")
+
+
+def assert_same(case: Case, left: Tensor, right: Tensor, what: str) -> None:
+    """Bit by bit, or to rounding where the model itself rounds differently from batch to batch."""
+    if not case.architecture.routed:
+        return assert_equal(left, right, what)
+    torch.testing.assert_close(left, right, rtol=0, atol=1e-5, msg=lambda message: f"{what}: {message}")
 
 
 def assert_different(left: Tensor, right: Tensor, what: str, at_least: float = 1e-3) -> None:

@@ -19,13 +19,10 @@ WORKS = "works"
 NOT_ON_INTERFACE = "no attention layer that peft_promptmoe can reach"
 KEEPS_KEYWORDS = "does not pass keyword arguments on"
 OTHER_INPUTS = "takes queries, keys and values from different inputs"
-# An error at the first forward.
-ROTARY_FORM = "rotary tables of a form peft_promptmoe does not know"
-ROTARY_ANGLES = "needs the rotary angles of the positions before the text"
-WINDOWS = "is not the output of LayerNorm"
+WINDOWS = "attends within windows or over several resolutions"
+NEIGHBOURS = "made of neighbouring tokens as well"
 
-AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS)
-AT_FORWARD = (ROTARY_FORM, ROTARY_ANGLES, WINDOWS)
+AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS, WINDOWS, NEIGHBOURS)
 
 
 @dataclass(frozen=True)
@@ -39,6 +36,9 @@ class Arch:
         config: model type of the config, where it is not the entry's name.
         tolerance: of the comparison in float64, which a model leaves where it computes in float32.
         mept: settings that MEPTConfig needs for this architecture.
+        single: whether the model cannot run in float64.
+        kernel: attention kernel, where the architecture has it.
+        says: what attaching says beside the warning of the generic rule.
     """
 
     outcome: str
@@ -47,6 +47,9 @@ class Arch:
     config: str | None = None
     tolerance: float = 1e-10
     mept: dict[str, Any] = field(default_factory=dict)
+    says: str | None = None
+    kernel: str = "sdpa"
+    single: bool = False
 
 
 _LM: dict[str, Any] = {
@@ -81,8 +84,13 @@ _GPT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# transformers 5.24 put them on the attention interface, with tables of (sin, cos) that no rotary module can extend.
+# transformers 5.24 put them on the attention interface, with tables of (sin, cos) stored by position.
 _NEW_GPTJ = hasattr(transformers.models.gptj.modeling_gptj, "GPTJRotaryEmbedding")
+_TWO_KINDS = ["sliding_attention", "full_attention"]
+_GEMMA_STACK = _LM_WIDE_HEADS | {"sliding_window": 4, "layer_types": _TWO_KINDS, "attn_logit_softcapping": None}
+_NEO = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+_FALCON = _NEOX | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+_DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "hidden_dropout_prob": 0.0}
 _MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 _BERT: dict[str, Any] = {
     "vocab_size": 64,
@@ -225,28 +233,57 @@ ARCHITECTURES: dict[str, Arch] = {
     "deepseek_v3": Arch(EXACT, _CAUSAL, _LM | _MLA),
     "qwen3_next": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS | _MOE | _DELTA),
     "lfm2": Arch(EXACT, _CAUSAL, _LM | {"full_attn_idxs": [1], "block_multiple_of": 8}),
-    "llama4_text": Arch(ROTARY_FORM, _CAUSAL, _LM_WIDE_HEADS | {"num_local_experts": 2, "intermediate_size_mlp": 48}),
+    "llama4_text": Arch(  # turns in float32
+        EXACT, _CAUSAL, _LM_WIDE_HEADS | {"num_local_experts": 2, "intermediate_size_mlp": 48}, tolerance=1e-5
+    ),
+    "deepseek_v2": Arch(EXACT, _CAUSAL, _LM | _MLA, tolerance=1e-5),  # turns in float32
     "gptj": Arch(
         EXACT if _NEW_GPTJ else NOT_ON_INTERFACE,
         _CAUSAL,
         _GPT | {"rotary_dim": 4},
-        mept={"prompt_positions": "unrotated"},
     ),
-    "codegen": Arch(ROTARY_ANGLES if _NEW_GPTJ else NOT_ON_INTERFACE, _CAUSAL, _GPT | {"rotary_dim": 4}),
+    "codegen": Arch(EXACT if _NEW_GPTJ else NOT_ON_INTERFACE, _CAUSAL, _GPT | {"rotary_dim": 4}),
     "gpt_neo": Arch(
-        NOT_ON_INTERFACE,
-        _CAUSAL,
-        {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "attention_types": [[["global", "local"], 1]],
-        },
+        EXACT, _CAUSAL, _NEO | {"attention_types": [[["global"], 2]]}, tolerance=1e-5
+    ),  # scores in float32
+    # In whose window the rows stay, where those of a longer text would leave it.
+    "gpt_neo_local": Arch(
+        WORKS, _CAUSAL, _NEO | {"attention_types": [[["global", "local"], 1]], "window_size": 4}, "gpt_neo"
     ),
-    "bloom": Arch(NOT_ON_INTERFACE, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "falcon": Arch(NOT_ON_INTERFACE, _CAUSAL, _NEOX),
-    "mpt": Arch(NOT_ON_INTERFACE, _CAUSAL, {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}),
+    "xglm": Arch(
+        EXACT,
+        _CAUSAL,
+        {"vocab_size": 64, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "pad_token_id": 0},
+        tolerance=1e-4,
+        single=True,
+    ),
+    "openai-gpt": Arch(EXACT, _CAUSAL, {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    # Attention that the layers compute themselves, past the interface.
+    "bloom": Arch(  # softmax in float32
+        EXACT, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, tolerance=1e-5
+    ),
+    "falcon": Arch(EXACT, _CAUSAL, _FALCON),
+    "falcon_eager": Arch(EXACT, _CAUSAL, _FALCON, "falcon", kernel="eager"),
+    "falcon_new": Arch(EXACT, _CAUSAL, _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}, "falcon"),
+    "falcon_alibi": Arch(WORKS, _CAUSAL, _FALCON | {"alibi": True}, "falcon"),
+    "falcon_alibi_eager": Arch(EXACT, _CAUSAL, _FALCON | {"alibi": True}, "falcon", tolerance=1e-7, kernel="eager"),
+    "mpt": Arch(EXACT, _CAUSAL, {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}, tolerance=1e-5),
+    "ministral3": Arch(EXACT, _CAUSAL, _LM_WIDE_HEADS),
+    "afmoe": Arch(
+        EXACT,
+        _CAUSAL,
+        _LM_WIDE_HEADS | _MOE | {"num_experts": 4, "sliding_window": 4, "layer_types": _TWO_KINDS},
+    ),
+    "jetmoe": Arch(EXACT, _CAUSAL, _LM | {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "recurrent_gemma": Arch(
+        WORKS, _CAUSAL, _LM | {"num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 4}
+    ),
+    "deepseek_v32": Arch(
+        WORKS,
+        _CAUSAL,
+        _LM | _MLA | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "num_key_value_heads": 4},
+    ),
+    "zaya": Arch(NEIGHBOURS, _CAUSAL, _LM | {"num_experts": 2}),
     "mamba": Arch(
         NOT_ON_INTERFACE, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
     ),
@@ -257,9 +294,12 @@ ARCHITECTURES: dict[str, Arch] = {
     "ernie": Arch(EXACT, _CLASSIFIER, _BERT),
     "layoutlm": Arch(EXACT, _CLASSIFIER, _BERT),
     "electra": Arch(EXACT, _CLASSIFIER, _BERT | {"embedding_size": 16}),
-    "albert": Arch(
-        EXACT, _CLASSIFIER, _BERT | {"embedding_size": 16, "num_hidden_layers": 3}
-    ),  # one block, three times
+    "albert": Arch(  # one block, three times
+        EXACT,
+        _CLASSIFIER,
+        _BERT | {"embedding_size": 16, "num_hidden_layers": 3},
+        says="one set of prompts, which serves all of its depths",
+    ),
     "roberta-prelayernorm": Arch(EXACT, _CLASSIFIER, _BERT),
     "xlm-roberta-xl": Arch(EXACT, _CLASSIFIER, _BERT),
     "esm": Arch(
@@ -270,12 +310,27 @@ ARCHITECTURES: dict[str, Arch] = {
     "jina_embeddings_v3": Arch(EXACT, _ANY, _BERT),
     "clip_text_model": Arch(EXACT, _ANY, _BERT | {"projection_dim": 32, "eos_token_id": 2}),
     "mobilebert": Arch(OTHER_INPUTS, _CLASSIFIER, _BERT | {"embedding_size": 32, "intra_bottleneck_size": 32}),
-    "mpnet": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
-    "deberta": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
-    "deberta-v2": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
-    "rembert": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
+    "mpnet": Arch(EXACT, _CLASSIFIER, _BERT),
+    "deberta": Arch(EXACT, _CLASSIFIER, _BERT | _DISENTANGLED | {"max_relative_positions": 16}),
+    "deberta_one_term": Arch(
+        EXACT, _CLASSIFIER, _BERT | _DISENTANGLED | {"max_relative_positions": 16, "pos_att_type": ["c2p"]}, "deberta"
+    ),
+    "deberta_absolute": Arch(EXACT, _CLASSIFIER, _BERT, "deberta"),
+    "deberta-v2": Arch(  # divides by a root in float32
+        EXACT, _CLASSIFIER, _BERT | _DISENTANGLED | {"max_relative_positions": 8}, tolerance=1e-7
+    ),
+    "deberta-v3": Arch(
+        EXACT,
+        _CLASSIFIER,
+        _BERT | _DISENTANGLED | {"position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+        "deberta-v2",
+        tolerance=1e-7,
+    ),
+    "rembert": Arch(EXACT, _CLASSIFIER, _BERT | {"input_embedding_size": 32}),
+    "rembert_causal": Arch(EXACT, _CAUSAL, _BERT | {"input_embedding_size": 32, "is_decoder": True}, "rembert"),
     "roformer": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
-    "megatron-bert": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
+    "megatron-bert": Arch(EXACT, _CLASSIFIER, _BERT),
+    "tapas": Arch(EXACT, _CLASSIFIER, _BERT | {"type_vocab_sizes": [3] * 7}),
     "convbert": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
     "nystromformer": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
     # Encoder-decoders
@@ -290,6 +345,12 @@ ARCHITECTURES: dict[str, Arch] = {
     "m2m_100": Arch(EXACT, _SEQ2SEQ, _BART),
     "plbart": Arch(EXACT, _SEQ2SEQ, _BART),
     "whisper": Arch(EXACT, "AutoModelForSpeechSeq2Seq", _BART | _WHISPER),
+    "t5gemma": Arch(  # softmax in float32
+        EXACT,
+        _SEQ2SEQ,
+        {"encoder": _GEMMA_STACK, "decoder": _GEMMA_STACK, "dropout_rate": 0.0, "decoder_start_token_id": 1},
+        tolerance=1e-5,
+    ),
     "longt5": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _T5),
     "led": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _BART),
     "pegasus_x": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _BART),
@@ -309,7 +370,7 @@ ARCHITECTURES: dict[str, Arch] = {
     "wav2vec2": Arch(EXACT, _ANY, _BERT | _WAV2VEC),
     "dinov3_vit": Arch(WORKS, _ANY, _VIT | {"num_register_tokens": 2}),
     "siglip_vision_model": Arch(EXACT, _ANY, _VIT),
-    "videomae": Arch(KEEPS_KEYWORDS, _ANY, _VIT),
+    "videomae": Arch(EXACT, _ANY, _VIT | {"num_frames": 2}),
     "swin": Arch(WINDOWS, _ANY, _SWIN),
     "data2vec-vision": Arch(NOT_ON_INTERFACE, _ANY, _VIT),
     "convnext": Arch(NOT_ON_INTERFACE, _ANY, {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}),
@@ -329,7 +390,7 @@ def make_model(name: str) -> nn.Module:
     config._experts_implementation = "eager"  # the grouped kernel has no float64
     auto = getattr(transformers, arch.auto)
     try:
-        model = auto.from_config(config, attn_implementation="sdpa")
+        model = auto.from_config(config, attn_implementation=arch.kernel)
     except ValueError:  # has no sdpa
         model = auto.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(3)
@@ -337,7 +398,7 @@ def make_model(name: str) -> nn.Module:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.3 if parameter.ndim == 1 else 0.15))
-    return model.double().eval()
+    return (model if arch.single else model.double()).eval()
 
 
 def make_inputs(model: Any, padded: bool = False) -> dict[str, Tensor]:
@@ -346,6 +407,8 @@ def make_inputs(model: Any, padded: bool = False) -> dict[str, Tensor]:
     inputs: dict[str, Tensor]
     if model.main_input_name == "pixel_values":
         inputs = {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator).double()}
+        if model.config.model_type == "videomae":
+            inputs = {"pixel_values": torch.randn(2, 2, 3, 16, 16, generator=generator).double()}
         if model.config.model_type == "vit_mae":  # otherwise it draws which patches to drop
             inputs["noise"] = torch.rand(2, 16, generator=generator).double()
     elif model.main_input_name == "input_values":

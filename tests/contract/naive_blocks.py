@@ -19,6 +19,9 @@ from torch import Tensor, nn
 Hook = Callable[..., Any]
 Rows = Callable[[Tensor], Tensor]
 
+# What opens a column of the mask that these blocks are given, where it is not True or 0.
+OPEN = {"MptBlock": False, "DebertaLayer": 1, "DebertaV2Layer": 1}
+
 
 @contextmanager
 def rows_through_blocks(
@@ -61,30 +64,68 @@ def _prepend(site: Any, rows: Tensor | Rows, count: int) -> Hook:
         if mask is None and site.causal:
             mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
         if mask is not None:
-            open_ = True if mask.dtype == torch.bool else 0.0
+            open_ = OPEN.get(type(site.block).__name__, True if mask.dtype == torch.bool else 0.0)
             mask = F.pad(mask, (count, 0), value=open_)
             if mask.shape[2] > 1:  # a prompt sees what the first token sees; padding is on the right
                 mask = torch.cat([mask[:, :, :1].expand(-1, -1, count, -1), mask], dim=2)
             given["attention_mask"] = mask
+        positions = given.get("position_ids")
+        if isinstance(positions, Tensor):  # Ministral scales queries by them, and those of the rows nobody sees
+            given["position_ids"] = F.pad(positions, (count, 0))
+        owner = site.bias_owner
+        if given.get("position_bias") is not None and hasattr(owner, "relative_position_bucket"):  # MPNet
+            columns = torch.arange(count + length)
+            buckets = owner.relative_position_bucket(columns[None, :] - columns[:, None])
+            given["position_bias"] = owner.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+        if given.get("alibi") is not None:
+            given["alibi"] = _steeper(given["alibi"], count)
+        if given.get("relative_pos") is not None:  # DeBERTa's, query minus key: those of a text that is longer
+            columns = torch.arange(count + length)
+            make = inspect.unwrap(type(site.attention).forward).__globals__["build_relative_position"]
+            settings = {}
+            if hasattr(site.attention, "position_buckets"):
+                settings["bucket_size"] = site.attention.position_buckets
+                settings["max_position"] = site.attention.max_relative_positions
+            given["relative_pos"] = make(columns[:, None], columns[:, None], **settings)
         tables = given.get("position_embeddings")
         if tables is not None:
             kind = {"layer_type": site.rotary_type} if site.rotary_type else {}
             # The text starts at position 0 here: these tests pad on the right.
-            if site.rotary is None:  # prompts turned like the first token, which is "unrotated"
-                before = tuple(table[:, :1].expand(batch, count, -1) for table in tables)
-            else:
-                before = site.rotary(x, torch.arange(-count, 0)[None].expand(batch, -1), **kind)
-            given["position_embeddings"] = tuple(
-                torch.cat([front, table.expand(batch, -1, -1)], dim=1)
-                for front, table in zip(before, tables, strict=True)
-            )
+            before = _tables_before(site, x, tables, count, kind)
+            given["position_embeddings"] = _joined(before, tables, batch)
         return (), given
 
     return hook
 
 
+def _steeper(alibi: Tensor, count: int) -> Tensor:
+    """Linear biases (..., S) that are zero at the first token, with those of `count` positions before it in front."""
+    slope = alibi[..., 1:2] - alibi[..., :1]
+    return torch.cat([slope * torch.arange(-count, 0).to(alibi.dtype), alibi], dim=-1)
+
+
+def _tables_before(site: Any, x: Tensor, tables: Any, count: int, kind: dict[str, Any]) -> Any:
+    """Rotary tables of positions -count..-1."""
+    positions = torch.arange(-count, 0)[None].expand(len(x), -1)
+    if site.rotary is None:  # Falcon with linear biases, which does not look at its tables
+        return tuple(table[:, :1].expand(len(x), count, -1) for table in tables)
+    if site.sine_first:  # GPT-J, which has a table by position and none below zero
+        pairs = tables[0].shape[-1]
+        angles = positions[..., None] * 10000.0 ** (-torch.arange(pairs) / pairs)
+        return torch.sin(angles).to(x.dtype), torch.cos(angles).to(x.dtype)
+    return site.rotary(x, positions, **kind)
+
+
+def _joined(before: Any, tables: Any, batch: int) -> Any:
+    if isinstance(tables, Tensor):
+        return torch.cat([before, tables.expand(batch, -1, -1)], dim=1)
+    return tuple(_joined(front, table, batch) for front, table in zip(before, tables, strict=True))
+
+
 def _drop(count: int) -> Hook:
     def hook(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, list):  # OpenAI GPT
+            return [output[0][:, count:], *output[1:]]
         return (output[0][:, count:], *output[1:]) if isinstance(output, tuple) else output[:, count:]
 
     return hook

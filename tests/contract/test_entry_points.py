@@ -59,7 +59,7 @@ def saved(case: Case, tmp_path: Path) -> tuple[PeftModel, Path, Path]:
 
 
 def auto_base(case: Case, folder: Path) -> nn.Module:
-    return case.model_class.from_pretrained(folder, attn_implementation=case.kernel).eval()
+    return case.model_class.from_pretrained(folder, **case.kernel_setting).eval()
 
 
 # -- PEFT -------------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_generation_equals_steps_by_hand(case: Case, model: PeftModel, batch: Ba
         for _ in range(NEW):
             output = model(input_ids=ids, **{CACHE: cache}, use_cache=True)
             scores, cache = output.logits[:, -1:], output[CACHE]
-            scores[..., model.config.eos_token_id] = -torch.inf  # as min_new_tokens does
+            scores[..., model.config.get_text_config().eos_token_id] = -torch.inf  # as min_new_tokens does
             ids = scores.argmax(-1)
             found.append(ids)
     assert torch.cat(found, dim=1).tolist() == expected.tolist()

@@ -13,11 +13,9 @@ import torch
 import transformers
 from generic_models import (
     _BART,
-    _LM_WIDE_HEADS,
     _WAV2VEC,
     ARCHITECTURES,
     AT_ATTACH,
-    AT_FORWARD,
     EXACT,
     NOT_ON_INTERFACE,
     WORKS,
@@ -34,10 +32,11 @@ from transformers import BertConfig, SpeechEncoderDecoderConfig, SpeechEncoderDe
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.engine.model_hooks import prompt_layers
 from peft_promptmoe.engine.transformers_attention import ConfigView
-from peft_promptmoe.models.families import VISION_FAMILIES
+from peft_promptmoe.models import sites
 
 P = 3
 GENERIC = "were found by a generic rule"
+NOT_TRIED = ("input_values", "input_features")  # sounds, which attaching does not make up
 
 
 def attach(name: str, model: nn.Module, **settings: Any) -> tuple[Any, list[str]]:
@@ -93,7 +92,7 @@ def test_equals_rows_run_through_the_whole_block(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=ARCHITECTURES[name].tolerance)
 
 
-@pytest.mark.parametrize("name", ["mt5", "switch_transformers", "mbart", "pegasus", "marian", "m2m_100"])
+@pytest.mark.parametrize("name", ["mt5", "switch_transformers", "mbart", "pegasus", "marian", "m2m_100", "t5gemma"])
 def test_decoder_sees_the_last_rows_as_run_through_the_block(name: str) -> None:
     model = make_model(name)
     prompted, _ = attach(name, model, num_experts=1, num_shared_experts=0, init_weights=False)
@@ -106,19 +105,20 @@ def test_decoder_sees_the_last_rows_as_run_through_the_block(name: str) -> None:
     for inputs, output in got:
         with rows_through_blocks(model, sites, rows, P, last_stays=True):
             expected = run(model, inputs)
-        torch.testing.assert_close(output, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(output, expected, rtol=0, atol=ARCHITECTURES[name].tolerance)
 
 
 @pytest.mark.parametrize("name", with_outcome(EXACT, WORKS))
-def test_one_warning_and_the_whole_contract(name: str, tmp_path: Path) -> None:
+def test_the_whole_contract(name: str, tmp_path: Path) -> None:
     model = make_model(name)
     before, inputs = census(model), make_inputs(model, padded=True)
     base = run(model, inputs)
     prompted, messages = attach(name, model)
-    kind = ARCHITECTURES[name].config or name
-    if kind not in VISION_FAMILIES:  # MEPT is tested on these in full only on ViT, and here on all of them
-        assert len(messages) == 1, messages
-        assert messages[0].startswith(f"{kind} is not among") and GENERIC in messages[0]
+    arch = ARCHITECTURES[name]
+    expected = [arch.says] if arch.says is not None else []
+    if model.main_input_name in NOT_TRIED:
+        expected.append(GENERIC)
+    assert len(messages) == len(expected) and all(map(str.__contains__, messages, expected)), messages
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "routing='sample' on a causal language model reads the whole input")
         got = run(prompted, inputs)
@@ -128,7 +128,7 @@ def test_one_warning_and_the_whole_contract(name: str, tmp_path: Path) -> None:
             assert torch.equal(run(prompted, inputs), base)
         prompted.save_pretrained(tmp_path)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f".*{GENERIC}")
+            warnings.simplefilter("ignore")  # the same as before
             loaded = PeftModel.from_pretrained(make_model(name), tmp_path).eval()
         assert torch.equal(run(loaded, inputs), got)
     assert prompted.unload() is model
@@ -146,27 +146,18 @@ def test_refused_before_anything_is_changed(name: str) -> None:
     assert trainable(model) == training
 
 
-@pytest.mark.parametrize("name", with_outcome(*AT_FORWARD))
-def test_refused_at_the_first_forward(name: str) -> None:
-    model = make_model(name)
-    inputs = make_inputs(model)
-    base = run(model, inputs)
-    prompted, _ = attach(name, model)
-    with pytest.raises((ValueError, RuntimeError), match=ARCHITECTURES[name].outcome):
-        run(prompted, inputs)
-    with prompted.disable_adapter():
-        assert torch.equal(run(prompted, inputs), base)
-    assert torch.equal(run(prompted.unload(), inputs), base)
-
-
 @pytest.mark.parametrize("name", ["gpt_neox", "lfm2", "qwen2", "ijepa"])
-def test_a_norm_that_was_overlooked_is_noticed(name: str) -> None:
+def test_a_norm_that_was_overlooked_is_noticed_before_anything_stays(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model(name)
-    prompted, _ = attach(name, model)
-    for layer in prompt_layers(model):
-        layer.site.norm = None
-    with pytest.raises(RuntimeError, match="More than one norm"):
-        run(prompted, make_inputs(model))
+    before, training = census(model), trainable(model)
+    monkeypatch.setattr(sites, "input_norm", lambda *_: None)
+    monkeypatch.setattr(sites, "family_of", lambda *_: None)
+    with pytest.raises(ValueError, match="no norm was found that stands between the two"):
+        attach(name, model)
+    assert census(model) == before
+    assert trainable(model) == training
 
 
 def test_a_cap_that_the_kernel_is_not_told_of_refuses_token_routing() -> None:
@@ -211,11 +202,6 @@ UNLENGTHENED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "encoder_num_attention_heads": 4,
             "decoder_num_attention_heads": 4,
         },
-    ),
-    "t5gemma": (
-        "T5GemmaForConditionalGeneration",
-        "T5GemmaConfig",
-        {"encoder": _LM_WIDE_HEADS, "decoder": _LM_WIDE_HEADS},
     ),
 }
 
@@ -301,5 +287,5 @@ def test_whether_the_decoder_sees_prompts_is_resolved_and_saved(
 
 def test_the_message_names_a_way_out() -> None:
     with pytest.raises(ValueError, match=NOT_ON_INTERFACE) as caught:
-        attach("bloom", make_model("bloom"))
-    assert "BloomForCausalLM" in str(caught.value) and "AttentionInterface" in str(caught.value)
+        attach("mamba", make_model("mamba"))
+    assert "MambaForCausalLM" in str(caught.value) and "AttentionInterface" in str(caught.value)

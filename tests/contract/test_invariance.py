@@ -15,6 +15,7 @@ from cases import (
     Case,
     assert_different,
     assert_equal,
+    assert_same,
     each_case,
     one_per_architecture,
     predict,
@@ -116,7 +117,7 @@ def test_no_later_token_reaches_an_earlier_logit(case: Case) -> None:
                     changed = dict(batch, input_ids=batch["input_ids"].clone())
                     changed["input_ids"][:, t] = (changed["input_ids"][:, t] + 17) % 50 + 5
                     found = predict(model, changed)
-                    assert_equal(found[:, :t], expected[:, :t], f"logits before position {t}")
+                    assert_same(case, found[:, :t], expected[:, :t], f"logits before position {t}")
                     assert_different(found[0, t], expected[0, t], f"logits at position {t}")
 
 
@@ -138,7 +139,8 @@ def test_no_answer_reaches_an_earlier_logit_when_labels_tell_what_it_is(case: Ca
             changed = dict(batch, input_ids=batch["input_ids"].clone())
             changed["input_ids"][:, start + t] = (changed["input_ids"][:, start + t] + 17) % 50 + 5
             found = predict(model, changed)
-            assert_equal(found[:, start : start + t], expected[:, start : start + t], f"logits before position {t}")
+            before = slice(start, start + t)
+            assert_same(case, found[:, before], expected[:, before], f"logits before position {t}")
         changed["input_ids"][:, start + 1] = (changed["input_ids"][:, start + 1] + 17) % 50 + 5
         assert_different(predict(model, changed), expected, "logits after a change of the question")
 

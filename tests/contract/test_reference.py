@@ -19,7 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # peft asks transformers by an old name
     pytest.mark.filterwarnings("ignore:.*reads the whole input"),
 ]
-TOLERANCE = 1e-12
 STATIC: dict[str, dict[str, Any]] = {
     "mept": {"routing": "sample", "num_experts": 1, "top_k": 1, "num_shared_experts": 0},
     "vapt": {"num_static_layers": "all"},
@@ -47,7 +46,8 @@ def compare(case: Case, settings: dict[str, Any], rows_of: Callable[[Any, Tensor
     if mask is not None and case.task_type not in ("SEQ_CLS", "SEQ_2_SEQ_LM"):
         got, expected, plain = (values[mask.bool()] for values in (got, expected, plain))
     assert_different(expected, plain, "logits with and without prompts", at_least=0.01)
-    torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    tolerance = case.architecture.tolerance
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def static_rows(layer: nn.Module, mask: Tensor | None) -> Tensor:

@@ -312,7 +312,7 @@ def test_what_a_method_refuses(case: Case, settings: dict[str, Any], pattern: st
     assert_equal(predict(base, batch), expected, "logits of the base model after a refusal")
 
 
-@each_case(lambda case: one_per_architecture(case) and case.method.joins_attention and not case.architecture.timm)
+@each_case(lambda case: one_per_architecture(case) and case.method.joins_attention and case.architecture.told)
 def test_an_untested_kernel_is_refused(case: Case) -> None:
     base = case.base()
     for config in {

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.engine.model_hooks import prompt_layers
-from peft_promptmoe.engine.projection import first_angle, harvest, project_directly, rotary_tables
+from peft_promptmoe.engine.positions import Positions, first_position, row_positions
+from peft_promptmoe.engine.projection import harvest, project_directly
 from peft_promptmoe.models.families import FAMILIES as TABLE
 from peft_promptmoe.models.families import TIMM_FAMILIES, VISION_FAMILIES
 
@@ -51,14 +52,18 @@ MODELS = {
 }
 
 
-def layer_tables(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rotary tables for P rows before a text that starts in another column for each sample."""
+NOWHERE = Positions()
+
+
+def layer_positions(layer: Any, hidden: Tensor) -> Positions:
+    """Positions of P rows before a text that starts in another column for each sample."""
     site = layer.site
     if site.rotary is None:
-        return None
+        return NOWHERE
     kind = {"layer_type": site.rotary_type} if site.rotary_type else {}
     given = site.rotary(hidden, torch.arange(TOKENS)[None], **kind)
-    return rotary_tables(site, first_angle(site, given, torch.tensor([0, 3])), torch.arange(-P, 0))
+    at = first_position(site, {"position_embeddings": given}, torch.tensor([0, 3]))
+    return row_positions(site, at, torch.arange(-P, 0))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -71,22 +76,22 @@ def test_direct_is_harvest(name: str, implementation: str) -> None:
     for layer in layers:
         assert layer.site.family is TABLE[name]
         normed = torch.randn(2, P, layer.site.width, dtype=torch.float64)
-        tables = layer_tables(layer, torch.zeros(2, TOKENS, layer.site.width, dtype=torch.float64))
-        assert (tables is None) == (name in ("bert", "roberta", "distilbert", "t5", "bart", "gpt2"))
-        direct = project_directly(layer.site, normed, tables)
-        reference = harvest(layer.site, normed, tables, {})
+        positions = layer_positions(layer, torch.zeros(2, TOKENS, layer.site.width, dtype=torch.float64))
+        assert (positions.cos is None) == (name in ("bert", "roberta", "distilbert", "t5", "bart", "gpt2"))
+        direct = project_directly(layer.site, normed, positions)
+        reference = harvest(layer.site, normed, positions)
         assert direct.key.shape == reference.key.shape and direct.key.abs().max() > 0.1
         torch.testing.assert_close(direct.key, reference.key, rtol=0, atol=1e-12)
         torch.testing.assert_close(direct.value, reference.value, rtol=0, atol=1e-12)
 
 
 def test_every_family_is_here() -> None:
-    assert MODELS.keys() == TABLE.keys()
+    assert MODELS.keys() == {name for name, family in TABLE.items() if family.own is None}
 
 
 # SigLIP's layers hand on no argument by which to stop them at the kernel, and DINOv3's cannot run on rows without a
 # place in the image: these two are compared block by block only.
-VISION = sorted(VISION_FAMILIES.keys() - {"siglip_vision_model", "dinov3_vit"})
+VISION = sorted(VISION_FAMILIES.keys() - {"siglip_vision_model", "dinov3_vit", "videomae"})
 
 
 def make_vision_model(name: str) -> Any:
@@ -106,7 +111,7 @@ def test_direct_is_harvest_for_images(name: str) -> None:
     for layer in layers:
         assert layer.site.family is (VISION_FAMILIES | TIMM_FAMILIES)[name] and layer.site.family.direct
         normed = torch.randn(2, P, layer.site.width, dtype=torch.float64)
-        direct, reference = project_directly(layer.site, normed, None), harvest(layer.site, normed, None, {})
+        direct, reference = project_directly(layer.site, normed, NOWHERE), harvest(layer.site, normed, NOWHERE)
         assert direct.key.shape == reference.key.shape and direct.key.abs().max() > 0.05
         torch.testing.assert_close(direct.key, reference.key, rtol=0, atol=1e-12)
         torch.testing.assert_close(direct.value, reference.value, rtol=0, atol=1e-12)
@@ -117,8 +122,8 @@ def test_a_wrapped_fused_projection_is_asked_itself(name: str) -> None:
     model = make_model(MODELS[name], "sdpa")
     layer = prompt_layers(get_peft_model(model, MEPTConfig(num_virtual_tokens=P, routing="sample")))[0]
     normed = torch.randn(2, P, layer.site.width, dtype=torch.float64)
-    tables = layer_tables(layer, torch.zeros(2, TOKENS, layer.site.width, dtype=torch.float64))
-    plain = project_directly(layer.site, normed, tables)
+    positions = layer_positions(layer, torch.zeros(2, TOKENS, layer.site.width, dtype=torch.float64))
+    plain = project_directly(layer.site, normed, positions)
     fused = layer.site.family.fused
 
     class Wrapped(torch.nn.Module):
@@ -130,6 +135,6 @@ def test_a_wrapped_fused_projection_is_asked_itself(name: str) -> None:
             return self.inner(x)
 
     setattr(layer.site.attention, fused, Wrapped(getattr(layer.site.attention, fused)))
-    wrapped = project_directly(layer.site, normed, tables)
+    wrapped = project_directly(layer.site, normed, positions)
     torch.testing.assert_close(wrapped.key, plain.key, rtol=0, atol=1e-12)
     torch.testing.assert_close(wrapped.value, plain.value, rtol=0, atol=1e-12)

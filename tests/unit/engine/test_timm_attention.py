@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_promptmoe import MEPTConfig, VAPTConfig
+from peft_promptmoe.engine.model_hooks import prompt_layers
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
 NAMES = ("vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224")
@@ -134,13 +135,19 @@ def test_what_needs_an_argument_handed_on_is_refused() -> None:
         get_peft_model(tiny(), MEPTConfig(num_virtual_tokens=3, routing="sample", router_centering=True))
 
 
-def test_attention_that_reaches_the_kernel_twice_is_refused() -> None:
-    """timm's differential attention, whose values are wider than its keys."""
-    model = tiny("vit_dlittle_patch16_reg1_gap_256")
-    with pytest.warns(UserWarning, match="generic rule"):
-        prompted = get_peft_model(model, VAPTConfig(num_virtual_tokens=3, num_static_layers="all"))
-    with pytest.raises(RuntimeError, match="reached its attention kernel 2 times"):
-        prompted(images())
+def test_rows_join_both_attentions_of_a_differential_layer() -> None:
+    """As tokens would that stand in front and whose outputs are dropped: the layer knows no positions."""
+    model = tiny("vit_dlittle_patch16_reg1_gap_256").double()
+    config = VAPTConfig(num_virtual_tokens=3, num_static_layers="all", init_weights=False)
+    layer = prompt_layers(get_peft_model(model, config).eval())[0]
+    attention, norm, rows = layer.site.attention, layer.site.norm, layer.vapt_prompts["default"]()
+    x = torch.randn(2, 17, rows.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        found = attention(norm(x))
+        layer._disable_adapters = True
+        expected = attention(norm(torch.cat([rows.expand(2, -1, -1), x], dim=1)))[:, 3:]
+        assert (attention(norm(x)) - expected).abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_causal_attention_is_refused() -> None:

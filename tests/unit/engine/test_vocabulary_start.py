@@ -24,8 +24,9 @@ from transformers import (
 
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.engine.model_hooks import prompt_layers
-from peft_promptmoe.engine.vocabulary_start import text_reader, why_unread
+from peft_promptmoe.engine.vocabulary_start import why_unread
 from peft_promptmoe.mept.layer import MEPTLayer
+from peft_promptmoe.models.reader import text_reader
 
 SIZES: dict[str, Any] = {
     "vocab_size": 2000,

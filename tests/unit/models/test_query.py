@@ -108,9 +108,11 @@ def test_angles_that_depend_on_the_length_are_refused_before_anything_is_changed
     base = LlamaForCausalLM(LlamaConfig(**settings, rope_parameters=rope))
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(ValueError, match="prompt_positions='unrotated'"):
-        get_peft_model(base, MEPTConfig(task_type="CAUSAL_LM"))
+        get_peft_model(base, MEPTConfig(task_type="CAUSAL_LM", prompt_positions="prefix"))
     assert [name for name, _ in base.named_modules()] == names
-    get_peft_model(base, MEPTConfig(task_type="CAUSAL_LM", prompt_positions="unrotated"))(torch.tensor([[5, 6]]))
+    model = get_peft_model(base, MEPTConfig(task_type="CAUSAL_LM"))
+    assert model.peft_config["default"].prompt_positions == "unrotated"
+    model(torch.tensor([[5, 6]]))
 
 
 def test_masks_by_kind_of_layer_and_labels_go_together() -> None:

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which architectures prompts can join: every model type of transformers and every module of timm, tiny and random.
+
+    python benchmarks/reach.py                                  # what is not in the results yet; about an hour
+    python benchmarks/reach.py --kinds causal --only llama gemma2
+    python benchmarks/reach.py --table                          # docs/families.md from the results
+
+Each model runs in a process of its own with a limit of time. An outcome is "right" (all checks pass), "left out"
+(right, and some layers have no prompts), "refused" (one clear error from get_peft_model), "late" (one from the first
+forward), "error" (from inside), "wrong" (a check fails), or "not run" (the tiny base could not be made or fed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+
+import timm
+import torch
+import transformers
+
+from harness.reach.checks import attach, faults, run
+from harness.reach.inputs import IMAGES, Inputs, candidates, with_image
+from harness.reach.tiny import KINDS, build, enliven, model_types
+from harness.records import provenance, write
+from peft_promptmoe import MEPTConfig
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "reach.json"
+TABLE = HERE.parent / "docs" / "families.md"
+TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM", "with images": "CAUSAL_LM"}
+ALL_KINDS = (*KINDS, "with images", "timm")
+SECONDS = 120
+SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
+OUTCOMES = ("right", "left out", "refused", "late", "error", "wrong", "not run")
+# One timm model of each kind of block, small ones; the rest of a module is built alike.
+TIMM = [
+    "vit_tiny_patch16_224",
+    "deit_tiny_patch16_224",
+    "deit3_small_patch16_224",
+    "vit_small_patch16_dinov3",
+    "vit_small_patch14_reg4_dinov2",
+    "eva02_tiny_patch14_224",
+    "beit_base_patch16_224",
+    "beitv2_base_patch16_224",
+    "vit_relpos_small_patch16_224",
+    "vit_small_patch16_18x2_224",
+    "vit_tiny_r_s16_p8_224",
+    "vitamin_small_224",
+    "naflexvit_base_patch16_gap",
+    "vit_dlittle_patch16_reg1_gap_256",
+    "flexivit_small",
+    "vit_betwixt_patch16_reg4_gap_256",
+    "cait_xxs24_224",
+    "convit_tiny",
+    "crossvit_tiny_240",
+    "davit_tiny",
+    "efficientformer_l1",
+    "gcvit_xxtiny",
+    "hiera_tiny_224",
+    "levit_128",
+    "maxvit_tiny_tf_224",
+    "mvitv2_tiny",
+    "nest_tiny",
+    "pit_ti_224",
+    "pvt_v2_b0",
+    "samvit_base_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+    "tnt_s_patch16_224",
+    "twins_svt_small",
+    "visformer_tiny",
+    "volo_d1_224",
+    "xcit_nano_12_p16_224",
+    "resnet18",
+]
+
+
+def parse_args(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="*", choices=ALL_KINDS, default=ALL_KINDS)
+    parser.add_argument("--only", nargs="*", help="model types to run, whether they are in the results or not")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write the table from the results, and no more")
+    return parser.parse_args(given)
+
+
+def main(args: argparse.Namespace) -> None:
+    found = {key(r): r for r in json.loads(args.results.read_text())["records"]} if args.results.exists() else {}
+    if not args.table:
+        for kind in args.kinds:
+            for name in names(kind):
+                if name in args.only if args.only else (kind, name) not in found:
+                    found[kind, name] = in_a_process(kind, name)
+                    write(args.results, provenance(), sorted(found.values(), key=key))
+                    print(
+                        kind, name, found[kind, name]["outcome"], found[kind, name].get("says", "")[:150], flush=True
+                    )
+    write_table(list(found.values()))
+
+
+def key(record: dict[str, Any]) -> tuple[str, str]:
+    return record["kind"], record["type"]
+
+
+def names(kind: str) -> list[str]:
+    return list(TIMM) if kind == "timm" else list(IMAGES) if kind == "with images" else model_types(kind)
+
+
+def in_a_process(kind: str, name: str) -> dict[str, Any]:
+    """The record of one model, from a process that may crash or hang."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_report, args=(kind, name, theirs))
+    process.start()
+    theirs.close()
+    record: dict[str, Any] = {"kind": kind, "type": name}
+    try:
+        record |= ours.recv() if ours.poll(SECONDS) else {"outcome": "not run", "says": "takes too long"}
+    except EOFError:
+        record |= {"outcome": "error", "says": "the process ended"}
+    process.kill()
+    process.join()
+    return record
+
+
+def _report(kind: str, name: str, pipe: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    signal.alarm(SECONDS + 20)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    pipe.send(judge(kind, name))
+
+
+def judge(kind: str, name: str) -> dict[str, Any]:
+    """Outcome of one model, and what was said."""
+    try:
+        base, inputs = prepare(kind, name)
+    except Exception as error:  # whatever stands in the way of a tiny model and its input
+        return {"outcome": "not run", "says": _line(error)}
+    config = MEPTConfig(task_type=TASKS.get(kind))
+    record: dict[str, Any] = {"model": type(base).__name__}
+    try:
+        model, said = attach(base, config)
+    except Exception as error:
+        return record | {"outcome": "refused" if _is_clear(error) else "error", "says": _line(error)}
+    try:
+        run(model, inputs)
+    except Exception as error:
+        return record | {"outcome": "late" if _is_clear(error) else "error", "says": _line(error)}
+    try:
+        wrong = faults(base, model, kind, inputs)
+    except Exception as error:
+        return record | {"outcome": "error", "says": _line(error)}
+    if wrong:
+        return record | {"outcome": "wrong", "says": "; ".join(wrong)}
+    left_out = [each for each in said if "leave out" in each]
+    return record | {"outcome": "left out" if left_out else "right", "says": " ".join(said)}
+
+
+def prepare(kind: str, name: str) -> tuple[Any, Inputs]:
+    """A tiny model that matters, and inputs that it takes."""
+    if kind == "timm":
+        model = timm.create_model(name, pretrained=False, num_classes=10).eval()
+        enliven(model)
+        return model, {"x": torch.randn(2, *model.pretrained_cfg["input_size"])}
+    model = build("vision-language" if kind == "with images" else kind, name)
+    enliven(model)
+    _settle(model, kind)
+    if kind == "with images":
+        inputs = with_image(model, name)
+        run(model, inputs)
+        return model, inputs
+    last: Exception | None = None
+    for inputs in candidates(model, kind):
+        try:
+            output = run(model, inputs)
+        except Exception as error:  # the next candidate may suit it better
+            last = last or error
+            continue
+        if torch.isfinite(output).all() and output.std() > 0:
+            return model, inputs
+    raise last or ValueError("outputs that are not finite")
+
+
+def _settle(model: Any, kind: str) -> None:
+    """Padding where a config names none, and generation that goes on for as long as it is asked to."""
+    for config in (model.config, getattr(model.config, "text_config", None)):
+        if (
+            config is not None
+            and kind in ("causal", "classification")
+            and getattr(config, "pad_token_id", None) is None
+        ):
+            config.pad_token_id = 0
+    if kind in ("classification", "seq2seq") and getattr(model.config, "decoder_start_token_id", 0) is None:
+        model.config.decoder_start_token_id = 0
+    if model.config.model_type == "xmod":
+        model.set_default_language("en_XX")
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    for name in (
+        "eos_token_id",
+        "forced_eos_token_id",
+        "forced_bos_token_id",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+    ):
+        setattr(settings, name, None)
+    settings.no_repeat_ngram_size = 0
+    if settings.decoder_start_token_id is None:
+        settings.decoder_start_token_id = 1
+
+
+def _is_clear(error: Exception) -> bool:
+    """Whether an error was raised by this package, in its own words."""
+    last = traceback.extract_tb(error.__traceback__)[-1].filename
+    return "peft_promptmoe" in last and isinstance(error, (ValueError, RuntimeError, TypeError))
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
+
+
+def write_table(records: list[dict[str, Any]]) -> None:
+    """The page of families: counts by kind, then each type with what is to be said of it."""
+    lines = [
+        "# Which models prompts can join",
+        "",
+        "Made by `make reach` from `benchmarks/results/reach.json`: one tiny random model of every",
+        "type of transformers and of every kind of timm's blocks, under a default `MEPTConfig`. *Right* means that",
+        "prompts move the output and learn, disabling and unloading give the base model back bit for bit, no later",
+        "token reaches an earlier output, and padding, the rest of the batch and the cache change nothing. *Left",
+        "out* is right, too, with layers that have no prompts, of which `get_peft_model` says which. All other",
+        "models are refused by `get_peft_model`.",
+        "",
+        f"| kind | {' | '.join(OUTCOMES)} |",
+        f"| --- |{' ---: |' * len(OUTCOMES)}",
+    ]
+    kinds = [kind for kind in ALL_KINDS if any(record["kind"] == kind for record in records)]
+    for kind in kinds:
+        counts = Counter(record["outcome"] for record in records if record["kind"] == kind)
+        lines.append(f"| {kind} | {' | '.join(str(counts[outcome]) for outcome in OUTCOMES)} |")
+    for kind in kinds:
+        lines += ["", f"## {kind.capitalize()}", ""]
+        for outcome in OUTCOMES:
+            here = sorted(r["type"] for r in records if r["kind"] == kind and r["outcome"] == outcome)
+            if here:
+                lines.append(f"- {outcome} ({len(here)}): {', '.join(f'`{name}`' for name in here)}")
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(parse_args())

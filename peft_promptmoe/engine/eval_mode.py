@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a model beside its training: in evaluation mode, each module's own mode kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode within the block."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode

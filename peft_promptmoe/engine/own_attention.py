@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extra key and value rows inside attention layers that compute attention themselves.
+
+While such a layer's own forward runs, a `TorchFunctionMode` follows its steps: the product of queries and keys, the
+softmax, the product with values. At the softmax the rows' scores stand in front of the text's; the layer gets back
+what is the text's, and the rows' part of the output is added to its last product. The layer's own masks, biases and
+dropout stay its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..models.own_attention import Asked
+from ..models.sites import Site
+from .columns import Columns, gates_of, join_rows
+
+PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__)
+ADDED_PRODUCTS = (torch.baddbmm, torch.Tensor.baddbmm)
+SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
+
+
+def _factors(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """What a product multiplies."""
+    if func not in ADDED_PRODUCTS:
+        return args[0], args[1]
+    return (kwargs["batch1"], kwargs["batch2"]) if "batch1" in kwargs else (args[1], args[2])
+
+
+class OwnSteps(TorchFunctionMode):
+    """Puts prompt rows into the steps of one attention layer.
+
+    Args:
+        columns: the rows.
+        site: the layer.
+        bound: the call's arguments by name.
+    """
+
+    def __init__(self, columns: Columns, site: Site, bound: dict[str, Any]) -> None:
+        super().__init__()
+        assert site.own is not None
+        self.columns, self.site, self.own, self.bound = columns, site, site.own, bound
+        self.batch = next(iter(bound.values())).shape[0]
+        self.query: Tensor | None = None
+        self.weights: Tensor | None = None  # (B, H, T, R) of the rows
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if self.query is None and func in PRODUCTS + ADDED_PRODUCTS:
+            left, right = _factors(func, args, kwargs)
+            if left.ndim >= 3 and right.ndim >= 3:  # Falcon's linear layers multiply with a matrix
+                self.query = self._by_head(left)
+        elif self.query is not None and self.weights is None and func in SOFTMAXES:
+            return self._softmax(func, *args, **kwargs)
+        elif self.weights is not None and func is F.dropout:
+            self.weights = func(self.weights, *args[1:], **kwargs)
+        elif self.weights is not None and func in PRODUCTS:
+            text = func(*args, **kwargs)
+            value = self._of_slots([slots.value for slots in self.columns.slots])
+            rows = self.weights.to(text.dtype) @ value.to(text.dtype)
+            self.query = self.weights = None
+            self.columns.arrived += 1
+            return text + rows.reshape(text.shape)
+        return func(*args, **kwargs)
+
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        """(B, H, T, d) of a tensor that may have batch and heads in one dimension."""
+        return tensor if tensor.ndim == 4 else tensor.unflatten(0, (self.batch, -1))
+
+    def _softmax(self, func: Any, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Weights of the text (…, T, S); those of the rows are kept."""
+        assert self.query is not None
+        key = self._of_slots([slots.key for slots in self.columns.slots]).to(self.query.dtype)
+        rows = self.query @ key.transpose(-1, -2) * self.own.scale(self.site.attention)
+        bias = self._bias(self.query, scores.shape[-1])
+        rows = rows if bias is None else rows + bias.to(rows.dtype)
+        gates = gates_of(self.columns.slots)
+        if gates is not None:
+            rows = rows + F.pad(gates[:, None].to(rows.dtype), (0, rows.shape[-1] - gates.shape[-1]))
+        count = rows.shape[-1]
+        joint = torch.cat([rows.to(scores.dtype).reshape(*scores.shape[:-1], count), scores], dim=-1)
+        weights = func(joint, *args, **kwargs)
+        self.weights = self._by_head(weights[..., :count])
+        return weights[..., count:].contiguous()
+
+    def _of_slots(self, parts: list[Tensor]) -> Tensor:
+        """(B or 1, H, R, w) of all rows side by side."""
+        batch = max(part.shape[0] for part in parts)
+        return torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=2)
+
+    def _bias(self, query: Tensor, keys: int) -> Tensor | None:
+        """(B or 1, H or 1, T or 1, R or 1) what the layer would add to the rows' scores."""
+        if self.own.bias is None or self.columns.offsets is None:
+            return None
+        columns, site = self.columns, self.site
+        assert columns.offsets is not None
+        place = (columns.offsets, columns.first, keys, site.bias_owner)
+        key = self._of_slots([slots.key for slots in columns.slots])
+        asked = Asked(site.attention, self.bound, query, key, *place)
+        return self.own.bias(asked)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The fused kernel, over rows and text."""
+        if is_causal:
+            raise ValueError("Prompts join attention with a mask, and this layer asks its kernel for a causal one.")
+        bias, keys, rows = self._bias(query, key.shape[2]), key.shape[2], self.columns.rows
+        joined = join_rows(self.columns, query, key, value, attn_mask, scale)
+        mask = joined.mask
+        if bias is not None:
+            bias = F.pad(bias.to(query.dtype).expand(-1, -1, -1, rows), (0, keys))
+            closed = torch.finfo(query.dtype).min
+            mask = bias if mask is None else bias.where(mask, closed) if mask.dtype == torch.bool else bias + mask
+        self.columns.arrived += 1
+        output = F.scaled_dot_product_attention(
+            joined.query, joined.key, joined.value, mask, dropout_p, scale=joined.scaling
+        )
+        return joined.finish(output.transpose(1, 2)).transpose(1, 2)

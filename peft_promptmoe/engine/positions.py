@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where prompt rows stand: rotary angles and relative biases of positions before the text."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapter_state import put_away
+from ..models.sites import Site
+
+# Types of rotary embeddings whose frequencies follow from the length of the text.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+@dataclass
+class Positions:
+    """Positions of prompt rows in the terms of one attention layer; nothing at all where it has none.
+
+    Attributes:
+        cos, sin: (B or 1, R or 1, r) of the rows' angles, where the layer is given rotary tables.
+        ids: (B or 1, R or 1) position ids, where it makes its angles from those itself.
+        is_complex: whether the layer takes its tables as one complex tensor (Llama 4, DeepSeek V2).
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    ids: Tensor | None = None
+    is_complex: bool = False
+
+    @property
+    def angle(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.cos is None or self.sin is None else (self.cos, self.sin)
+
+    @property
+    def batch(self) -> int:
+        """B, or 1 where the rows stand alike in all samples."""
+        return max((part.shape[0] for part in (self.cos, self.ids) if part is not None), default=1)
+
+    def tables(self, batch: int, rows: int, sine_first: bool) -> Any:
+        """The tables in the layer's own form, None if it has none."""
+        if self.angle is None:
+            return None
+        cos, sin = (table.expand(batch, rows, -1) for table in self.angle)
+        if self.is_complex:
+            return torch.complex(cos.float(), sin.float())
+        return (sin, cos) if sine_first else (cos, sin)
+
+
+def first_position(site: Site, bound: dict[str, Any], first: Tensor | None) -> Positions:
+    """Position of each sample's first real token, from what the attention layer is given.
+
+    Args:
+        bound: the attention call's arguments by name.
+        first: (B,) column of the first real token, None for column 0 of all.
+
+    Returns:
+        Nothing for models without rotary embedding, and for vision models, which turn patches only.
+    """
+    if not site.is_rotary or site.patches is not None:
+        return Positions()
+    given = bound.get("position_embeddings")
+    if given is None:
+        return Positions(ids=_column(bound.get("position_ids"), first))
+    pair = as_pair(given, site.sine_first)
+    if pair is None:
+        raise ValueError(unknown_form(site))
+    cos, sin = (_column(table, first) for table in pair)
+    return Positions(cos, sin, is_complex=isinstance(given, Tensor))
+
+
+def _column(table: Any, first: Tensor | None) -> Any:
+    """(B or 1, 1, ...) entries of the first real token; None of what is no table."""
+    if not isinstance(table, Tensor):
+        return None
+    if first is None:
+        return table[:, :1]
+    index = first.reshape(-1, 1, *[1] * (table.ndim - 2)).expand(-1, 1, *table.shape[2:])
+    return table.expand(first.shape[0], *table.shape[1:]).gather(1, index)
+
+
+def row_positions(site: Site, at: Positions, offsets: Tensor | None) -> Positions:
+    """Positions of prompt rows that stand `offsets` away from each sample's first real token.
+
+    The first token's own angle comes from the tables that the layer was given and the offset's from the model's rotary
+    module; the sum of angles needs neither position ids nor the layout of the tables.
+
+    Args:
+        at: of `first_position`.
+        offsets: (R,) integers, none above zero; None puts every row where the first token is ("unrotated").
+    """
+    if offsets is None:
+        return at
+    if at.ids is not None:
+        return Positions(ids=at.ids + offsets[None])
+    if at.angle is None:
+        return at
+    cos, sin = at.angle
+    by_cos, by_sin = offset_tables(site, cos, offsets)
+    scale = rotary_scaling(site)
+    return replace(at, cos=(cos * by_cos - sin * by_sin) / scale, sin=(sin * by_cos + cos * by_sin) / scale)
+
+
+def offset_tables(site: Site, like: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rotary cosines and sines of offsets, from the model's rotary module.
+
+    Args:
+        like: (B or 1, 1, r) cosines.
+        offsets: (R,) integers, none above zero; None for no offset, of one row that stands for all.
+
+    Returns:
+        (cos, sin), each (1, R or 1, r), scaled as the module scales them.
+    """
+    if offsets is None:
+        return torch.full_like(like[:1], rotary_scaling(site)), torch.zeros_like(like[:1])
+    if not can_stand_before(site):
+        raise ValueError(no_angles(site))
+    named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
+    # Tables that are stored by position have none below zero; an angle turned back has the opposite sine.
+    pair = as_pair(site.rotary(like, offsets.abs()[None], **named), site.sine_first)
+    if pair is None:
+        raise ValueError(unknown_form(site))
+    return pair[0], -pair[1]
+
+
+def as_pair(given: Any, sine_first: bool) -> tuple[Tensor, Tensor] | None:
+    """(cos, sin), each (B or 1, T, r), of what a layer is given as position embeddings; None for other forms."""
+    if isinstance(given, Tensor):
+        return (given.real, given.imag) if given.ndim == 3 and given.is_complex() else None
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        return None
+    if any(not isinstance(table, Tensor) or table.ndim != 3 for table in given):
+        return None
+    return (given[1], given[0]) if sine_first else (given[0], given[1])
+
+
+def unknown_form(site: Site) -> str:
+    """Why rows cannot be placed: of rotary tables only pairs and complex ones (B or 1, T, r) are known."""
+    return f"{type(site.attention).__name__} takes rotary tables of a form that prompts cannot be given."
+
+
+def can_stand_before(site: Site) -> bool:
+    """Whether the layer's prompts can have positions before the text: it has none, relative ones, or known angles."""
+    if not site.is_rotary or site.patches is not None:
+        return True
+    return site.rotary is not None and rotary_kind(site) not in LENGTH_DEPENDENT
+
+
+def no_angles(site: Site) -> str:
+    """Why the layer's prompts cannot."""
+    return (
+        f"prompt_positions='prefix' needs the rotary angles of the positions before the text, and those of "
+        f"{type(site.attention).__name__} are out of reach or depend on the text's length ({rotary_kind(site)!r}). "
+        "Use prompt_positions='unrotated' with this model."
+    )
+
+
+def rotary_kind(site: Site) -> str:
+    """Type of the rotary embedding ("default", "yarn", ...)."""
+    kind = getattr(site.rotary, "rope_type", "default")
+    return kind.get(site.rotary_type, "default") if isinstance(kind, dict) else kind
+
+
+def rotary_scaling(site: Site) -> float:
+    """Factor that the rotary module puts on its cosines and sines (1 but for YaRN and its kin)."""
+    name = f"{site.rotary_type}_attention_scaling" if site.rotary_type is not None else "attention_scaling"
+    return getattr(site.rotary, name, 1.0)
+
+
+def slot_offsets(rows: int, slots: int, device: torch.device) -> Tensor:
+    """(R,) positions of prompt rows relative to the first token: slot p of every expert stands at p - slots."""
+    return torch.arange(rows, device=device) % slots - slots
+
+
+def relative_bias(site: Site, first: Tensor | None, offsets: Tensor, length: int) -> Tensor | None:
+    """T5 bias between each query and prompt rows `offsets` away from the first real token.
+
+    Returns:
+        (B or 1, heads, T, R), or None for models without such a table.
+    """
+    owner = site.bias_owner
+    if owner is None:
+        return None
+    start = first[:, None, None] if first is not None else 0
+    query = torch.arange(length, device=offsets.device)[None, :, None]
+    distance = offsets[None, None, :] + start - query
+    return bias_at(owner, distance)
+
+
+def bias_at(owner: Any, distance: Tensor) -> Tensor:
+    """Entries of a T5 table for distances key - query.
+
+    Args:
+        owner: the attention layer that holds the table.
+        distance: (B, T, R) integers.
+
+    Returns:
+        (B, heads, T, R).
+    """
+    settings = {}
+    if "bidirectional" in inspect.signature(owner._relative_position_bucket).parameters:  # UMT5 reads its own
+        settings = {
+            "bidirectional": not owner.is_decoder,
+            "num_buckets": owner.relative_attention_num_buckets,
+            "max_distance": owner.relative_attention_max_distance,
+        }
+    index, table = owner._relative_position_bucket(distance, **settings), owner.relative_attention_bias
+    if hasattr(table.weight, "full_tensor"):
+        # FSDP2 gathers the table for its own block and this is another's; it is frozen, so no gradient is lost.
+        return F.embedding(index, table.weight.full_tensor()).permute(0, 3, 1, 2)
+    if put_away(table.weight):
+        raise RuntimeError(
+            f"The prompts have relative positions of a table that {type(owner).__name__} holds, and FSDP1 holds it "
+            "only while its own block runs. Shard this model with FSDP2 (fully_shard), or train it with DDP."
+        )
+    return table(index).permute(0, 3, 1, 2)

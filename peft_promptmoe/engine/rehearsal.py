@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward of the base model while an adapter is made, with its layers listening and their prompts off."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..models.inspection import parameter_names
+from ..models.reachable import TROUBLE, CannotJoin
+from ..models.reader import text_reader
+from .columns import Overheard
+from .eval_mode import eval_mode
+from .kernels import known_kernel
+from .key_value import KeyValueLayer
+from .model_hooks import prompt_layers
+from .positions import can_stand_before, first_position, row_positions
+from .projection import project_rows
+
+TOKENS = 3
+CLOSE = 0.1  # of a key's size, which half precision and quantisers stay within and a wrong place or norm does not
+
+
+@dataclass
+class Heard:
+    """One run of an attention layer.
+
+    Attributes:
+        layer_input: (B, T, D) before the norm.
+        bound: the call's arguments by name.
+        kernel: the keys and values that its kernel was given.
+    """
+
+    layer_input: Tensor
+    bound: dict[str, Any]
+    kernel: Overheard
+
+
+@contextmanager
+def listening(model: nn.Module) -> Iterator[dict[str, list[Heard]]]:
+    """Within the block, note the runs of prompted attention layers, by their paths."""
+    layers = _layers(model)
+    heard: dict[str, list[Heard]] = {}
+    handles = [_listen(layer, heard) for layer in layers]
+    disabled = {layer: layer.disable_adapters for layer in layers}
+    try:
+        for layer in layers:
+            layer._disable_adapters = True  # enable_adapters() would also touch what trains
+        with torch.no_grad(), eval_mode(model), _plain_attention(model):
+            yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, was in disabled.items():
+            layer._disable_adapters = was
+
+
+@contextmanager
+def saved_modules_of(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Let saved modules be what they will be while the adapter is active, which a second one is not yet."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    active: list[tuple[Any, Any]] = [(wrapper, wrapper._active_adapter) for wrapper in wrappers]
+    try:
+        for wrapper, _ in active:
+            wrapper._active_adapter = adapter if adapter in wrapper.modules_to_save else []
+        yield
+    finally:
+        for wrapper, was in active:
+            wrapper._active_adapter = was
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Run models of flash and flex kernels by eager attention: they get adapters before they go to their GPU."""
+    configs = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        config = getattr(config, "real", config)
+        name = getattr(config, "_attn_implementation", None)
+        kernel = known_kernel(name)
+        if kernel is not None and kernel.reads_config:
+            configs[id(config)] = (config, name)
+    for config, _ in configs.values():
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, name in configs.values():
+            config._attn_implementation = name
+
+
+def _layers(model: nn.Module) -> list[KeyValueLayer]:
+    return [layer for layer in prompt_layers(model) if isinstance(layer, KeyValueLayer)]
+
+
+def _listen(layer: KeyValueLayer, heard: dict[str, list[Heard]]) -> Any:
+    names = parameter_names(layer.site.attention)
+
+    def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        run = Heard(layer.layer_input(bound[names[0]]).detach(), bound, Overheard())
+        heard.setdefault(layer.site.name, []).append(run)
+        return layer.carry(args, kwargs, run.kernel) if layer.site.own is None else None
+
+    return layer.site.attention.register_forward_pre_hook(hear, with_kwargs=True)
+
+
+def rehearse(model: nn.Module) -> set[str]:
+    """Run a model that only the generic rule knows once, and compare what it makes of prompt rows and of tokens.
+
+    A row that is a token's layer input, at the token's position, must get the token's own key and value, in every
+    layer. Nothing is found out of models that want more than token ids or one image.
+
+    Returns:
+        Paths of the attention layers of which that is so.
+
+    Raises:
+        CannotJoin: of one it is not, or its input is not what the rule takes it for.
+    """
+    feed = _feed(model)
+    if feed is None:
+        return set()
+    with listening(model) as heard, torch.random.fork_rng(devices=[]):
+        try:
+            feed()
+        except CannotJoin:
+            raise
+        except TROUBLE:
+            return set()
+        layers = {layer.site.name: layer for layer in _layers(model)}
+        right = {name for name, runs in heard.items() if _compare(layers[name], runs[-1])}
+    _say_what_repeats(heard)
+    return right
+
+
+def _compare(layer: KeyValueLayer, run: Heard) -> bool:
+    """Whether rows and tokens could be compared, and are alike."""
+    site, key, value = layer.site, run.kernel.key, run.kernel.value
+    x = run.layer_input
+    if key is None or value is None or x.shape[1] < 2 or key.shape[2] != x.shape[1]:
+        return False
+    first = torch.ones(x.shape[0], dtype=torch.long, device=x.device)  # as if column 0 were padding
+    places: list[tuple[int, Tensor | None]] = [(1, None)]
+    if can_stand_before(site):
+        places.append((0, torch.tensor([-1], device=x.device)))
+    for column, offsets in places:
+        at = row_positions(site, first_position(site, run.bound, first), offsets)
+        rows = project_rows(site, x[:, column : column + 1], at)
+        for made, own in ((rows.key[:, :, 0], key[:, :, column]), (rows.value[:, :, 0], value[:, :, column])):
+            if (made - own).abs().mean() > CLOSE * own.abs().mean():
+                reason = "a prompt that is what a token is gets another key or value than the token"
+                raise CannotJoin(site.name, site.attention, reason)
+    return True
+
+
+def _feed(model: Any) -> Callable[[], Any] | None:
+    """What runs the model on a few tokens or on one image; None if it reads neither."""
+    if any(parameter.is_meta for name, parameter in model.named_parameters() if "promptmoe" not in name):
+        return None
+    reader = text_reader(model)
+    if reader is not None:
+        ids = torch.arange(5, 5 + TOKENS, device=next(reader.parameters()).device)[None]
+        return lambda: reader(input_ids=ids)
+    name = getattr(model, "main_input_name", None)
+    sizes = _image(model)
+    if sizes is None:
+        return None
+    image = torch.linspace(-1.0, 1.0, math.prod(sizes)).reshape(1, *sizes).to(next(model.parameters()))
+    return lambda: model(**{name: image}) if name else model(image)
+
+
+def _image(model: Any) -> tuple[int, ...] | None:
+    """Channels, rows and columns of the images that the model takes; None if it does not say."""
+    found = (layer.site.patches for layer in prompt_layers(model) if layer.site.patches is not None)
+    for patches in found:
+        if patches.image_size is not None:
+            return (patches.embedding.in_channels, *patches.image_size)
+    timm = getattr(model, "timm_model", model)
+    if size := getattr(timm, "pretrained_cfg", {}).get("input_size"):
+        return tuple(size)
+    side = getattr(getattr(model, "config", None), "image_size", None)
+    if getattr(model, "main_input_name", None) != "pixel_values" or side is None:
+        return None
+    return (getattr(model.config, "num_channels", 3), *([side, side] if isinstance(side, int) else side))
+
+
+def _say_what_repeats(heard: dict[str, list[Heard]]) -> None:
+    """Tell the user of layers that run several times in one forward (ALBERT), with the same prompts each time."""
+    repeated = {name: len(runs) for name, runs in heard.items() if len(runs) > 1}
+    if repeated:
+        name, times = next(iter(repeated.items()))
+        warnings.warn(
+            f"{len(repeated)} attention layers run several times in one forward ({name!r}: {times} times). Each has "
+            "one set of prompts, which serves all of its depths.",
+            stacklevel=4,
+        )

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention layers prompts cannot join, and why: told from how they are built, before anything is changed."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from .inspection import gives, passes_on_keywords, reads_into, unwrapped_forward
+from .patches import Patches
+
+# What an attention layer may ask for that prompt rows have: the rest of its arguments have to have defaults.
+ROWS_HAVE = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
+PACKED = ("cu_seqlens", "cu_seq_lens", "cu_window_seqlens")
+
+# What a model's own code may run into when a part of it is run on less than it expects.
+TROUBLE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+
+
+class CannotJoin(ValueError):
+    """Prompts cannot join an attention layer; others of the same model they may be able to.
+
+    Args:
+        path: of the layer.
+        attention: the layer.
+        reason: as a sentence goes on with it after a colon.
+    """
+
+    def __init__(self, path: str, attention: nn.Module, reason: str) -> None:
+        super().__init__(
+            f"Prompts cannot join {path!r}, a {type(attention).__name__}: {reason}. This architecture is not "
+            "supported; leave such layers out by `exclude_modules`, or use another model."
+        )
+        self.reason = reason
+
+
+def check_reachable(
+    model: nn.Module, path: str, patches: Patches | None, rotary: nn.Module | None, biases: nn.Module | None
+) -> None:
+    """Refuse layers that the generic rule is known not to reach.
+
+    Args:
+        patches, rotary, biases: as a `Site` has them; the last is the owner of the relative position biases.
+
+    Raises:
+        CannotJoin: with the reason.
+    """
+    attention: Any = model.get_submodule(path)
+    reason = _inputs(attention) or _order_of_tokens(model, path) or _positions(attention, patches, rotary, biases)
+    if reason is not None:
+        raise CannotJoin(path, attention, reason)
+
+
+def _inputs(attention: nn.Module) -> str | None:
+    """Why the layer cannot be given rows and nothing else."""
+    forward = unwrapped_forward(attention)
+    parameters = inspect.signature(forward).parameters
+    if "hidden_states" not in parameters:
+        return "it takes queries, keys and values from different inputs"
+    if getattr(attention, "is_kv_shared_layer", False):
+        return "it has no keys and values of its own and takes those of another layer"
+    packed = [name for name in PACKED if name in parameters]
+    if packed:
+        return f"it takes the patches of several images in one row ({packed[0]})"
+    if not passes_on_keywords(forward) and not hands_on_its_mask_only(attention):
+        return "it does not pass keyword arguments on to the AttentionInterface, by which prompt rows travel"
+    return None
+
+
+def _order_of_tokens(model: nn.Module, path: str) -> str | None:
+    """Why what the layer attends over is not the tokens of its block: windows, or several resolutions."""
+    attention: Any = model.get_submodule(path)
+    parent = model.get_submodule(path.rpartition(".")[0])
+    config = attention.config
+    if hasattr(config, "depths") or hasattr(config, "hidden_sizes") or hasattr(parent, "window_size"):
+        return "it attends within windows or over several resolutions, and not over all tokens of its block"
+    return None
+
+
+def _positions(
+    attention: nn.Module, patches: Patches | None, rotary: nn.Module | None, biases: nn.Module | None
+) -> str | None:
+    """Why the layer's positions cannot be given to rows."""
+    if biases is None and gives(unwrapped_forward(attention), "position_bias"):
+        return "it adds a relative position bias of a form that prompts cannot be given"
+    if "position_embeddings" not in inspect.signature(unwrapped_forward(attention)).parameters:
+        return None
+    if patches is not None:
+        return "it turns its patches by a rotary embedding, in which prompts have no place"
+    if rotary is None and not turns_keys(attention):
+        return "it takes position embeddings that come from no rotary embedding that can be found"
+    return None
+
+
+def turns_keys(attention: nn.Module) -> bool:
+    """Whether the layer's own code turns queries and keys by rotary angles."""
+    return any("rot" in name for name in unwrapped_forward(attention).__code__.co_names)
+
+
+def hands_on_its_mask_only(attention: nn.Module) -> bool:
+    """Whether the layer hands its mask on as it is, and no keyword arguments."""
+    forward = unwrapped_forward(attention)
+    named = "attention_mask" in inspect.signature(forward).parameters
+    return named and not passes_on_keywords(forward) and not reads_into(forward, "attention_mask")
+
+
+def is_differential(attention: nn.Module) -> bool:
+    """Whether the layer attends twice and takes one from the other (arXiv 2410.05258)."""
+    return any(name.startswith("lambda_q") for name, _ in attention.named_parameters(recurse=False))

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands around one attention layer: its block, the norm before it, where its positions come from."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from .families import FOUND, Family
+from .inspection import calls_in_order, parameter_names, unwrapped_forward
+
+
+def block_of(path: str) -> tuple[str, int]:
+    """Path and number of the block that holds the attention layer: everything up to the first number."""
+    match = re.match(r"(?:.*?\.)?(\d+)(?=\.)", path)
+    return (match.group(0), int(match.group(1))) if match else ("", 0)
+
+
+def input_norm(model: nn.Module, path: str, block_path: str, family: Family | None) -> nn.Module | None:
+    """The norm between the residual stream and the attention layer; None in post-norm blocks.
+
+    Without a table entry it is the norm that the attention layer's parent (or its parent, up to the block) calls last
+    before it calls attention.
+    """
+    parent_path, _, name = path.rpartition(".")
+    if family is not None and family.norm != FOUND:
+        names = (family.norm,) if isinstance(family.norm, str) else family.norm or ()
+        here = dict(model.get_submodule(parent_path).named_children())
+        return next((here[each] for each in names if each in here), None)
+    while True:
+        parent = model.get_submodule(parent_path)
+        if isinstance(parent, nn.Sequential):  # timm's parallel blocks, which call their parts in this order
+            children = dict(parent.named_children())
+            found = [norm for norm in list(children.values())[: list(children).index(name)] if _as_norm(norm, None)]
+            return found[-1] if found else None
+        number = None
+        if isinstance(parent, nn.ModuleList):  # LongCat: two attention layers and their norms in one block
+            number, (parent_path, _, name) = int(name), parent_path.rpartition(".")
+            parent = model.get_submodule(parent_path)
+        calls = calls_in_order(unwrapped_forward(parent))
+        before = calls[: calls.index(name)] if name in calls else ()
+        norms = [norm for child in before if (norm := _as_norm(getattr(parent, child, None), number)) is not None]
+        if norms and getattr(parent, "do_layer_norm_before", True):
+            return norms[-1]
+        if parent_path == block_path or not parent_path:
+            return None
+        parent_path, _, name = parent_path.rpartition(".")
+
+
+def _as_norm(module: object, number: int | None) -> nn.Module | None:
+    if isinstance(module, nn.ModuleList) and number is not None and number < len(module):
+        module = module[number]
+    return module if isinstance(module, nn.Module) and "norm" in type(module).__name__.lower() else None
+
+
+def rotary_embedding(model: nn.Module, path: str) -> nn.Module | None:
+    """The rotary module nearest to the attention layer; a model of several towers has several."""
+    while path:
+        path = path.rpartition(".")[0]
+        for module in model.get_submodule(path).modules():
+            names = [name for name, _ in module.named_buffers(recurse=False)]
+            if any(name == "inv_freq" or name.endswith("_inv_freq") for name in names) or _is_table(module):
+                return module
+    return None
+
+
+def _is_table(rotary: nn.Module) -> bool:
+    """Whether a module looks its sines and cosines up by position (GPT-J), instead of having frequencies."""
+    return "embed_positions" in rotary._buffers and "position_ids" in parameter_names(rotary)
+
+
+def sine_first(rotary: nn.Module | None) -> bool:
+    """Whether a rotary module gives (sin, cos), as GPT-J's, and not (cos, sin)."""
+    if rotary is None or not _is_table(rotary):
+        return False
+    table = rotary.get_buffer("embed_positions")
+    first, second = rotary(table, torch.zeros(1, 1, dtype=torch.long, device=table.device))
+    # On the meta device there are no values to tell by; of all that store a table the sine is known to come first.
+    return bool(table.is_meta or first.abs().sum() < second.abs().sum())
+
+
+def rotary_type(rotary: nn.Module | None, attention: nn.Module, block: nn.Module) -> str | None:
+    """The layer type that a rotary module asks for, if it keeps one table for each."""
+    if rotary is None or "layer_type" not in inspect.signature(unwrapped_forward(rotary)).parameters:
+        return None
+    for owner, name in ((attention, "layer_type"), (block, "attention_type"), (block, "layer_type")):
+        found = getattr(owner, name, None)
+        if isinstance(found, str):
+            return found
+    config: Any = attention.config
+    types = getattr(config, "layer_types", None)
+    return types[attention.layer_idx] if types is not None else None
+
+
+def bias_owner(model: nn.Module, path: str, attention: nn.Module, above: bool) -> nn.Module | None:
+    """The module with the table of relative position biases that an attention layer adds.
+
+    T5 keeps one in the first layer of a stack, UMT5 one in each layer, and MPNet, which is asked for by `above`, one in
+    the stack itself.
+    """
+    if above:
+        owners = (model.get_submodule(path.rsplit(".", steps)[0]) for steps in range(1, path.count(".") + 1))
+        return next((module for module in owners if hasattr(module, "relative_attention_bias")), None)
+    if not hasattr(attention, "has_relative_attention_bias"):
+        return None
+    if attention.has_relative_attention_bias:
+        return attention
+    first = re.sub(r"^((?:.*?\.)?)\d+(?=\.)", r"\g<1>0", path)
+    owner = model.get_submodule(first)
+    return owner if getattr(owner, "has_relative_attention_bias", False) else None
+
+
+def input_std(model: nn.Module, path: str, index: int, family: Family | None) -> float | None:
+    """Spread of a post-norm block's input: that of the LayerNorm that made it, sqrt(mean(weight^2 + bias^2))."""
+    if family is None or family.input_norm is None or family.stem_norm is None:
+        return None
+    if index == 0:
+        norm = next((m for name, m in model.named_modules() if name.endswith(family.stem_norm)), None)
+    else:
+        previous = re.sub(rf"^((?:.*?\.)?){index}\..*$", rf"\g<1>{index - 1}", path)
+        norm = model.get_submodule(previous).get_submodule(family.input_norm)
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.is_meta:
+        return None
+    bias = getattr(norm, "bias", None)
+    square = weight.detach().float().square().mean()
+    if isinstance(bias, torch.Tensor):
+        square = square + bias.detach().float().square().mean()
+    return float(square.sqrt())

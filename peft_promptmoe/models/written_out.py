@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Older models of transformers, whose layers write attention out: scores, softmax, sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .own_attention import Asked, OwnAttention, always, by_two_projections, if_decoder, not_scaled
+
+
+def _openai_project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    _, key, value = attention.c_attn(x).split(attention.split_size, dim=2)
+    return attention.split_heads(key), attention.split_heads(value)
+
+
+def _mpnet_bias(asked: Asked) -> Tensor:
+    """Entries of the table of relative positions key - query that all layers share."""
+    owner = asked.owner
+    buckets = owner.relative_position_bucket(
+        -asked.distance(), num_buckets=owner.relative_attention_bias.num_embeddings
+    )
+    bias: Tensor = owner.relative_attention_bias(buckets).permute(0, 3, 1, 2)
+    return bias
+
+
+GPT_NEO = OwnAttention(by_two_projections("k_proj", "v_proj"), scale=not_scaled, causal=always)
+XGLM = GPT_NEO  # scales its queries before
+OPENAI_GPT = OwnAttention(_openai_project, scale=lambda attention: attention.n_head**0.5 / attention.split_size**0.5)
+BERT_LIKE = OwnAttention(by_two_projections("key", "value"), causal=if_decoder)
+MPNET = OwnAttention(by_two_projections("k", "v"), bias=_mpnet_bias)
+VIDEOMAE = OwnAttention(by_two_projections("key", "value"))
