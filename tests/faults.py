@@ -153,14 +153,14 @@ FAULTS = [
     ),
     Fault(
         "prompts stand one position too far back",
-        "engine/projection.py",
+        "engine/positions.py",
         "return torch.arange(rows, device=device) % slots - slots",
         "return torch.arange(rows, device=device) % slots - slots - 1",
         ("tests/contract/test_reference.py", "-k", "static and llama"),
     ),
     Fault(
         "T5's relative bias forgets where the query is",
-        "engine/projection.py",
+        "engine/positions.py",
         "distance = offsets[None, None, :] + start - query",
         "distance = offsets[None, None, :] + start - 0 * query",
         ("tests/contract/test_reference.py", "-k", "static and t5"),
