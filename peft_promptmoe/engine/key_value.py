@@ -32,6 +32,7 @@ from .transformers_attention import COLUMNS, config_view
 
 LAYER_INPUT = "_promptmoe_layer_input"
 BLOCK_INPUT = "_promptmoe_block_input"
+NOTED_INPUT = "promptmoe_layer_input"  # where a factor behind the norm makes a new tensor of what carries the note
 MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 
 
@@ -82,6 +83,8 @@ class KeyValueLayer(PromptLayer):
         ]
         if self.site.norm is not None:
             handles.append(self.site.norm.register_forward_hook(self._after_norm, with_kwargs=True))
+        if self.site.factor is not None:
+            handles.append(self.site.block.register_forward_pre_hook(self._hand_on_block_input, with_kwargs=True))
         if self.site.family is None and self._takes_block_input():
             handles.append(self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True))
         return handles
@@ -126,6 +129,12 @@ class KeyValueLayer(PromptLayer):
         if isinstance(hidden, Tensor):
             setattr(hidden, BLOCK_INPUT, id(block))
 
+    def _hand_on_block_input(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let the block's input reach the attention layer among the keyword arguments that go on to it."""
+        return args, {**kwargs, NOTED_INPUT: args[0] if args else kwargs["hidden_states"]}
+
     def _before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -136,7 +145,8 @@ class KeyValueLayer(PromptLayer):
         call = kwargs.pop(PROMPT_CALL, None) or self.calls.call
         kernel = SDPA if self.site.is_called else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
-        x = self.layer_input(bound[self._names[0]])
+        kwargs.pop(NOTED_INPUT, None)
+        x = self.layer_input(bound[self._names[0]], bound.pop(NOTED_INPUT, None))
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
@@ -189,9 +199,11 @@ class KeyValueLayer(PromptLayer):
     def _takes_block_input(self) -> bool:
         return self.site.norm is None or isinstance(self.site.norm, nn.Identity)
 
-    def layer_input(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) what the attention layer's input (B, T, D) was before the norm."""
+    def layer_input(self, hidden: Tensor, noted: Tensor | None = None) -> Tensor:
+        """(B, T, D) what the attention layer's input (B, T, D) was before the norm; `noted` if the block says it."""
         name = self.site.name
+        if noted is not None:
+            return noted
         if self._takes_block_input():
             check = self.site.family is None and not torch.compiler.is_compiling()
             if check and getattr(hidden, BLOCK_INPUT, None) != id(self.site.block):

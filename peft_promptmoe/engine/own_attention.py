@@ -20,7 +20,7 @@ from ..models.own_attention import Asked
 from ..models.sites import Site
 from .columns import Columns, gates_of, join_rows
 
-PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__)
+PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__, torch.einsum)
 ADDED_PRODUCTS = (torch.baddbmm, torch.Tensor.baddbmm)
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
@@ -28,7 +28,8 @@ SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 def _factors(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
     """What a product multiplies."""
     if func not in ADDED_PRODUCTS:
-        return args[0], args[1]
+        left, right = args[-2:]  # behind the equation, in einsum
+        return left, right
     return (kwargs["batch1"], kwargs["batch2"]) if "batch1" in kwargs else (args[1], args[2])
 
 
@@ -46,18 +47,18 @@ class OwnSteps(TorchFunctionMode):
         assert site.own is not None
         self.columns, self.site, self.own, self.bound = columns, site, site.own, bound
         self.batch = next(iter(bound.values())).shape[0]
-        self.query: Tensor | None = None
+        self.lefts: list[Tensor] = []  # (B, H, T, d) what was multiplied from the left until now, the query first
         self.weights: Tensor | None = None  # (B, H, T, R) of the rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if self.query is None and func in PRODUCTS + ADDED_PRODUCTS:
+        if self.weights is None and func in PRODUCTS + ADDED_PRODUCTS:
             left, right = _factors(func, args, kwargs)
             if left.ndim >= 3 and right.ndim >= 3:  # Falcon's linear layers multiply with a matrix
-                self.query = self._by_head(left)
-        elif self.query is not None and self.weights is None and func in SOFTMAXES:
+                self.lefts.append(self._by_head(left))
+        elif self.lefts and self.weights is None and func in SOFTMAXES:
             return self._softmax(func, *args, **kwargs)
         elif self.weights is not None and func is F.dropout:
             self.weights = func(self.weights, *args[1:], **kwargs)
@@ -65,7 +66,7 @@ class OwnSteps(TorchFunctionMode):
             text = func(*args, **kwargs)
             value = self._of_slots([slots.value for slots in self.columns.slots])
             rows = self.weights.to(text.dtype) @ value.to(text.dtype)
-            self.query = self.weights = None
+            self.lefts, self.weights = [], None
             self.columns.arrived += 1
             return text + rows.reshape(text.shape)
         return func(*args, **kwargs)
@@ -76,10 +77,10 @@ class OwnSteps(TorchFunctionMode):
 
     def _softmax(self, func: Any, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Weights of the text (…, T, S); those of the rows are kept."""
-        assert self.query is not None
-        key = self._of_slots([slots.key for slots in self.columns.slots]).to(self.query.dtype)
-        rows = self.query @ key.transpose(-1, -2) * self.own.scale(self.site.attention)
-        bias = self._bias(self.query, scores.shape[-1])
+        query = self.own.query(self.lefts)
+        key = self._of_slots([slots.key for slots in self.columns.slots]).to(query.dtype)
+        rows = query @ key.transpose(-1, -2) * self.own.scale(self.site.attention)
+        bias = self._bias(query, scores.shape[-1])
         rows = rows if bias is None else rows + bias.to(rows.dtype)
         gates = gates_of(self.columns.slots)
         if gates is not None:
@@ -117,8 +118,9 @@ class OwnSteps(TorchFunctionMode):
         scale: float | None = None,
     ) -> Tensor:
         """The fused kernel, over rows and text."""
-        if is_causal:
-            raise ValueError("Prompts join attention with a mask, and this layer asks its kernel for a causal one.")
+        if is_causal:  # of as many queries as keys
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            attn_mask = seen.tril()[None, None]
         bias, keys, rows = self._bias(query, key.shape[2]), key.shape[2], self.columns.rows
         joined = join_rows(self.columns, query, key, value, attn_mask, scale)
         mask = joined.mask

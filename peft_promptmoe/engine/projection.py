@@ -29,10 +29,16 @@ def project_rows(site: Site, rows: Tensor, positions: Positions) -> Rows:
         rows: (B or 1, R, D) in the place of layer inputs.
         positions: of the rows.
     """
-    normed = site.norm(rows) if site.norm is not None else rows
+    normed = _normed(site, rows)
     if site.family is None or not site.family.direct:
         return harvest(site, normed, positions)
     return project_directly(site, normed, positions)
+
+
+def _normed(site: Site, rows: Tensor) -> Tensor:
+    """What the attention layer would be given of rows in the place of its layer input."""
+    normed: Tensor = site.norm(rows) if site.norm is not None else rows
+    return normed if site.factor is None else normed * site.factor
 
 
 def project_directly(site: Site, normed: Tensor, positions: Positions) -> Rows:
@@ -56,7 +62,11 @@ def project_directly(site: Site, normed: Tensor, positions: Positions) -> Rows:
 
 def _turned(site: Site, key: Tensor, positions: Positions) -> Tensor:
     angle = positions.angle
-    return key if angle is None else Turn(*angle, rotation(site)).there(key)
+    if angle is None:
+        return key
+    turn = Turn(*angle, rotation(site))
+    width = site.own.turned(site.attention) if site.own is not None else None
+    return turn.there(key) if width is None else torch.cat([turn.there(key[..., :width]), key[..., width:]], dim=-1)
 
 
 def rotation(site: Site) -> Rotate:
@@ -91,7 +101,7 @@ def project_experts(
         found = project_rows(site, rows, row_positions(site, at, offsets))
         experts = Experts(found.key[:, :, :routed], found.value[:, :, :routed], slots)
         return Rows(found.key[:, :, routed:], found.value[:, :, routed:], experts)
-    found = project_directly(site, site.norm(rows) if site.norm is not None else rows, Positions())
+    found = project_directly(site, _normed(site, rows), Positions())
     rotate, scale = rotation(site), rotary_scaling(site)
     by_offset = Turn(*offset_tables(site, angle[0], None if offsets is None else offsets[:routed]), rotate)
     experts = Experts(by_offset.there(found.key[:, :, :routed]), found.value[:, :, :routed], slots)

@@ -20,7 +20,7 @@ from ..models.reader import text_reader
 from .columns import Overheard
 from .eval_mode import eval_mode
 from .kernels import known_kernel
-from .key_value import KeyValueLayer
+from .key_value import NOTED_INPUT, KeyValueLayer
 from .model_hooks import prompt_layers
 from .positions import can_stand_before, first_position, row_positions
 from .projection import project_rows
@@ -106,7 +106,8 @@ def _listen(layer: KeyValueLayer, heard: dict[str, list[Heard]]) -> Any:
 
     def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = dict(zip(names, args, strict=False)) | kwargs
-        run = Heard(layer.layer_input(bound[names[0]]).detach(), bound, Overheard())
+        x = layer.layer_input(bound[names[0]], bound.get(NOTED_INPUT))
+        run = Heard(x.detach(), bound, Overheard())
         heard.setdefault(layer.site.name, []).append(run)
         return layer.carry(args, kwargs, run.kernel) if layer.site.own is None else None
 

@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from .alibi import BLOOM, FALCON, MPT
 from .disentangled import DEBERTA, DEBERTA_V2
 from .own_attention import OwnAttention
-from .written_out import BERT_LIKE, GPT_NEO, MPNET, OPENAI_GPT, VIDEOMAE, XGLM
+from .written_out import (
+    BART_LIKE,
+    BERT_LIKE,
+    CTRL,
+    GPT_NEO,
+    GPT_NEOX_JAPANESE,
+    LUKE,
+    MPNET,
+    OPENAI_GPT,
+    PROPHETNET,
+    VIDEOMAE,
+    XGLM,
+)
 
 FOUND = "?"
 
@@ -104,6 +116,12 @@ FAMILIES: dict[str, Family] = {
     "megatron-bert": Family(_BERT.attention, norm=FOUND, own=BERT_LIKE),
     "rembert": _post_norm(BERT_LIKE),
     "tapas": _post_norm(BERT_LIKE),
+    "luke": _post_norm(LUKE),
+    "gpt_neox_japanese": Family(r"(.*\.)?layers\.\d+\.attention", norm="input_layernorm", own=GPT_NEOX_JAPANESE),
+    "ctrl": Family(r"(.*\.)?h\.\d+\.multi_head_attention", norm="layernorm1", own=CTRL),
+    "mvp": Family(r"(.*\.)?(?:en|de)coder\.layers\.\d+\.self_attn", own=BART_LIKE),
+    "trocr": Family(r"(.*\.)?decoder\.layers\.\d+\.self_attn", own=BART_LIKE),
+    "prophetnet": Family(r"(.*\.)?encoder\.layers\.\d+\.self_attn", own=PROPHETNET),
     "mpnet": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attn", own=MPNET),
 }
 

@@ -102,7 +102,9 @@ class OwnAttention:
         bias: gives what is added to the scores of the rows, (B or 1, H, T or 1, R); None if nothing is.
         causal: whether a query sees earlier positions only.
         opens: makes of the layer's mask one that is True, or near zero, where attention is open.
-        turns: whether the layer turns its keys by the rotary tables it is given.
+        turns: whether the layer turns its keys by the rotary tables it is given, and
+        turned: how many features of a head it turns; None for all.
+        query: gives what multiplies the rows, of all left factors up to the softmax (B, H, T, d) in their order.
         why_not: says why an option of the model rules prompts out; None where nothing does.
     """
 
@@ -112,4 +114,6 @@ class OwnAttention:
     causal: Callable[[Any], bool] = is_causal
     opens: Callable[[Tensor], Tensor] = as_it_is
     turns: Callable[[Any], bool] = lambda attention: False
+    turned: Callable[[Any], int | None] = lambda attention: None
+    query: Callable[[list[Tensor]], Tensor] = lambda lefts: lefts[0]
     why_not: Callable[[Any], str | None] = lambda attention: None

@@ -46,6 +46,7 @@ class Site:
         bias_owner: the module that holds the table of relative position biases this layer adds.
         input_std: spread of the block's input where it is knowable without running the model, else None.
         patches: of vision towers that have one patch grid, how it is made; else None.
+        factor: what the block multiplies the norm's output by (Falcon-H1); None where it does not.
         calls: how many kernel calls the layer makes (two with differential attention).
         rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
     """
@@ -66,6 +67,7 @@ class Site:
     bias_owner: Any
     input_std: float | None
     patches: Patches | None = None
+    factor: float | None = None
     calls: int = 1
     rows_by_mask: bool = False
 
@@ -146,6 +148,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         bias_owner=biases,
         input_std=input_std(model, path, index, family),
         patches=patches,
+        factor=getattr(block, "attention_in_multiplier", None) if family is None else None,
         calls=2 if is_differential(attention) else 1,
         rows_by_mask=by_mask,
     )

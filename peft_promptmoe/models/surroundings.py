@@ -99,8 +99,8 @@ def rotary_type(rotary: nn.Module | None, attention: nn.Module, block: nn.Module
 def bias_owner(model: nn.Module, path: str, attention: nn.Module, above: bool) -> nn.Module | None:
     """The module with the table of relative position biases that an attention layer adds.
 
-    T5 keeps one in the first layer of a stack, UMT5 one in each layer, and MPNet, which is asked for by `above`, one
-    in the stack itself.
+    T5 keeps one in the first layer of a stack, UMT5 one in each layer. With `above` it is looked for in what holds the
+    layer, as MPNet has it.
     """
     if above:
         owners = (model.get_submodule(path.rsplit(".", steps)[0]) for steps in range(1, path.count(".") + 1))

@@ -39,8 +39,8 @@ def default_targets(model: nn.Module) -> str | list[str]:
     """
     kind = model_type(model) or ""
     family = FAMILIES.get(kind) or VISION_FAMILIES.get(kind)
-    if family is not None and any(re.fullmatch(family.attention, path) for path, _ in model.named_modules()):
-        return family.attention
+    if family is not None and (found := _of_family(model, family)):
+        return found
     paths = [path for path, _ in _generic_attentions(model)]
     if not paths:
         raise ValueError(
@@ -50,6 +50,14 @@ def default_targets(model: nn.Module) -> str | list[str]:
             "name such layers in `target_modules`."
         )
     return paths
+
+
+def _of_family(model: nn.Module, family: Family) -> str | list[str]:
+    """Where the family's attention layers are, but for those of an encoder-decoder's decoder."""
+    matched = {path: id(module) for path, module in model.named_modules() if re.fullmatch(family.attention, path)}
+    inside_decoder = decoder_modules(model)
+    kept = [path for path, number in matched.items() if number not in inside_decoder]
+    return family.attention if kept and len(kept) == len(matched) else kept
 
 
 def image_targets(model: nn.Module) -> str | list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .own_attention import Asked, OwnAttention, always, by_two_projections, if_decoder, not_scaled
@@ -31,3 +32,26 @@ OPENAI_GPT = OwnAttention(_openai_project, scale=lambda attention: attention.n_h
 BERT_LIKE = OwnAttention(by_two_projections("key", "value"), causal=if_decoder)
 MPNET = OwnAttention(by_two_projections("k", "v"), bias=_mpnet_bias)
 VIDEOMAE = OwnAttention(by_two_projections("key", "value"))
+
+
+def _neox_project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    _, key, value = attention.query_key_value(x).unflatten(-1, (attention.num_attention_heads, -1)).chunk(3, dim=-1)
+    return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _of_words_and_entities(lefts: list[Tensor]) -> Tensor:
+    """LUKE has queries of words for words and for entities, and of entities for both; prompts are words."""
+    return lefts[0] if len(lefts) == 1 else torch.cat([lefts[0], lefts[2]], dim=2)
+
+
+GPT_NEOX_JAPANESE = OwnAttention(
+    _neox_project,
+    scale=lambda attention: 1.0 / attention.norm_factor,
+    causal=always,
+    turns=always,
+    turned=lambda attention: attention.rotary_ndims,
+)
+CTRL = OwnAttention(by_two_projections("Wk", "Wv"), scale=lambda attention: attention.scaling, causal=always)
+BART_LIKE = OwnAttention(by_two_projections("k_proj", "v_proj"), scale=not_scaled, causal=if_decoder)
+PROPHETNET = OwnAttention(by_two_projections("key_proj", "value_proj"), scale=not_scaled)
+LUKE = OwnAttention(by_two_projections("key", "value"), query=_of_words_and_entities)

@@ -88,6 +88,8 @@ _GPT = {
 _NEW_GPTJ = hasattr(transformers.models.gptj.modeling_gptj, "GPTJRotaryEmbedding")
 _TWO_KINDS = ["sliding_attention", "full_attention"]
 _GEMMA_STACK = _LM_WIDE_HEADS | {"sliding_window": 4, "layer_types": _TWO_KINDS, "attn_logit_softcapping": None}
+_LM_ALONE = {name: value for name, value in _LM.items() if name not in ("intermediate_size", "num_key_value_heads")}
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
 _NEO = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
 _FALCON = _NEOX | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 _DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "hidden_dropout_prob": 0.0}
@@ -259,6 +261,23 @@ ARCHITECTURES: dict[str, Arch] = {
     ),
     "openai-gpt": Arch(EXACT, _CAUSAL, {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     # Attention that the layers compute themselves, past the interface.
+    "gpt_neox_japanese": Arch(EXACT, _CAUSAL, _LM_ALONE | {"intermediate_multiple_size": 2}),
+    "ctrl": Arch(EXACT, _CAUSAL, {"vocab_size": 64, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4} | _NO_DROPOUT),
+    "trocr": Arch(
+        EXACT,
+        _CAUSAL,
+        {"vocab_size": 64, "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+        | {"is_decoder": True, "pad_token_id": 0},
+    ),
+    "luke": Arch(EXACT, _CLASSIFIER, _BERT | {"entity_vocab_size": 8, "entity_emb_size": 32}),
+    "mvp": Arch(EXACT, _SEQ2SEQ, _BART),
+    "prophetnet": Arch(
+        EXACT,
+        _SEQ2SEQ,
+        {"vocab_size": 64, "hidden_size": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0}
+        | {"num_encoder_layers": 2, "num_decoder_layers": 2, "max_position_embeddings": 64}
+        | {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4},
+    ),
     "bloom": Arch(  # softmax in float32
         EXACT, _CAUSAL, {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, tolerance=1e-5
     ),
