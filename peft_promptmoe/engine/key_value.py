@@ -244,8 +244,8 @@ class KeyValueLayer(PromptLayer):
             if cached is not None:
                 cached[adapter] = rows
                 # Gathered from while decoding, and there without gradient only.
-                gathered = rows.experts is not None and kernel.adds_mask and not torch.is_grad_enabled()
-                if rows.experts is not None and gathered and self.site.own is None:
+                decodes = kernel.adds_mask and self.site.own is None and not torch.is_grad_enabled()
+                if rows.experts is not None and decodes:
                     rows.experts.table = decoding_table(rows.experts)
         slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
         if self.site.own is not None:
