@@ -28,7 +28,9 @@ def _mpnet_bias(asked: Asked) -> Tensor:
 
 GPT_NEO = OwnAttention(by_two_projections("k_proj", "v_proj"), scale=not_scaled, causal=always)
 XGLM = GPT_NEO  # scales its queries before
-OPENAI_GPT = OwnAttention(_openai_project, scale=lambda attention: attention.n_head**0.5 / attention.split_size**0.5)
+OPENAI_GPT = OwnAttention(
+    _openai_project, scale=lambda attention: attention.n_head**0.5 / attention.split_size**0.5, causal=always
+)
 BERT_LIKE = OwnAttention(by_two_projections("key", "value"), causal=if_decoder)
 MPNET = OwnAttention(by_two_projections("k", "v"), bias=_mpnet_bias)
 VIDEOMAE = OwnAttention(by_two_projections("key", "value"))

@@ -25,7 +25,13 @@ OPEN = {"MptBlock": False, "DebertaLayer": 1, "DebertaV2Layer": 1}
 
 @contextmanager
 def rows_through_blocks(
-    model: Any, sites: list[Any], rows: Sequence[Tensor | Rows], count: int, last_stays: bool = False
+    model: Any,
+    sites: list[Any],
+    rows: Sequence[Tensor | Rows],
+    count: int,
+    last_stays: bool = False,
+    slots: int | None = None,
+    gates: Sequence[Rows] | None = None,
 ) -> Iterator[None]:
     """Hook the blocks of `sites`.
 
@@ -35,10 +41,16 @@ def rows_through_blocks(
         rows: (P, D) for each site, or what makes (B, P, D) of a block's input (B, T, D).
         count: P.
         last_stays: whether the last block's rows are left in its output, and a decoder sees them.
+        slots: of one expert, where rows are of several: then each expert's stand right before the text.
+        gates: what makes (B, T, P) of a block's input, which is added to the scores of text on rows.
     """
     handles = []
     for number, (site, row) in enumerate(zip(sites, rows, strict=True)):
-        handles.append(site.block.register_forward_pre_hook(_prepend(site, row, count), with_kwargs=True))
+        handles.append(
+            site.block.register_forward_pre_hook(
+                _prepend(site, row, count, slots or count, gates[number] if gates else None), with_kwargs=True
+            )
+        )
         if not (last_stays and number == len(sites) - 1):
             handles.append(site.block.register_forward_hook(_drop(count)))
     if last_stays:
@@ -51,7 +63,8 @@ def rows_through_blocks(
             handle.remove()
 
 
-def _prepend(site: Any, rows: Tensor | Rows, count: int) -> Hook:
+def _prepend(site: Any, rows: Tensor | Rows, count: int, slots: int, gates: Rows | None) -> Hook:
+    offsets = torch.arange(count) % slots - slots
     names = list(inspect.signature(inspect.unwrap(type(site.block).forward)).parameters)[1:]
 
     def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,6 +81,8 @@ def _prepend(site: Any, rows: Tensor | Rows, count: int) -> Hook:
             mask = F.pad(mask, (count, 0), value=open_)
             if mask.shape[2] > 1:  # a prompt sees what the first token sees; padding is on the right
                 mask = torch.cat([mask[:, :, :1].expand(-1, -1, count, -1), mask], dim=2)
+            if gates is not None:
+                mask = _gated(mask, gates(x))
             given["attention_mask"] = mask
         positions = given.get("position_ids")
         if isinstance(positions, Tensor):  # Ministral scales queries by them, and those of the rows nobody sees
@@ -78,7 +93,7 @@ def _prepend(site: Any, rows: Tensor | Rows, count: int) -> Hook:
             buckets = owner.relative_position_bucket(columns[None, :] - columns[:, None])
             given["position_bias"] = owner.relative_attention_bias(buckets).permute(2, 0, 1)[None]
         if given.get("alibi") is not None:
-            given["alibi"] = _steeper(given["alibi"], count)
+            given["alibi"] = _steeper(given["alibi"], offsets)
         if given.get("relative_pos") is not None:  # DeBERTa's, query minus key: those of a text that is longer
             columns = torch.arange(count + length)
             make = inspect.unwrap(type(site.attention).forward).__globals__["build_relative_position"]
@@ -91,24 +106,34 @@ def _prepend(site: Any, rows: Tensor | Rows, count: int) -> Hook:
         if tables is not None:
             kind = {"layer_type": site.rotary_type} if site.rotary_type else {}
             # The text starts at position 0 here: these tests pad on the right.
-            before = _tables_before(site, x, tables, count, kind)
+            before = _tables_before(site, x, tables, offsets, kind)
             given["position_embeddings"] = _joined(before, tables, batch)
         return (), given
 
     return hook
 
 
-def _steeper(alibi: Tensor, count: int) -> Tensor:
-    """Linear biases (..., S) that are zero at the first token, with those of `count` positions before it in front."""
+def _gated(mask: Tensor, gates: Tensor) -> Tensor:
+    """An additive mask (B, 1, P + T, P + T) with gates (B, T, P) on what text sees of the first P columns."""
+    batch, length, count = gates.shape
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=gates.dtype).masked_fill(~mask, torch.finfo(gates.dtype).min)
+    mask = mask.expand(batch, -1, count + length, -1).clone()
+    mask[:, :, count:, :count] += gates[:, None]
+    return mask
+
+
+def _steeper(alibi: Tensor, offsets: Tensor) -> Tensor:
+    """Linear biases (..., S) that are zero at the first token, with those of places `offsets` from it in front."""
     slope = alibi[..., 1:2] - alibi[..., :1]
-    return torch.cat([slope * torch.arange(-count, 0).to(alibi.dtype), alibi], dim=-1)
+    return torch.cat([slope * offsets.to(alibi.dtype), alibi], dim=-1)
 
 
-def _tables_before(site: Any, x: Tensor, tables: Any, count: int, kind: dict[str, Any]) -> Any:
-    """Rotary tables of positions -count..-1."""
-    positions = torch.arange(-count, 0)[None].expand(len(x), -1)
+def _tables_before(site: Any, x: Tensor, tables: Any, offsets: Tensor, kind: dict[str, Any]) -> Any:
+    """Rotary tables of positions `offsets` from the first token's."""
+    positions = offsets[None].expand(len(x), -1)
     if site.rotary is None:  # Falcon with linear biases, which does not look at its tables
-        return tuple(table[:, :1].expand(len(x), count, -1) for table in tables)
+        return tuple(table[:, :1].expand(len(x), len(offsets), -1) for table in tables)
     if site.sine_first:  # GPT-J, which has a table by position and none below zero
         pairs = tables[0].shape[-1]
         angles = positions[..., None] * 10000.0 ** (-torch.arange(pairs) / pairs)

@@ -211,7 +211,7 @@ ROWS = [
     ),
     Row(
         23,
-        "prompts in attention equal prompts through the block, 1e-12",
+        "prompts in attention equal prompts through the block, 1e-12 where the model computes in float64",
         (
             "test_static_rows_equal_rows_through_the_block",
             "test_direct_is_harvest",
@@ -224,6 +224,7 @@ ROWS = [
         "equals an oracle of loops in float64",
         (
             "test_routed_rows_equal_a_loop_through_the_block",
+            "test_token_routed_rows_equal_all_experts_rows_under_a_gated_mask",
             "test_equals_oracle",
             "test_blocks_of_other_families",
             "test_on_timm",

@@ -136,6 +136,27 @@ def test_the_whole_contract(name: str, tmp_path: Path) -> None:
     assert census(model) == before
 
 
+def causal_models() -> list[str]:
+    return [name for name in with_outcome(EXACT, WORKS) if ARCHITECTURES[name].auto == "AutoModelForCausalLM"]
+
+
+@pytest.mark.parametrize("name", causal_models())
+def test_no_later_token_reaches_an_earlier_logit_by_default(name: str) -> None:
+    model = make_model(name)
+    prompted, _ = attach(name, model, init_weights=False)
+    assert prompted.peft_config["default"].routing == "token"
+    ids = make_inputs(model)["input_ids"]
+    changed = ids.clone()
+    changed[:, 4:] = (changed[:, 4:] + 17) % 50 + 5
+    with torch.no_grad():
+        before, after = prompted(input_ids=ids).logits, prompted(input_ids=changed).logits
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+    # The experts of a model's own round as the rest of the batch has it.
+    torch.testing.assert_close(
+        before[:, :4], after[:, :4], rtol=0, atol=1e-10 if before.dtype == torch.float64 else 1e-5
+    )
+
+
 @pytest.mark.parametrize("name", with_outcome(*AT_ATTACH))
 def test_refused_before_anything_is_changed(name: str) -> None:
     model = make_model(name)

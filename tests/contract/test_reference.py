@@ -88,3 +88,46 @@ def test_static_rows_equal_rows_through_the_block(case: Case) -> None:
 @each_case(lambda case: case.variant_name == "sample")
 def test_routed_rows_equal_a_loop_through_the_block(case: Case) -> None:
     compare(case, {}, routed_rows)
+
+
+@each_case(lambda case: case.variant_name == "token" and case.is_causal_lm)
+def test_token_routed_rows_equal_all_experts_rows_under_a_gated_mask(case: Case) -> None:
+    """The rows of all experts in front of every block, and on their columns each token's own log-gates."""
+    model = case.model(base=case.base().double(), init_weights=False, num_experts=3, top_k=2)
+    layers = list(prompted_base(model).values())
+    config = model.peft_config["default"]
+    slots, experts = config.num_virtual_tokens, config.num_experts
+    batch = case.prompt_only(case.batch())
+    both = [(layer.mept_prompts["default"].weight, layer.mept_shared_prompts["default"].weight) for layer in layers]
+    rows = [torch.cat(tables).flatten(0, 1).detach() * config.prompt_scale for tables in both]
+
+    def gates_of(layer: Any) -> Callable[[Tensor], Tensor]:
+        router = layer.mept_router["default"].weight.detach()
+
+        def gates(x: Tensor) -> Tensor:
+            made = torch.zeros(*x.shape[:2], len(rows[0]), dtype=x.dtype)
+            for sample, t in [(s, t) for s in range(x.shape[0]) for t in range(x.shape[1])]:
+                token = x[sample, t]
+                token = token / (token.square().mean() + NORM_EPS).sqrt()
+                chances = torch.log_softmax(router @ token, dim=0)
+                chosen = chances.topk(config.top_k).indices.tolist()
+                for e in range(experts):
+                    gate = chances[e] if e in chosen else torch.finfo(x.dtype).min / 4
+                    made[sample, t, e * slots : (e + 1) * slots] = gate
+            return made
+
+        return gates
+
+    sites, gated = [layer.site for layer in layers], [gates_of(layer) for layer in layers]
+    with torch.no_grad():
+        got = logits(model, batch)
+        with model.disable_adapter():
+            plain = logits(model, batch)
+            with rows_through_blocks(model, sites, rows, len(rows[0]), slots=slots, gates=gated):
+                expected = logits(model, batch)
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        got, expected, plain = (values[mask.bool()] for values in (got, expected, plain))
+    assert_different(expected, plain, "logits with and without prompts", at_least=0.01)
+    tolerance = max(case.architecture.tolerance, 1e-10)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
