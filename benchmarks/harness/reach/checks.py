@@ -36,7 +36,8 @@ def run(model: nn.Module, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         given = {name: value for name, value in inputs.items() if name != "labels"}
         images = given.pop("x", None)  # of timm's models, which take nothing else
-        return tensor_of(model(images) if images is not None else model(**given)).float()
+        made = tensor_of(model(images) if images is not None else model(**given)).float()
+    return made.masked_fill(made == torch.finfo(made.dtype).min, 0.0)  # tokens that Chameleon never lets through
 
 
 def attach(base: nn.Module, config: Any) -> tuple[Any, list[str]]:

@@ -216,7 +216,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "<|visual token 000031|>": 51,
         }
     },
-    "esm": {"mask_token_id": 4, "vocab_size": 256},
+    "esm": {"mask_token_id": 4, "pad_token_id": 1, "vocab_size": 256},
     "exaone4_5_text": {"rope_parameters": {"mrope_section": [2, 3, 3], "rope_theta": 10000.0, "rope_type": "default"}},
     "falcon_h1": {"mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_n_heads": 8},
     "fun_asr_nano_adaptor": {"intermediate_size": 16},
