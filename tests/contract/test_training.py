@@ -213,13 +213,15 @@ def test_autocast_is_finite_and_near(case: Case) -> None:
 
 
 def compiles_its_loss(case: Case) -> bool:
-    """GPT-2's own loss logs a warning, which no compiler takes; the base model alone fails the same way."""
-    return case.architecture_name != "gpt2"
+    """GPT-2's own loss logs a warning and DeBERTa's asks how many labels there are, which no compiler takes; the base
+    models alone fail the same way."""
+    return case.architecture_name not in ("gpt2", "deberta_v3")
 
 
 def compiles(case: Case) -> bool:
-    """DPT captures its hidden states under a lock, which no compiler takes; so does the base model alone."""
-    return case.architecture_name != "dpt_vit"
+    """DPT captures its hidden states under a lock, and some mixtures of experts go through those that were chosen,
+    which no compiler takes whole; so do the base models alone."""
+    return case.architecture_name not in ("dpt_vit", "gpt_oss", "deepseek_v3")
 
 
 COMPILED_TWICE = ("bert", "llama")
