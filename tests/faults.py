@@ -201,6 +201,20 @@ FAULTS = [
         (INVARIANCE, "-k", "no_answer_reaches and mept-llama"),
     ),
     Fault(
+        "a mask that keeps neighbours apart is taken for one sample's",
+        "models/packed_rows.py",
+        "if bool(torch.stack(apart).all(dim=0).any()):",
+        "if False:",
+        ("tests/unit/models/test_packed_rows.py",),
+    ),
+    Fault(
+        "router centres take in what a model writes while it trains",
+        "mept/layer.py",
+        "if not call.learns:",
+        "if False:",
+        ("tests/unit/engine/test_given_query.py", "-k", "centre"),
+    ),
+    Fault(
         "decoding makes its rows anew at each step",
         "engine/row_cache.py",
         "        past = length > 0\n    rows",

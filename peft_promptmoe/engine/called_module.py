@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ..models.call_arguments import attention_mask, given_cache
 from ..models.inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
-from ..models.query import query_of, refuse_packed_rows, warn_of_no_query
+from ..models.packed_rows import refuse_packed_rows
+from ..models.query import query_of, warn_of_no_query
 from ..routing.auxiliary_loss import add_losses
 from ..routing.prompt_call import CallBook, PromptCall
 from .prompt_layer import PROMPT_CALL, PromptLayer
@@ -70,7 +71,7 @@ class CalledModule:
         call.within.append(self)
         bound = dict(zip(self.names, args, strict=False)) | kwargs
         if call.pools_rows:
-            refuse_packed_rows(bound)
+            refuse_packed_rows(bound, call.pools_causal, outermost=len(call.within) == 1)
         call.cached |= given_cache(bound) is not None
         if call.reads_query and not call.knows_query:
             call.query = query_of(bound)

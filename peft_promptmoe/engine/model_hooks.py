@@ -150,7 +150,9 @@ class ModelHooks(nn.Module):
                 # timm's models hand nothing on to their layers, and would refuse what they do not know.
                 call.asks |= layer.needs_call(name) and not layer.site.is_timm
                 call.reads_query |= layer.reads_query(name)
-                call.pools_rows |= layer.site.causal and layer.pools_rows(name)
+                pools = layer.pools_rows(name) and layer.site.patches is None and not layer.site.is_timm
+                call.pools_rows |= pools
+                call.pools_causal |= pools and layer.site.causal
                 call.leaves_word |= layer.leaves_word(name)
         if call.leaves_word:
             for method, layers in self._with_word().items():

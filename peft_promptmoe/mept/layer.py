@@ -139,7 +139,11 @@ class MEPTLayer(KeyValueLayer):
         return self._center(adapter, pooled, None if real is None else real.any(dim=1), call)
 
     def _center(self, adapter: str, pooled: Tensor, some: Tensor | None, call: PromptCall | None) -> Tensor | None:
-        """(D,) the centre to subtract; a training forward takes its batch in once, after reading the old value."""
+        """(D,) the centre to subtract; a training forward takes its batch in once, after reading the old value.
+
+        Forwards without gradients take nothing in. Trainers let models in training mode write texts (GRPO), each
+        process texts of its own, and centres of processes would part.
+        """
         if adapter not in self.mept_router_center:
             return None
         center = self.mept_router_center[adapter]
@@ -147,6 +151,8 @@ class MEPTLayer(KeyValueLayer):
         if not self.training or not self.mept_router[adapter]().requires_grad:
             return center()
         assert call is not None
+        if not call.learns:
+            return center()
         key = (self.site.name, adapter)
         if key not in call.centers:
             weight = torch.ones_like(pooled[:, :1]) if some is None else some[:, None].to(pooled.dtype)

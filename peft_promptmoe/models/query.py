@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routers that read a whole row may read of it: the query of a causal language model, and one sample only."""
+"""What routers that read a whole row may read of it on a causal language model: the query."""
 
 from __future__ import annotations
 
@@ -10,37 +10,6 @@ import torch
 from torch import Tensor
 
 from .call_arguments import attention_mask, real_tokens
-
-
-def refuse_packed_rows(bound: dict[str, Any]) -> None:
-    """Refuse rows that hold several samples, of which one choice of experts would be made.
-
-    Args:
-        bound: the arguments of the base model, or of a module within it, by name.
-
-    Raises:
-        ValueError: the rows are packed. Compiled code cannot tell by position ids.
-    """
-    if bound.get("cu_seq_lens_q") is not None or starts_again(bound):
-        raise ValueError(
-            "routing='sample' chooses experts once per row and packed rows hold several samples. Use "
-            "routing='token', or do not pack."
-        )
-
-
-def starts_again(bound: dict[str, Any]) -> bool:
-    """Whether position ids go back behind a real token, which is how rows are packed with several samples."""
-    positions, mask = bound.get("position_ids"), attention_mask(bound)
-    if not isinstance(positions, Tensor) or positions.ndim != 2 or positions.shape[1] == 1:
-        return False
-    if positions.is_meta or torch.compiler.is_compiling():
-        return False
-    back = positions[:, 1:] < positions[:, :-1]
-    if mask is not None:
-        length = positions.shape[1]
-        real = real_tokens(mask, length) if mask.ndim == 4 else mask[:, -length:].bool()
-        back = back if real is None else back & real[:, :-1] & real[:, 1:]
-    return bool(back.any())
 
 
 def query_of(bound: dict[str, Any]) -> Tensor | None:

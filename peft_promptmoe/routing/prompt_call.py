@@ -45,7 +45,8 @@ class PromptCall:
 
     Attributes:
         asks: whether any layer cannot work without this.
-        reads_query, pools_rows: whether any layer's router reads a query, or a whole row.
+        reads_query, pools_rows: whether any layer's router reads a query, or a whole row of text.
+        pools_causal: whether one that reads a whole row is in a causal layer.
         learns: whether a gradient is asked for; checkpointing switches it off for the layers.
         within: what is being called, from the outside in.
         given: the query as a user has said it; None if none has.
@@ -61,7 +62,7 @@ class PromptCall:
     """
 
     def __init__(self, given: GivenQuery | None = None) -> None:
-        self.asks = self.reads_query = self.pools_rows = self.leaves_word = False
+        self.asks = self.reads_query = self.pools_rows = self.pools_causal = self.leaves_word = False
         self.learns = torch.is_grad_enabled()
         self.within: list[Any] = []
         self.given = given

@@ -120,3 +120,18 @@ def test_lengths_of_another_batch_are_refused(sample: PeftModel) -> None:
 def test_labels_of_other_tokens_than_the_layers_are_refused(sample: PeftModel) -> None:
     with pytest.raises(ValueError, match=r"are of 5 tokens and this layer sees 8.*given_query"):
         sample.get_base_model().model(input_ids=IDS, labels=torch.full((3, 5), -100))
+
+
+@pytest.mark.parametrize("routing", ["sample", "token"])
+def test_texts_written_while_a_model_trains_move_no_router_centre(routing: str) -> None:
+    """GRPO and its like generate in training mode, each process from prompts of its own."""
+    model = Case("mept", "llama", routing, "sdpa").model(router_centering=True, init_weights=False).train()
+    model(input_ids=IDS, labels=IDS.masked_fill(torch.arange(8) < 3, -100))
+    known = {name: centre.clone() for name, centre in model.state_dict().items() if "center" in name}
+    assert known and all(bool(centre.any()) for centre in known.values())
+    asked = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+    written = model.generate(input_ids=IDS, **asked)
+    for name, centre in model.state_dict().items():
+        if name in known:
+            assert torch.equal(centre, known[name])
+    assert torch.equal(model.eval().generate(input_ids=IDS, **asked), written)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routers of whole rows read: queries, guesses of assisted decoding, packed rows, masks of several kinds."""
+"""What routers of whole rows read: queries, guesses of assisted decoding, masks of several kinds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from cases import Case, gradients, logits
 from peft import get_peft_model
 from torch import Tensor
-from transformers import BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel, TrainerControl, TrainerState
+from transformers import BertModel, LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState
 
 from peft_promptmoe import MEPTConfig, RoutingCallback
 
@@ -46,17 +46,6 @@ def test_assisted_decoding_gives_the_greedy_answer(ways: dict[str, Any]) -> None
     more = {"assistant_model": LLAMA.base(seed=3)} if ways.pop("assistant", None) else ways
     plain = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False, **more), plain)
-
-
-def test_packed_rows_are_refused_where_nothing_is_generated_either() -> None:
-    torch.manual_seed(0)
-    base = LlamaModel(LlamaConfig(**LLAMA.architecture.settings)).eval()
-    model = get_peft_model(base, MEPTConfig(task_type="FEATURE_EXTRACTION", routing="sample"))
-    packed = {"input_ids": torch.arange(5, 15)[None], "position_ids": torch.tensor([[0, 1, 2, 3, 4] * 2])}
-    with pytest.raises(ValueError, match="packed rows hold several samples"):
-        model(**packed)
-    with model.disable_adapter():
-        model(**packed)
 
 
 @pytest.mark.parametrize("positions", ["prefix", "unrotated"])
