@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptConfig
-from ..models.call_arguments import first_real
+from ..models.call_arguments import first_real, packs_texts
 from ..models.inspection import parameter_names
 from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.reachable import CannotJoin
@@ -156,8 +156,10 @@ class KeyValueLayer(PromptLayer):
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
-        # Images have no padding; what BEiT passes as a mask are its relative positions.
-        real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None
+        # Images have no padding; what BEiT passes as a mask are its relative positions. In a row of many texts the mask
+        # tells them apart.
+        padded = not past and self.site.patches is None and not packs_texts(bound)
+        real = kernel.real(mask, x.shape[1]) if padded else None
         parts = [self._columns(name, x, real, bound, call, cached, past, kernel) for name in adapters]
         columns = merge_columns(parts)
         columns.calls = self.site.calls

@@ -17,6 +17,7 @@ from ..routing.balance_loss import BALANCE
 from ..routing.prompt_call import CallBook, PromptCall
 from ..sharing.load_checks import check_read, check_strangers, check_tensors
 from ..sharing.rollback import Unread, note_made, running_load
+from . import continuous_batching
 from .called_module import CalledModule, holders
 from .grid_book import GridBook
 from .prompt_layer import PromptLayer
@@ -41,6 +42,7 @@ class ModelHooks(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         model.add_module(PROMPT_CHILD, self)
+        continuous_batching.guard(model, self)
         self._handles = [
             *CalledModule(self, model).attach(model),
             model.register_load_state_dict_pre_hook(self._before_load),
@@ -52,7 +54,13 @@ class ModelHooks(nn.Module):
         for book in self._grid_books:
             book.detach()
         self._release()
+        continuous_batching.release(model)
         delattr(model, PROMPT_CHILD)
+
+    @property
+    def layers(self) -> list[PromptLayer]:
+        """The prompt layers of the model as they now are."""
+        return self._layers
 
     def grid_book(self, patches: Patches) -> GridBook:
         """The book of the grids that come through a patch embedding, one per embedding."""
