@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftModel
@@ -18,6 +18,7 @@ from .checks import check_attention, check_layers, check_saved_modules, no_match
 from .config import PromptConfig
 from .engine.choice import join_all, join_what_can_be
 from .engine.key_value import KeyValueLayer
+from .engine.mixed_batch import mixed_batch
 from .engine.model_hooks import ModelHooks, prompt_layers
 from .engine.prompt_layer import PromptLayer
 from .engine.rehearsal import rehearse
@@ -311,9 +312,6 @@ class PromptTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"{self.method} does not mix adapters within a batch (adapter_names). Run one batch per adapter with "
-                "set_adapter()."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        with mixed_batch(self.model, names, self.method) if names is not None else nullcontext():
+            yield

@@ -154,7 +154,7 @@ class ModelHooks(nn.Module):
                 self.hold()  # another adapter may have been switched to since
         call = self.calls.begin()
         for layer in self._layers:
-            for name in layer.working_adapters():
+            for name in layer.adapters_of(call):
                 # timm's models hand nothing on to their layers, and would refuse what they do not know.
                 call.asks |= layer.needs_call(name) and not layer.site.is_timm
                 call.reads_query |= layer.reads_query(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
 from ..models.sites import Site
-from ..routing.prompt_call import CallBook
+from ..routing.prompt_call import CallBook, PromptCall
 from ..routing.record import Chosen, Observer, RoutingRecord
 from .grid_book import GridBook
 
@@ -53,6 +53,12 @@ class PromptLayer(AdapterState):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def adapters_of(self, call: PromptCall | None) -> list[str]:
+        """The adapters that work in a forward: those that its samples are named with, or else the active ones."""
+        if call is None or call.names is None or self.disable_adapters:
+            return self.working_adapters()
+        return [name for name in dict.fromkeys(call.names) if name in self.prompt_config]
 
     # -- what a method defines ----------------------------------------------------------------------------------------
 

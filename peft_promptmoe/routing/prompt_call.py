@@ -49,6 +49,7 @@ class PromptCall:
         learns: whether a gradient is asked for; checkpointing switches it off for the layers.
         within: what is being called, from the outside in.
         given: the query as a user has said it; None if none has.
+        names: of the adapter of each sample, where several share a batch; None where the active ones are all samples'.
         query: (B or 1, T) the tokens that routers of a causal language model may read; None while nobody knows.
         leaves_word: whether any layer leaves word of what it saw, for its method to act on when the forward is over.
         losses: auxiliary losses to report, detached, by path of the attention layer, adapter and name.
@@ -60,11 +61,12 @@ class PromptCall:
         warned: whether somebody was told that routers read the whole row.
     """
 
-    def __init__(self, given: GivenQuery | None = None) -> None:
+    def __init__(self, given: GivenQuery | None = None, names: tuple[str, ...] | None = None) -> None:
         self.asks = self.reads_query = self.pools_rows = self.leaves_word = False
         self.learns = torch.is_grad_enabled()
         self.within: list[Any] = []
         self.given = given
+        self.names = names
         self.query: Tensor | None = None
         self.losses: dict[tuple[str, str, str], Tensor] = {}
         self.loss_gradient: Tensor | None = None
@@ -115,6 +117,7 @@ class CallBook:
         self.loss_gradient: Tensor | None = None
         self._calls: dict[int, PromptCall] = {}
         self._given: dict[int, GivenQuery] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
 
     @property
     def call(self) -> PromptCall | None:
@@ -126,7 +129,11 @@ class CallBook:
     def begin(self) -> PromptCall:
         """The call of a forward that begins in this thread."""
         compiled = torch.compiler.is_compiling()  # it cannot ask for the thread
-        call = PromptCall(next(iter(self._given.values()), None) if compiled else self._given.get(_thread()))
+        given, names = self._given, self._names
+        if compiled:
+            call = PromptCall(next(iter(given.values()), None), next(iter(names.values()), None))
+        else:
+            call = PromptCall(given.get(_thread()), names.get(_thread()))
         self._calls[_thread()] = call
         self.loss_gradient = None
         return call
@@ -141,6 +148,13 @@ class CallBook:
         before = self._given.pop(_thread(), None)
         if query is not None:
             self._given[_thread()] = query
+        return before
+
+    def mix(self, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Let the samples of this thread's batches have the adapters of these names, and return those before."""
+        before = self._names.pop(_thread(), None)
+        if names is not None:
+            self._names[_thread()] = names
         return before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallBook:
