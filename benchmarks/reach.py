@@ -204,7 +204,7 @@ def _settle(model: Any, kind: str) -> None:
             and getattr(config, "pad_token_id", None) is None
         ):
             config.pad_token_id = 0
-    if kind in ("classification", "seq2seq") and getattr(model.config, "decoder_start_token_id", 0) is None:
+    if kind in ("classification", "seq2seq") and getattr(model.config, "decoder_start_token_id", None) is None:
         model.config.decoder_start_token_id = 0
     if model.config.model_type == "xmod":
         model.set_default_language("en_XX")

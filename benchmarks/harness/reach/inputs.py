@@ -55,19 +55,33 @@ def _texts(model: Any, kind: str) -> Iterator[Inputs]:
         inputs["labels"] = torch.tensor([0, 1])
         if getattr(model.config, "is_encoder_decoder", False) and isinstance(model.config.eos_token_id, int):
             ids[:, -1] = model.config.eos_token_id
+    elif getattr(model.config, "is_encoder_decoder", False):
+        inputs["labels"] = ids[:, :6].clone()
     if kind == "seq2seq":
-        if getattr(model.config, "is_encoder_decoder", False):
-            inputs["labels"] = ids[:, :6].clone()
         yield inputs | decoder
     yield inputs
     if decoder:
         yield inputs | decoder
+    if "input_features" in taken:
+        yield inputs | {"input_features": _frames(model)}
     if "pixel_values" in taken:
         side = _side(model)
         pixels = {"pixel_values": _noise(2, 3, side, side)}
         yield inputs | pixels
         yield inputs | pixels | decoder
         yield pixels | decoder | {"labels": ids[:, :6].clone()}
+
+
+def _bins(model: Any) -> int:
+    """Features of a frame of sound."""
+    configs = (model.config, getattr(model.config, "audio_config", None))
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_size")
+    return next((getattr(config, name) for config in configs for name in names if getattr(config, name, None)), 80)
+
+
+def _frames(model: Any) -> Tensor:
+    """(2, bins, 8 * LENGTH) of sound, of which Voxtral Realtime makes as many tokens as the text has."""
+    return _noise(2, _bins(model), 8 * LENGTH)
 
 
 def _images(model: Any, kind: str) -> Iterator[Inputs]:
@@ -80,6 +94,7 @@ def _images(model: Any, kind: str) -> Iterator[Inputs]:
     }
     yield {"pixel_values": _noise(2, 16, 3 * 8 * 8)} | patches | labels  # SigLIP 2
     yield {"input_ids": _tokens() % 30} | labels  # ImageGPT
+    yield from _texts(model, "classification")  # what reads text as well
 
 
 def _sounds(model: Any, kind: str) -> Iterator[Inputs]:
@@ -87,14 +102,21 @@ def _sounds(model: Any, kind: str) -> Iterator[Inputs]:
     more: Inputs = {"labels": ids[:, :6].clone() if kind == "speech" else torch.tensor([0, 1])}
     if "decoder_input_ids" in taken:
         more["decoder_input_ids"] = ids[:, :6].clone()
-    names = ("num_mel_bins", "input_feat_per_channel", "feature_size")
-    bins = next((getattr(model.config, name) for name in names if getattr(model.config, name, None)), 80)
+    channels = getattr(getattr(model.config, "decoder_config", None), "num_channels", None)
+    if channels is not None:  # Dia writes several codes at a time
+        yield {"input_ids": ids, "decoder_input_ids": ids[:, :6, None].repeat(1, 1, channels)}
+    bins, codes = _bins(model), getattr(model.config, "num_codebooks", None)
+    if codes is not None:  # Kyutai reads a token and its codes of sound
+        several = torch.cat([ids[..., None], ids[..., None].repeat(1, 1, codes) % 60], dim=-1)
+        yield {"input_ids": several, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     if "input_values" in taken:
         for shape in ((2, 8000), (2, 1024, bins), (2, 64, bins), (2, 1024, 128), (2, 64, 80), (2, 16000)):
             yield {"input_values": _noise(*shape) * 0.5} | more
     if "input_features" in taken:
         for shape in ((2, bins, 512), (2, 64, bins), (2, 64, 160), (2, bins, 64), (2, bins, 1024)):
             yield {"input_features": _noise(*shape)} | more
+        if "input_ids" in taken:  # Voxtral Realtime adds a frame to each token
+            yield {"input_ids": ids, "input_features": _frames(model), "labels": ids.clone()}
     if "input_ids" in taken:
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | more | {"labels": ids.clone()}
 

@@ -79,6 +79,9 @@ def build(kind: str, model_type: str) -> Any:
         try:
             config = transformers.CONFIG_MAPPING[model_type]
             made = config(**_settings(config, plain_heads) | _role(kind, model_type))
+            of_several = getattr(modeling_auto, KINDS[kind][1])[model_type]
+            if made.architectures is None and isinstance(of_several, (list, tuple)):
+                made.architectures = [of_several[0]]
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in make(made).parameters())
             if size > LARGEST:
