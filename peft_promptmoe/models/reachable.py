@@ -82,6 +82,9 @@ def _order_of_tokens(model: nn.Module, path: str) -> str | None:
     config = attention.config
     if hasattr(config, "depths") or hasattr(config, "hidden_sizes") or hasattr(parent, "window_size"):
         return "it attends within windows or over several resolutions, and not over all tokens of its block"
+    convolutions = (part for part in parent.children() if isinstance(part, nn.Conv1d))
+    if any(stride > 1 for part in convolutions for stride in part.stride):
+        return "a convolution before it makes fewer tokens of its block's"
     return None
 
 

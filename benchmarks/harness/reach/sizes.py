@@ -194,7 +194,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
     },
     "deepseek_v2": {"n_group": 1, "num_experts_per_tok": 2, "topk_group": 1},
-    "dia_decoder": {"cross_head_dim": 16, "cross_hidden_size": 64, "cross_num_attention_heads": 4, "cross_num_key_value_heads": 4},
+    "dia_decoder": {
+        "cross_head_dim": 16,
+        "cross_hidden_size": 64,
+        "cross_num_attention_heads": 4,
+        "cross_num_key_value_heads": 4,
+    },
     "donut-swin": {"depths": [1, 1], "embed_dim": 16, "image_size": 64, "num_heads": [2, 2], "window_size": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "efficientnet": {"depth_coefficient": 0.25, "hidden_dim": 320, "width_coefficient": 0.25},
