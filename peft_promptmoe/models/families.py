@@ -149,7 +149,7 @@ VISION_FAMILIES: dict[str, Family] = {
 
 # By the class of the attention layer, which several models and parts of models have; their adapters between encoder
 # and decoder, which shorten the sound before they attend, have another path.
-_SPEECH_PATH = r"(.*\.)?encoder\.layers\.\d+\.self_attn"
+_SPEECH_PATH = r"(?!(?:.*\.)?adapter\.)(.*\.)?layers\.\d+\.self_attn"
 LAYER_FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
         (
@@ -161,7 +161,7 @@ LAYER_FAMILIES: dict[str, Family] = {
         Family(_SPEECH_PATH, norm="self_attn_layer_norm", own=CONFORMER),
     ),
     "ParakeetEncoderAttention": Family(_SPEECH_PATH, norm=FOUND, own=PARAKEET),
-    "WavLMAttention": Family(r"(.*\.)?encoder\.layers\.\d+\.attention", norm=FOUND, own=WAVLM),
+    "WavLMAttention": Family(r"(.*\.)?layers\.\d+\.attention", norm=FOUND, own=WAVLM),
 }
 
 TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.(?:attns\.\d+\.)?attn"

@@ -102,13 +102,11 @@ def bias_owner(model: nn.Module, path: str, attention: nn.Module, table: str | N
     T5 keeps one in the first layer of a stack, UMT5 one in each layer. With the name of a `table` it is looked for in
     what holds the layer, from near to far: MPNet's stack has it, and of WavLM's layers the first.
     """
-    if table is not None:
-        for steps in range(1, path.count(".") + 1):
-            above = model.get_submodule(path.rsplit(".", steps)[0])
-            if (found := next((part for part in above.modules() if hasattr(part, table)), None)) is not None:
-                return found
-        return None
-    if not hasattr(attention, "has_relative_attention_bias"):
+    while table is not None and path:
+        path = path.rpartition(".")[0]
+        if (found := next((m for m in model.get_submodule(path).modules() if hasattr(m, table)), None)) is not None:
+            return found
+    if table is not None or not hasattr(attention, "has_relative_attention_bias"):
         return None
     if attention.has_relative_attention_bias:
         return attention
