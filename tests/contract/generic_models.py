@@ -425,6 +425,8 @@ def make_model(name: str) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.requires_grad:  # RoFormer's sines
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.3 if parameter.ndim == 1 else 0.15))
     return (model if arch.single else model.double()).eval()

@@ -26,7 +26,8 @@ def _tokens() -> Tensor:
     return torch.randint(5, VOCABULARY - 60, (2, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def _noise(*shape: int) -> Tensor:
+def noise(*shape: int) -> Tensor:
+    """Normal values, the same ones for a shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
 
 
@@ -66,7 +67,7 @@ def _texts(model: Any, kind: str) -> Iterator[Inputs]:
         yield inputs | {"input_features": _frames(model)}
     if "pixel_values" in taken:
         side = _side(model)
-        pixels = {"pixel_values": _noise(2, 3, side, side)}
+        pixels = {"pixel_values": noise(2, 3, side, side)}
         yield inputs | pixels
         yield inputs | pixels | decoder
         yield pixels | decoder | {"labels": ids[:, :6].clone()}
@@ -81,18 +82,18 @@ def _bins(model: Any) -> int:
 
 def _frames(model: Any) -> Tensor:
     """(2, bins, 8 * LENGTH) of sound, of which Voxtral Realtime makes as many tokens as the text has."""
-    return _noise(2, _bins(model), 8 * LENGTH)
+    return noise(2, _bins(model), 8 * LENGTH)
 
 
 def _images(model: Any, kind: str) -> Iterator[Inputs]:
     labels = {"labels": torch.tensor([0, 1])}
     for side in (_side(model), 32, 64, 224):
-        yield {"pixel_values": _noise(2, 3, side, side)} | labels
+        yield {"pixel_values": noise(2, 3, side, side)} | labels
     patches = {
         "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
         "spatial_shapes": torch.tensor([[4, 4]] * 2),
     }
-    yield {"pixel_values": _noise(2, 16, 3 * 8 * 8)} | patches | labels  # SigLIP 2
+    yield {"pixel_values": noise(2, 16, 3 * 8 * 8)} | patches | labels  # SigLIP 2
     yield {"input_ids": _tokens() % 30} | labels  # ImageGPT
     yield from _texts(model, "classification")  # what reads text as well
 
@@ -111,10 +112,10 @@ def _sounds(model: Any, kind: str) -> Iterator[Inputs]:
         yield {"input_ids": several, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     if "input_values" in taken:
         for shape in ((2, 8000), (2, 1024, bins), (2, 64, bins), (2, 1024, 128), (2, 64, 80), (2, 16000)):
-            yield {"input_values": _noise(*shape) * 0.5} | more
+            yield {"input_values": noise(*shape) * 0.5} | more
     if "input_features" in taken:
         for shape in ((2, bins, 512), (2, 64, bins), (2, 64, 160), (2, bins, 64), (2, bins, 1024)):
-            yield {"input_features": _noise(*shape)} | more
+            yield {"input_features": noise(*shape)} | more
         if "input_ids" in taken:  # Voxtral Realtime adds a frame to each token
             yield {"input_ids": ids, "input_features": _frames(model), "labels": ids.clone()}
     if "input_ids" in taken:
@@ -129,15 +130,15 @@ def _packed(model: Any) -> Inputs:
     first = lambda value: value if isinstance(value, int) else value[0]  # noqa: E731
     patch, frames = first(config.patch_size), first(getattr(config, "temporal_patch_size", 2))
     channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
-    return {"pixel_values": _noise(32, channels * frames * patch**2), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    return {"pixel_values": noise(32, channels * frames * patch**2), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
 
 
 def _plain(model: Any) -> Inputs:
-    return {"pixel_values": _noise(2, 3, _side(model), _side(model))}
+    return {"pixel_values": noise(2, 3, _side(model), _side(model))}
 
 
 def _several(model: Any) -> Inputs:
-    return {"pixel_values": _noise(2, 1, 3, _side(model), _side(model))}
+    return {"pixel_values": noise(2, 1, 3, _side(model), _side(model))}
 
 
 def _with_sizes(model: Any) -> Inputs:
@@ -150,7 +151,7 @@ def _with_shapes(model: Any) -> Inputs:
         "spatial_shapes": torch.tensor([[4, 4]] * 2),
         "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
     }
-    return {"pixel_values": _noise(2, 16, 3 * patch**2)} | shapes
+    return {"pixel_values": noise(2, 16, 3 * patch**2)} | shapes
 
 
 IMAGES: dict[str, Callable[[Any], Inputs]] = {
