@@ -229,7 +229,10 @@ class KeyValueLayer(PromptLayer):
         kernel: Kernel,
     ) -> Columns:
         config = self.prompt_config[adapter]
+        before = self.last_routing.get(adapter, []) if past else []
         choice, first = self.choice(adapter, x, real, call), first_real(real)
+        if choice is not None and before and not torch.compiler.is_compiling():
+            self.note_step(adapter, before)
         if past:
             if cached is None or adapter not in cached:
                 raise ValueError(
