@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import os
 import re
@@ -69,6 +71,18 @@ class PromptConfig(PeftConfig):
     base_record: dict[str, Any] | None = field(
         default=None, metadata={"help": "What the base model was when the adapter was made."}
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Name the field that was meant where there is none of a name.
+
+        Raises:
+            TypeError: there is no such field. In files PEFT knows the error by its first words, and goes on without.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        if odd := [name for name in kwargs if name not in known]:
+            said = f"{cls.__name__}.__init__() got an unexpected keyword argument {odd[0]!r}"
+            raise TypeError(f"{said}. {_meant(cls, odd[0], list(known)[1:])}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,6 +165,22 @@ class VirtualTokensConfig(PromptConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
+
+
+def _meant(cls: type, name: str, known: list[str]) -> str:
+    """What to write in the place of a field that a config has not."""
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return f"Did you mean {close[0]!r}?"
+    others = [each.__name__ for each in _configs(PromptConfig) if name in {own.name for own in fields(each)}]
+    if others:
+        return f"It is a field of {' and '.join(others)}."
+    return f"help({cls.__name__}) names its fields."
+
+
+def _configs(cls: type) -> list[Any]:
+    """The configs of methods below a class."""
+    below: list[type] = cls.__subclasses__()
+    return [each for child in below for each in _configs(child)] or [cls]
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
