@@ -9,10 +9,11 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from peft import PeftConfig
 
+from .field_types import Layers
 from .sharing.base_model import BaseModelCard
 from .sharing.base_record import check_record
 from .sharing.model_card import CardValues, write_card, write_card_of_run
@@ -31,7 +32,8 @@ class PromptConfig(PeftConfig):
         target_modules: attention layers that prompts join, as in PEFT: a list of name endings or a regular expression.
             Unset, they follow from the model's architecture.
         exclude_modules: attention layers to leave out, in the same form.
-        layers_to_transform: numbers of the blocks to prompt; unset for all. Prompts live in these blocks only.
+        layers_to_transform: numbers of the blocks to prompt, from 0 on, a list or one; unset for all. Prompts live in
+            these blocks only.
         layers_pattern: name of the module list that holds the blocks, where the first number in a path is another one.
         modules_to_save: modules to train and save besides the prompts, usually a head.
         init_weights: True for the method's initialisation, False for large random values (tests).
@@ -52,7 +54,7 @@ class PromptConfig(PeftConfig):
         default=None, metadata={"help": "Attention layers that prompts join; unset, the architecture decides."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Attention layers to leave out."})
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: Layers = field(
         default=None, metadata={"help": "Numbers of the blocks to prompt; unset for all."}
     )
     layers_pattern: list[str] | str | None = field(
@@ -210,8 +212,9 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`, a `Literal` or a tuple."""
+    choices = choices if isinstance(choices, tuple) else get_args(choices)
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     if value not in choices:

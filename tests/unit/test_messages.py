@@ -158,7 +158,6 @@ WINDOWED: dict[str, Any] = {
             embed_dim=8,
             depths=[1, 1],
             num_heads=[1, 2],
-            masked_unit_size=[4, 4],
             num_query_pool=1,
             **HIERA,
         )
