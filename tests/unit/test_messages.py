@@ -153,14 +153,7 @@ WINDOWED: dict[str, Any] = {
     "swinv2": lambda: Swinv2Model(Swinv2Config(window_size=4, **SWIN)),
     "donut": lambda: DonutSwinModel(DonutSwinConfig(window_size=4, **SWIN)),
     "hiera": lambda: HieraForImageClassification(
-        HieraConfig(
-            *([32, 32],),
-            embed_dim=8,
-            depths=[1, 1],
-            num_heads=[1, 2],
-            num_query_pool=1,
-            **HIERA,
-        )
+        HieraConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], num_query_pool=1, **HIERA)
     ),
     "vitdet": lambda: VitDetBackbone(
         VitDetConfig(
