@@ -241,7 +241,10 @@ class KeyValueLayer(PromptLayer):
         """The columns of one adapter, closed to all samples but its own where it has but some."""
         config, x, real = self.prompt_config[adapter], given.x, given.real
         own = given if samples is None else given.of(samples)
+        before = self.last_routing.get(adapter, []) if past else []
         choice, first = self.choice(adapter, own.x, own.real, own.call), first_real(real)
+        if choice is not None and before and not torch.compiler.is_compiling():
+            self.note_step(adapter, before)
         if past:
             if cached is None or adapter not in cached:
                 raise ValueError(

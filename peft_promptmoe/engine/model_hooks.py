@@ -20,6 +20,7 @@ from ..sharing.rollback import Unread, note_made, running_load
 from . import continuous_batching
 from .called_module import CalledModule, holders
 from .grid_book import GridBook
+from .image_size import image_size_checks
 from .prompt_layer import PromptLayer
 
 TIMM_INNER = "timm_model"
@@ -133,6 +134,7 @@ class ModelHooks(nn.Module):
         for layer in layers:
             layer.calls = self.calls
             layer.meet(layers)
+        self._inner += [check.attach() for check in image_size_checks(model, layers)]
         for module in holders(model, layers):
             if module is not model:
                 self._inner += CalledModule(self, module).attach(module)

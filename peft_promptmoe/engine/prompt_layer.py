@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from ..adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
 from ..models.sites import Site
 from ..routing.prompt_call import CallBook, PromptCall
-from ..routing.record import Chosen, Observer, RoutingRecord
+from ..routing.record import Chosen, Observer, RoutingRecord, joined
 from .grid_book import GridBook
 
 PROMPT_CALL = "promptmoe_call"
+STEPS = 32  # records of a generation that are kept apart before they are joined
 
 
 class PromptLayer(AdapterState):
@@ -29,13 +30,16 @@ class PromptLayer(AdapterState):
     """
 
     method: ClassVar[str]
+    # Why an adapter has no router, as a sentence goes on about the method.
+    unrouted: ClassVar[str] = "has no router"
     # What it is to the model, in the words of a refusal to merge.
     joins_as: ClassVar[str] = "its prompts are extra attention rows"
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
-        self.last_routing: dict[str, RoutingRecord] = {}
+        # By adapter, of the last forward; of a generation, of all its forwards so far.
+        self.last_routing: dict[str, list[RoutingRecord]] = {}
         self.observers: list[Observer] = []
         self.grids: GridBook | None = None
         self.calls = CallBook()  # the model's own, once it knows of the layer
@@ -126,9 +130,14 @@ class PromptLayer(AdapterState):
         if getattr(self.site.attention, PROMPT_CHILD, None) is self:
             delattr(self.site.attention, PROMPT_CHILD)
 
+    def note_step(self, adapter: str, before: list[RoutingRecord]) -> None:
+        """Put the records of a generation's earlier steps in front of what `note` has just kept."""
+        steps = [*before, *self.last_routing[adapter]]
+        self.last_routing[adapter] = joined(steps) if len(steps) > STEPS else steps
+
     def note(self, adapter: str, gates: Tensor | Chosen, real: Tensor | None) -> None:
         """Keep what a router chose, for whoever asks after the forward, and tell those who listen."""
         record = RoutingRecord(gates.detach(), real, self.training)
-        self.last_routing[adapter] = record
+        self.last_routing[adapter] = [record]
         for observer in self.observers:
             observer(self.site.name, adapter, record)

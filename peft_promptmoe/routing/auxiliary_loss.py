@@ -16,13 +16,13 @@ class _TermGradient(torch.autograd.Function):
     """Identity on `carrier`; gives `term` the gradient that the model's loss was given."""
 
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, term: Tensor, book: CallBook, call: PromptCall | None) -> Tensor:
-        ctx.book, ctx.call, ctx.device = book, call, term.device
+    def forward(ctx: Any, carrier: Tensor, term: Tensor, call: PromptCall | None) -> Tensor:
+        ctx.call, ctx.device = call, term.device
         return carrier.view_as(carrier)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        gradient = ctx.book.loss_gradient if ctx.call is None else ctx.call.loss_gradient
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        gradient = ctx.call.loss_gradient if ctx.call is not None else None
         if gradient is None:
             warnings.warn(
                 "The adapter's auxiliary losses have no effect in this step: the loss that was differentiated is not "
@@ -32,7 +32,7 @@ class _TermGradient(torch.autograd.Function):
                 stacklevel=2,
             )
         # Layers of a model that is spread over devices need not be where its loss is.
-        return gradients[0], None if gradient is None else gradient.to(ctx.device), None, None
+        return gradients[0], None if gradient is None else gradient.to(ctx.device), None
 
 
 class _LossGradient(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _LossGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         ctx.call.loss_gradient = gradients[0] * ctx.share
-        ctx.book.loss_gradient = ctx.call.loss_gradient.detach()
+        ctx.book.differentiate(ctx.call)
         return gradients[0], None, None, None
 
 
@@ -76,12 +76,14 @@ def carry_loss(
         for name, value in values.items():
             call.losses[site, adapter, name] = value.detach()
     if not torch.is_grad_enabled():
+        if call is None and not torch.compiler.is_compiling():
+            book.recompute()  # of what is run again within a block that is run again
         return carrier
     if torch.compiler.is_compiling():
         if call is not None:
             call.terms.append(term)
         return carrier
-    return _TermGradient.apply(carrier, term, book, call)
+    return _TermGradient.apply(carrier, term, call if call is not None else book.recompute())
 
 
 def add_losses(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | float = 1.0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -108,14 +109,15 @@ class PromptCall:
 class CallBook:
     """The forwards of one base model that are under way, and the queries that users have given, by thread.
 
-    Attributes:
-        loss_gradient: of the loss whose backward pass has begun last. A block that re-entrant checkpointing runs again
-            in a backward pass finds no call, and belongs to the forward of that loss. None since a forward began.
+    A block that re-entrant checkpointing runs again in a backward pass is in no forward. Its call is that of the loss
+    which this backward pass has come through last.
     """
 
     def __init__(self) -> None:
-        self.loss_gradient: Tensor | None = None
         self._calls: dict[int, PromptCall] = {}
+        # By number of the backward pass, and by thread for those that run within another; graphs keep them alive.
+        self._differentiated: WeakValueDictionary[int, PromptCall] = WeakValueDictionary()
+        self._recomputed: WeakValueDictionary[int, PromptCall] = WeakValueDictionary()
         self._given: dict[int, GivenQuery] = {}
         self._names: dict[int, tuple[str, ...]] = {}
 
@@ -135,13 +137,28 @@ class CallBook:
         else:
             call = PromptCall(given.get(_thread()), names.get(_thread()))
         self._calls[_thread()] = call
-        self.loss_gradient = None
+        if not compiled:
+            self._recomputed.pop(_thread(), None)
         return call
 
     def end(self, call: PromptCall) -> None:
         """Forget a call whose forward is over."""
         if self.call is call:
             del self._calls[_thread()]
+
+    def differentiate(self, call: PromptCall) -> None:
+        """Note that the running backward pass has come to the loss of a call."""
+        self._differentiated[torch._C._current_graph_task_id()] = call
+
+    def recompute(self) -> PromptCall | None:
+        """The call of a block that is run again in a backward pass; None outside, or without the model's loss."""
+        task = torch._C._current_graph_task_id()
+        if task < 0:
+            return None
+        if (call := self._differentiated.get(task)) is not None:
+            self._recomputed[_thread()] = call
+            return call
+        return self._recomputed.get(_thread())  # checkpointing within checkpointing
 
     def give(self, query: GivenQuery | None) -> GivenQuery | None:
         """Let a query be that of all rows in this thread from now on, and return the one before; None for none."""
