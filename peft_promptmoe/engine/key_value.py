@@ -24,14 +24,12 @@ from .kernels.dense import SDPA
 from .kernels.kernel import Kernel
 from .positions import first_position, relative_bias, row_positions, slot_offsets
 from .projection import project_experts, project_rows
-from .prompt_layer import PROMPT_CALL, PromptLayer
+from .prompt_layer import PROMPT_CALL, PromptLayer, no_call
 from .row_cache import cached_rows, note_keys
 from .rows import Rows, columns_of, decoding_table, gated_columns
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, config_view
 
-LAYER_INPUT = "_promptmoe_layer_input"
-BLOCK_INPUT = "_promptmoe_block_input"
 NOTED_INPUT = "promptmoe_layer_input"  # where a factor behind the norm makes a new tensor of what carries the note
 MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 
@@ -39,11 +37,14 @@ MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 class KeyValueLayer(PromptLayer):
     """Prompts that join attention as further keys and values; a method says how its rows come about."""
 
+    note_name = "_promptmoe_layer_input"  # left by the norm, its input; where there is none, the block leaves itself
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.has_token_form = False  # whether a `TokenForm` stands by for adapters that ask for it
         self.kept: dict[Any, Rows] | None = None  # rows that `cached_prompts` makes once
         self._names = parameter_names(site.attention)
+        self.notes_arrive = site.family is not None  # whether norm and block are known to be what leaves notes
 
     # -- what a method defines ----------------------------------------------------------------------------------------
 
@@ -65,8 +66,12 @@ class KeyValueLayer(PromptLayer):
         return None
 
     def reads_input(self, adapter: str) -> bool:
-        """Whether the rows depend on the layer's input."""
+        """Whether the rows depend on what the layer's input is, and not on its shape alone."""
         return True
+
+    def needs_input(self, adapter: str) -> bool:
+        """Whether anything the adapter does depends on what the layer's input is."""
+        return self.reads_input(adapter) or self.has_router(adapter)
 
     # -- in and out of the model --------------------------------------------------------------------------------------
 
@@ -115,19 +120,16 @@ class KeyValueLayer(PromptLayer):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _after_norm(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Let the norm's output carry its input to the attention layer.
-
-        A note on the tensor itself cannot be picked up by another thread or another call, unlike one on a module.
-        """
+        """Let the norm's output carry its input to the attention layer."""
         layer_input = args[0] if args else next(iter(kwargs.values()))
         if isinstance(output, Tensor) and output is not layer_input:
-            setattr(output, LAYER_INPUT, layer_input)
+            self.notes.leave(output, layer_input, self.calls)
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the block's input, so that a norm which the generic rule has overlooked cannot go unnoticed."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
-            setattr(hidden, BLOCK_INPUT, id(block))
+            self.notes.leave(hidden, block, self.calls)
 
     def _hand_on_block_input(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,7 +148,7 @@ class KeyValueLayer(PromptLayer):
         kernel = SDPA if self.site.is_called else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         kwargs.pop(NOTED_INPUT, None)
-        x = self.layer_input(bound[self._names[0]], bound.pop(NOTED_INPUT, None))
+        x = self._input_for(adapters, bound[self._names[0]], bound.pop(NOTED_INPUT, None))
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
@@ -185,6 +187,7 @@ class KeyValueLayer(PromptLayer):
     def _after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        self.notes.forget()
         mask = kwargs.get("attention_mask")
         columns = mask.columns if isinstance(mask, MaskWithRows) else kwargs.get(COLUMNS)
         if isinstance(columns, Columns) and columns.arrived != columns.calls:
@@ -199,23 +202,32 @@ class KeyValueLayer(PromptLayer):
     def _takes_block_input(self) -> bool:
         return self.site.norm is None or isinstance(self.site.norm, nn.Identity)
 
+    def _input_for(self, adapters: list[str], hidden: Tensor, noted: Tensor | None) -> Tensor:
+        """(B, T, D) the layer's input; where no adapter looks at it, a tensor of its shape will do."""
+        note = self.notes.on(hidden) if noted is None else noted
+        if note is None and self.notes_arrive and not any(map(self.needs_input, adapters)):
+            return hidden
+        return self.layer_input(hidden, noted)
+
     def layer_input(self, hidden: Tensor, noted: Tensor | None = None) -> Tensor:
         """(B, T, D) what the attention layer's input (B, T, D) was before the norm; `noted` if the block says it."""
-        name = self.site.name
         if noted is not None:
             return noted
-        if self._takes_block_input():
-            check = self.site.family is None and not torch.compiler.is_compiling()
-            if check and getattr(hidden, BLOCK_INPUT, None) != id(self.site.block):
-                reason = "its input is not its block's, and no norm was found that stands between the two"
-                raise CannotJoin(name, self.site.attention, reason)
+        if self._takes_block_input() and (self.site.family is not None or torch.compiler.is_compiling()):
             return hidden
-        layer_input: Tensor | None = getattr(hidden, LAYER_INPUT, None)
-        if layer_input is None or layer_input.shape != hidden.shape:
+        note = self.notes.on(hidden)
+        if note is None and self.notes_arrive:
+            note = self.notes.beside(hidden, self.calls)
+        if self._takes_block_input():
+            if note is self.site.block:
+                return hidden
+            reason = "its input is not its block's, and no norm was found that stands between the two"
+        elif isinstance(note, Tensor) and note.shape == hidden.shape:
+            return note
+        else:
             norm = type(self.site.norm).__name__
             reason = f"its input is not the output of {norm}, through which prompts pass"
-            raise CannotJoin(name, self.site.attention, reason)
-        return layer_input
+        raise CannotJoin(self.site.name, self.site.attention, reason)
 
     def _columns(
         self,
@@ -292,12 +304,3 @@ class KeyValueLayer(PromptLayer):
         if kept is not None:
             kept[key] = found
         return found
-
-
-def no_call(attention: nn.Module) -> str:
-    return (
-        f"{type(attention).__name__} was called outside a forward of the model that holds its block, or is run again "
-        "by checkpointing in a model that does not pass keyword arguments on. So its prompt layer cannot learn which "
-        "tokens belong to the query or keep a router's centre. Call the model or its encoder and not its blocks, do "
-        "not checkpoint, or use routing='token' (causal models) and router_centering=False."
-    )

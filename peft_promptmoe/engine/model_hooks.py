@@ -160,6 +160,9 @@ class ModelHooks(nn.Module):
     def end(self, call: PromptCall, done: bool) -> None:
         """A forward has come to its end, or failed."""
         self.calls.end(call)
+        if not torch.compiler.is_compiling():
+            for layer in self._layers:
+                layer.notes.forget()
         if done and call.leaves_word:
             for method, layers in self._with_word().items():
                 method.after_training(layers)

@@ -121,26 +121,26 @@ class CallBook:
         """Of the forward that this thread is in; None outside, as in a block that is run again."""
         if torch.compiler.is_compiling():  # what is around it may not be compiled
             return next(iter(self._calls.values())) if len(self._calls) == 1 else None
-        return self._calls.get(_thread())
+        return self._calls.get(this_thread())
 
     def begin(self) -> PromptCall:
         """The call of a forward that begins in this thread."""
         compiled = torch.compiler.is_compiling()  # it cannot ask for the thread
-        call = PromptCall(next(iter(self._given.values()), None) if compiled else self._given.get(_thread()))
-        self._calls[_thread()] = call
+        call = PromptCall(next(iter(self._given.values()), None) if compiled else self._given.get(this_thread()))
+        self._calls[this_thread()] = call
         self.loss_gradient = None
         return call
 
     def end(self, call: PromptCall) -> None:
         """Forget a call whose forward is over."""
         if self.call is call:
-            del self._calls[_thread()]
+            del self._calls[this_thread()]
 
     def give(self, query: GivenQuery | None) -> GivenQuery | None:
         """Let a query be that of all rows in this thread from now on, and return the one before; None for none."""
-        before = self._given.pop(_thread(), None)
+        before = self._given.pop(this_thread(), None)
         if query is not None:
-            self._given[_thread()] = query
+            self._given[this_thread()] = query
         return before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallBook:
@@ -150,6 +150,7 @@ class CallBook:
         return CallBook, ()
 
 
-def _thread() -> int:
+def this_thread() -> int:
+    """Number of the thread; 0 in compiled code."""
     # Compiled code cannot ask, and is one forward from end to end.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
