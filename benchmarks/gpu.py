@@ -145,18 +145,20 @@ def decoding(setting: Setting) -> Cells:
 
 
 def static_decoding(setting: Setting) -> Cells:
+    device = Device(setting.device.name, setting.device.bf16, compiled=True)
+    setting = Setting(device, setting.repeats, setting.tokens, setting.small)
     depth = setting.depth("llama-1b", COMPILED_DEPTH)
-    yield f"llama-1b {depth} layers", timed_decoding(setting, (BASE, LORA, MEPT[0], MEPT[1]), depth, "static")
+    yield f"llama-1b {depth} layers", timed_decoding(setting, (BASE, LORA, MEPT[0], MEPT[1]), depth)
 
 
-def timed_decoding(setting: Setting, rows: tuple[Row, ...], depth: int, cache: str | None = None) -> Cell:
+def timed_decoding(setting: Setting, rows: tuple[Row, ...], depth: int) -> Cell:
     ids = setting.inputs("llama-1b", batch=8, length=64)["input_ids"]
     runs = {}
     for row, model in setting.models("llama-1b", rows, depth).items():
-        model.generation_config.cache_implementation = cache
         model.generation_config.eos_token_id = None
         runs[row] = generation(model, ids, setting.tokens, setting.device)
-    return dict(interleaved(runs, max(1, setting.repeats // 4), 2 if cache else 1, f"decoding, cache {cache}"))
+    warm_up = 2 if setting.device.compiled else 1
+    return dict(interleaved(runs, max(1, setting.repeats // 4), warm_up, "decoding"))
 
 
 def long_texts(setting: Setting) -> Cells:

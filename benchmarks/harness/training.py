@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .records import provenance
 
-HEAD_NAMES = ("classifier", "score", "head", "pmoe_fusion")
+HEAD_NAMES = ("classifier", "score", "head", "pmoe_fusion", "flow_head", "depth_head")
 
 
 class Split(Protocol):

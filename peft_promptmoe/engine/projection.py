@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.inspection import parameter_names, reads_into, unwrapped_forward
+from ..models.inspection import parameter_names, unwrapped_forward
 from ..models.sites import Site
 from .chosen_slots import Rotate, Turn
 from .columns import Harvest, MaskWithRows
@@ -171,7 +171,7 @@ def _arguments(site: Site, rows: Tensor, positions: Positions) -> dict[str, Any]
         given["position_ids"] = positions.ids.expand(batch, count)
     elif positions.cos is not None:  # Ministral scales its queries by position, and nobody reads the rows' queries
         given["position_ids"] = torch.zeros(batch, count, dtype=torch.long, device=rows.device)
-    if reads_into(forward, "attention_mask"):  # DeepSeek's indexer: everything is open
+    if site.reads_mask:  # everything is open
         given["attention_mask"] = rows.new_zeros(batch, 1, count, count)
     arguments: dict[str, Any] = {parameter_names(site.attention)[0]: rows}
     for name, parameter in list(inspect.signature(forward).parameters.items())[2:]:

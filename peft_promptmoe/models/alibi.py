@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
+from operator import invert
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .own_attention import Asked, OwnAttention, always
+from .own_attention import Asked, Attribute, OwnAttention, always
 
 
 def slopes(heads: int, device: torch.device) -> Tensor:
@@ -30,6 +31,10 @@ def _falcon_bias(asked: Asked) -> Tensor:
     if not asked.attention.config.alibi:
         return asked.query.new_zeros(1, 1, 1, 1)
     return _bias_from_the_first_token(asked) * asked.attention.inv_norm_factor  # which it scales with the scores
+
+
+def _without_alibi(attention: Any) -> bool:
+    return not attention.config.alibi
 
 
 def _mpt_bias(asked: Asked) -> Tensor:
@@ -58,19 +63,19 @@ def _mpt_project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 BLOOM = OwnAttention(
-    _bloom_project, scale=lambda attention: attention.inv_norm_factor, bias=_bias_from_the_first_token, causal=always
+    _bloom_project, scale=Attribute("inv_norm_factor"), bias=_bias_from_the_first_token, causal=always
 )
 FALCON = OwnAttention(
     _falcon_project,
-    scale=lambda attention: attention.inv_norm_factor,
+    scale=Attribute("inv_norm_factor"),
     bias=_falcon_bias,
     causal=always,
-    turns=lambda attention: not attention.config.alibi,
+    turns=_without_alibi,
 )
 MPT = OwnAttention(
     _mpt_project,
-    scale=lambda attention: attention.softmax_scale,
+    scale=Attribute("softmax_scale"),
     bias=_mpt_bias,
     causal=always,
-    opens=lambda mask: ~mask,
+    opens=invert,
 )

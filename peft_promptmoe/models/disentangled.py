@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .inspection import unwrapped_forward
-from .own_attention import Asked, OwnAttention, by_two_projections, not_scaled
+from .own_attention import Asked, OwnAttention, TwoProjections, not_scaled
 
 
 def _places(asked: Asked, span: int) -> Tensor:
@@ -63,6 +63,10 @@ def _divisor(attention: Any) -> float:
     return math.sqrt(attention.attention_head_size * (1 + kinds))
 
 
+def _one_by_divisor(attention: Any) -> float:
+    return 1.0 / _divisor(attention)
+
+
 def _bias_v1(asked: Asked) -> Tensor:
     attention = asked.attention
     if not attention.relative_attention:
@@ -98,8 +102,8 @@ def _pairs(mask: Tensor) -> Tensor:
 
 DEBERTA = OwnAttention(_project_v1, scale=not_scaled, bias=_bias_v1, opens=_pairs, why_not=_talks)
 DEBERTA_V2 = OwnAttention(
-    by_two_projections("key_proj", "value_proj"),
-    scale=lambda attention: 1.0 / _divisor(attention),
+    TwoProjections("key_proj", "value_proj"),
+    scale=_one_by_divisor,
     bias=_bias_v2,
     opens=_pairs,
 )

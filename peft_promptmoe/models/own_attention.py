@@ -71,6 +71,21 @@ def always(attention: Any) -> bool:
     return True
 
 
+def never(attention: Any) -> bool:
+    """As layers that know no rotary tables."""
+    return False
+
+
+def nothing(attention: Any) -> None:
+    """No number, or no reason."""
+    return None
+
+
+def first_of(lefts: list[Tensor]) -> Tensor:
+    """The first left factor: the query."""
+    return lefts[0]
+
+
 def if_decoder(attention: Any) -> bool:
     """Whether the config makes a decoder of what is an encoder otherwise."""
     return bool(getattr(attention, "is_decoder", False))
@@ -81,20 +96,33 @@ def as_it_is(mask: Tensor) -> Tensor:
     return mask
 
 
-def by_two_projections(key: str, value: str) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
-    """Keys and values of two linear layers of the attention layer."""
+@dataclass(frozen=True)
+class Attribute:
+    """A number that the attention layer holds under a name. (Torch's compiler cannot look into an `attrgetter`.)"""
 
-    def project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    name: str
+
+    def __call__(self, attention: Any) -> Any:
+        return getattr(attention, self.name)
+
+
+@dataclass(frozen=True)
+class TwoProjections:
+    """Keys and values of two linear layers of the attention layer, by their names."""
+
+    key: str
+    value: str
+
+    def __call__(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         width = getattr(attention, "attention_head_size", None) or attention.head_dim
-        made = (getattr(attention, name)(x).unflatten(-1, (-1, width)).transpose(1, 2) for name in (key, value))
+        names = (self.key, self.value)
+        made = (getattr(attention, name)(x).unflatten(-1, (-1, width)).transpose(1, 2) for name in names)
         return next(made), next(made)
-
-    return project
 
 
 @dataclass(frozen=True)
 class OwnAttention:
-    """What is to be known of one class of attention layers.
+    """What is to be known of one class of attention layers. Models are pickled with it, so functions have names.
 
     Attributes:
         project: gives keys (B, H, R, d) and values (B, H, R, dv) of normed rows (B, R, D).
@@ -113,7 +141,7 @@ class OwnAttention:
     bias: Callable[[Asked], Tensor] | None = None
     causal: Callable[[Any], bool] = is_causal
     opens: Callable[[Tensor], Tensor] = as_it_is
-    turns: Callable[[Any], bool] = lambda attention: False
-    turned: Callable[[Any], int | None] = lambda attention: None
-    query: Callable[[list[Tensor]], Tensor] = lambda lefts: lefts[0]
-    why_not: Callable[[Any], str | None] = lambda attention: None
+    turns: Callable[[Any], bool] = never
+    turned: Callable[[Any], int | None] = nothing
+    query: Callable[[list[Tensor]], Tensor] = first_of
+    why_not: Callable[[Any], str | None] = nothing

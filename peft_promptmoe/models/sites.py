@@ -10,7 +10,7 @@ from torch import nn
 
 from .causality import answers_by_row, is_causal
 from .families import Family
-from .inspection import calls_attention_interface, parameter_names
+from .inspection import calls_attention_interface, parameter_names, reads_into, unwrapped_forward
 from .own_attention import OwnAttention
 from .patches import Patches, find_patches
 from .reachable import CannotJoin, check_reachable, hands_on_its_mask_only, is_differential
@@ -49,6 +49,7 @@ class Site:
         factor: what the block multiplies the norm's output by (Falcon-H1); None where it does not.
         calls: how many kernel calls the layer makes (two with differential attention).
         rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
+        reads_mask: whether the layer looks into its mask itself (DeepSeek's indexer), so that there must be one.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Site:
     factor: float | None = None
     calls: int = 1
     rows_by_mask: bool = False
+    reads_mask: bool = False
 
     @property
     def own(self) -> OwnAttention | None:
@@ -151,6 +153,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         factor=getattr(block, "attention_in_multiplier", None) if family is None else None,
         calls=2 if is_differential(attention) else 1,
         rows_by_mask=by_mask,
+        reads_mask=not timm and own is None and reads_into(unwrapped_forward(attention), "attention_mask"),
     )
 
 

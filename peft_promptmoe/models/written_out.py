@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .own_attention import Asked, OwnAttention, always, by_two_projections, if_decoder, not_scaled
+from .own_attention import Asked, Attribute, OwnAttention, TwoProjections, always, if_decoder, not_scaled
 
 
 def _openai_project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     _, key, value = attention.c_attn(x).split(attention.split_size, dim=2)
     return attention.split_heads(key), attention.split_heads(value)
+
+
+def _openai_scale(attention: Any) -> float:
+    return float(attention.n_head**0.5 / attention.split_size**0.5)
 
 
 def _mpnet_bias(asked: Asked) -> Tensor:
@@ -26,19 +30,21 @@ def _mpnet_bias(asked: Asked) -> Tensor:
     return bias
 
 
-GPT_NEO = OwnAttention(by_two_projections("k_proj", "v_proj"), scale=not_scaled, causal=always)
+GPT_NEO = OwnAttention(TwoProjections("k_proj", "v_proj"), scale=not_scaled, causal=always)
 XGLM = GPT_NEO  # scales its queries before
-OPENAI_GPT = OwnAttention(
-    _openai_project, scale=lambda attention: attention.n_head**0.5 / attention.split_size**0.5, causal=always
-)
-BERT_LIKE = OwnAttention(by_two_projections("key", "value"), causal=if_decoder)
-MPNET = OwnAttention(by_two_projections("k", "v"), bias=_mpnet_bias)
-VIDEOMAE = OwnAttention(by_two_projections("key", "value"))
+OPENAI_GPT = OwnAttention(_openai_project, scale=_openai_scale, causal=always)
+BERT_LIKE = OwnAttention(TwoProjections("key", "value"), causal=if_decoder)
+MPNET = OwnAttention(TwoProjections("k", "v"), bias=_mpnet_bias)
+VIDEOMAE = OwnAttention(TwoProjections("key", "value"))
 
 
 def _neox_project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     _, key, value = attention.query_key_value(x).unflatten(-1, (attention.num_attention_heads, -1)).chunk(3, dim=-1)
     return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _neox_scale(attention: Any) -> float:
+    return 1.0 / float(attention.norm_factor)
 
 
 def _of_words_and_entities(lefts: list[Tensor]) -> Tensor:
@@ -48,12 +54,12 @@ def _of_words_and_entities(lefts: list[Tensor]) -> Tensor:
 
 GPT_NEOX_JAPANESE = OwnAttention(
     _neox_project,
-    scale=lambda attention: 1.0 / attention.norm_factor,
+    scale=_neox_scale,
     causal=always,
     turns=always,
-    turned=lambda attention: attention.rotary_ndims,
+    turned=Attribute("rotary_ndims"),
 )
-CTRL = OwnAttention(by_two_projections("Wk", "Wv"), scale=lambda attention: attention.scaling, causal=always)
-BART_LIKE = OwnAttention(by_two_projections("k_proj", "v_proj"), scale=not_scaled, causal=if_decoder)
-PROPHETNET = OwnAttention(by_two_projections("key_proj", "value_proj"), scale=not_scaled)
-LUKE = OwnAttention(by_two_projections("key", "value"), query=_of_words_and_entities)
+CTRL = OwnAttention(TwoProjections("Wk", "Wv"), scale=Attribute("scaling"), causal=always)
+BART_LIKE = OwnAttention(TwoProjections("k_proj", "v_proj"), scale=not_scaled, causal=if_decoder)
+PROPHETNET = OwnAttention(TwoProjections("key_proj", "value_proj"), scale=not_scaled)
+LUKE = OwnAttention(TwoProjections("key", "value"), query=_of_words_and_entities)

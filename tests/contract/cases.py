@@ -89,6 +89,13 @@ class Architecture:
         return f"AutoPeftModelFor{names[self.task_type]}"
 
     @property
+    def auto(self) -> str:
+        """The Auto class of transformers that makes the model."""
+        if self.config == "Qwen2VLConfig":
+            return "AutoModelForImageTextToText"
+        return self.auto_peft.replace("AutoPeftModel", "AutoModel")
+
+    @property
     def generates(self) -> bool:
         return self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
@@ -637,7 +644,7 @@ METHODS: dict[str, Method] = {
         ),
         active="top_k",
         widths=(1, 2, 3, 4),
-        router="router",
+        router="mept_router",
         noisy={"router_noise": 0.5, "router_dropout": 0.5},
         balance="balance_loss_weight",
         single={"num_experts": 1, "top_k": 1},

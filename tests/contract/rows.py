@@ -193,6 +193,7 @@ ROWS = [
             "test_generation_equals_steps_by_hand",
             "test_decoding_in_chunks_equals_one_forward",
             "test_rows_follow_what_is_done_to_a_cache",
+            "test_rows_follow_what_is_done_to_a_static_cache",
             "test_generation_runs_in_training_mode_without_gradients",
             "test_features_are_as_many_as_the_base_models",
         ),

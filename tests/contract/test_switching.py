@@ -39,7 +39,7 @@ class Boom(Exception):
 @contextmanager
 def broken_forward(model: nn.Module) -> Iterator[None]:
     """Let the last prompted attention layer's surroundings fail in mid-forward, prompts already made."""
-    ends = (".mlp", ".ffn", ".fc2", ".intermediate", ".DenseReluDense")
+    ends = (".mlp", ".feed_forward", ".ffn", ".fc2", ".intermediate", ".DenseReluDense")
     layers = [module for name, module in model.named_modules() if name.endswith(ends)]
 
     def fail(*_: Any) -> None:

@@ -213,13 +213,19 @@ def test_autocast_is_finite_and_near(case: Case) -> None:
 
 
 def compiles_its_loss(case: Case) -> bool:
-    """GPT-2's own loss logs a warning, which no compiler takes; the base model alone fails the same way."""
-    return case.architecture_name != "gpt2"
+    """GPT-2's own loss logs a warning and DeBERTa's asks how many labels there are, which no compiler takes; the base
+    models alone fail the same way."""
+    return case.architecture_name not in ("gpt2", "deberta_v3")
 
 
 def compiles(case: Case) -> bool:
     """DPT captures its hidden states under a lock, which no compiler takes; so does the base model alone."""
     return case.architecture_name != "dpt_vit"
+
+
+def compiles_whole(case: Case) -> bool:
+    """Some mixtures of experts go through those that were chosen, where the graphs of the base models break, too."""
+    return case.architecture_name not in ("gpt_oss", "deepseek_v3")
 
 
 COMPILED_TWICE = ("bert", "llama")
@@ -235,7 +241,8 @@ def test_compiled_training_equals_eager(case: Case) -> None:
     loss, expected = gradients(case.model(**settings), batch)
     model = case.model(**settings)
     torch._dynamo.reset()
-    found_loss, found = gradients(model, batch, forward=torch.compile(model, fullgraph=True, backend="aot_eager"))
+    compiled = torch.compile(model, fullgraph=compiles_whole(case), backend="aot_eager")
+    found_loss, found = gradients(model, batch, forward=compiled)
     torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
     assert_same_gradients(found, expected, 1e-5)
 

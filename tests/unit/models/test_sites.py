@@ -174,7 +174,8 @@ def build(name: str) -> Any:
 
 
 def test_every_family_is_here() -> None:
-    assert EXPECTED.keys() == FAMILIES.keys()
+    """But for those that compute attention themselves, which the contract of the generic rule tries as a whole."""
+    assert EXPECTED.keys() == {name for name, family in FAMILIES.items() if family.own is None}
 
 
 @pytest.mark.parametrize("name", EXPECTED)
