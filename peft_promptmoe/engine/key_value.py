@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..models.call_arguments import first_real
 from ..models.inspection import parameter_names
-from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from .columns import Columns, MaskWithRows, Overheard, merge_columns
+from .given_query import look_for_query
 from .kernels import find_kernel
 from .kernels.dense import SDPA
 from .kernels.kernel import Kernel
@@ -154,7 +154,7 @@ class KeyValueLayer(PromptLayer):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
         if call is not None and not past and any(map(self.reads_query, adapters)):
-            self._look_for_query(call)
+            look_for_query(call, self.training)
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
@@ -173,16 +173,6 @@ class KeyValueLayer(PromptLayer):
             return args, {**kwargs, COLUMNS: columns}
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
-
-    def _look_for_query(self, call: PromptCall) -> None:
-        """Refuse, or say, that a router will read a text with its answer."""
-        if call.knows_query:
-            return
-        if self.training and call.learns:
-            refuse_unknown_query()
-        if not (call.cached or call.warned or torch.compiler.is_compiling()):
-            call.warned = True
-            warn_of_whole_rows()
 
     def _after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
