@@ -2,7 +2,7 @@
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
 from .engine.given_query import given_query
-from .engine.model_hooks import last_aux_losses
+from .engine.model_hooks import auxiliary_loss, last_aux_losses
 from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
 from .motion import DepthModel, FlowModel, MotionModel
@@ -36,6 +36,7 @@ __all__ = [
     "VAPTModel",
     "__version__",
     "assignment_report",
+    "auxiliary_loss",
     "cached_prompts",
     "given_query",
     "last_aux_losses",

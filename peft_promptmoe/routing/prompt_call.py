@@ -53,6 +53,8 @@ class PromptCall:
         leaves_word: whether any layer leaves word of what it saw, for its method to act on when the forward is over.
         losses: auxiliary losses to report, detached, by path of the attention layer, adapter and name.
         loss_gradient: gradient of the model's loss, known once its backward pass has begun.
+        by_hand: whether that is of the auxiliary losses themselves, which somebody has added to a loss of his own.
+        total: sum of the weighted auxiliary losses, detached; None without.
         terms: auxiliary losses with their graph, for compiled code (see `carry_loss`).
         centers: router centres as this forward's first pass saw them, by layer and adapter.
         cached: whether the caller brought a cache, as generation does, whose texts are all query. Models make one of
@@ -68,6 +70,8 @@ class PromptCall:
         self.query: Tensor | None = None
         self.losses: dict[tuple[str, str, str], Tensor] = {}
         self.loss_gradient: Tensor | None = None
+        self.by_hand = False
+        self.total: Tensor | None = None
         self.terms: list[Tensor] = []
         self.centers: dict[tuple[str, str], Tensor] = {}
         self.cached = self.warned = False
@@ -115,6 +119,15 @@ class CallBook:
         self.loss_gradient: Tensor | None = None
         self._calls: dict[int, PromptCall] = {}
         self._given: dict[int, GivenQuery] = {}
+        self._last: dict[int, PromptCall] = {}
+
+    @property
+    def last(self) -> PromptCall | None:
+        """Of this thread's last forward that asked for gradients, if it had auxiliary losses.
+
+        Those of a reference model, with adapters off and without gradients, may come in between.
+        """
+        return self._last.get(this_thread())
 
     @property
     def call(self) -> PromptCall | None:
@@ -129,12 +142,16 @@ class CallBook:
         call = PromptCall(next(iter(self._given.values()), None) if compiled else self._given.get(this_thread()))
         self._calls[this_thread()] = call
         self.loss_gradient = None
+        if call.learns:
+            self._last.pop(this_thread(), None)
         return call
 
     def end(self, call: PromptCall) -> None:
         """Forget a call whose forward is over."""
         if self.call is call:
             del self._calls[this_thread()]
+        if call.total is not None and call.learns and not torch.compiler.is_compiling():
+            self._last[this_thread()] = call
 
     def give(self, query: GivenQuery | None) -> GivenQuery | None:
         """Let a query be that of all rows in this thread from now on, and return the one before; None for none."""
