@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from .adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
-from .checks import check_attention, check_layers, check_saved_modules, no_match
+from .checks import check_attention, check_layers, check_saved_modules, check_tokens, no_match
 from .config import PromptConfig
 from .engine.choice import join_all, join_what_can_be
 from .engine.key_value import KeyValueLayer
@@ -153,6 +153,7 @@ class PromptTuner(BaseTuner):
                 )
         self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
         check_saved_modules(self.model, peft_config, sites)
+        check_tokens(self.model, peft_config)
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)

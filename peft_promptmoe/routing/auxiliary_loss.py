@@ -148,7 +148,7 @@ def add_losses(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | f
 def add_losses_to_tokens(log_probs: Tensor, labelled: Tensor, book: CallBook, call: PromptCall) -> Tensor:
     """Log-probabilities of labels, unchanged, with the auxiliary losses in the gradient of their mean.
 
-    For trainers that make the loss of them. Where that is the mean of the tokens' losses, the auxiliary losses have the
+    For trainers that make the loss of them. Where that is the mean of the tokens' losses, auxiliary losses have the
     gradient that `add_losses` would give them; where tokens have weights, they weigh as much as these do together.
 
     Args:
