@@ -3,6 +3,7 @@
 
 from .engine.given_query import given_query
 from .engine.model_hooks import auxiliary_loss, last_aux_losses
+from .engine.prefix_export import export_prefix
 from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
 from .motion import DepthModel, FlowModel, MotionModel
@@ -38,6 +39,7 @@ __all__ = [
     "assignment_report",
     "auxiliary_loss",
     "cached_prompts",
+    "export_prefix",
     "given_query",
     "last_aux_losses",
     "parameter_report",
