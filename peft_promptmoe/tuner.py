@@ -18,6 +18,7 @@ from .checks import (
     check_attention,
     check_layers,
     check_saved_modules,
+    check_tokens,
     is_target,
     no_match,
     warn_of_frozen_head,
@@ -148,6 +149,7 @@ class PromptTuner(BaseTuner):
         self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
         warn_of_frozen_head(self.model, peft_config, sites)
         check_saved_modules(self.model, peft_config, sites)
+        check_tokens(self.model, peft_config)
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)

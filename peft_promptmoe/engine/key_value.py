@@ -13,26 +13,24 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..models.call_arguments import first_real, packs_texts
 from ..models.inspection import parameter_names
-from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from .columns import Columns, MaskWithRows, Overheard, merge_columns
+from .given_query import look_for_query
 from .kernels import find_kernel
 from .kernels.dense import SDPA
 from .kernels.kernel import Kernel
 from .positions import first_position, relative_bias, row_positions, slot_offsets
 from .projection import project_experts, project_rows
-from .prompt_layer import PROMPT_CALL, PromptLayer
+from .prompt_layer import PROMPT_CALL, PromptLayer, no_call
 from .row_cache import cached_rows, note_keys
 from .rows import Rows, columns_of, decoding_table, gated_columns
 from .samples import Given, close_to_others, merge_choices, samples_by_adapter, spread_choice, spread_rows
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, config_view
 
-LAYER_INPUT = "_promptmoe_layer_input"
-BLOCK_INPUT = "_promptmoe_block_input"
 NOTED_INPUT = "promptmoe_layer_input"  # where a factor behind the norm makes a new tensor of what carries the note
 MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 
@@ -40,11 +38,14 @@ MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 class KeyValueLayer(PromptLayer):
     """Prompts that join attention as further keys and values; a method says how its rows come about."""
 
+    note_name = "_promptmoe_layer_input"  # left by the norm, its input; where there is none, the block leaves itself
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.has_token_form = False  # whether a `TokenForm` stands by for adapters that ask for it
         self.kept: dict[Any, Rows] | None = None  # rows that `cached_prompts` makes once
         self._names = parameter_names(site.attention)
+        self.notes_arrive = site.family is not None  # whether norm and block are known to be what leaves notes
 
     # -- what a method defines ----------------------------------------------------------------------------------------
 
@@ -66,8 +67,12 @@ class KeyValueLayer(PromptLayer):
         return None
 
     def reads_input(self, adapter: str) -> bool:
-        """Whether the rows depend on the layer's input."""
+        """Whether the rows depend on what the layer's input is, and not on its shape alone."""
         return True
+
+    def needs_input(self, adapter: str) -> bool:
+        """Whether anything the adapter does depends on what the layer's input is."""
+        return self.reads_input(adapter) or self.has_router(adapter)
 
     # -- in and out of the model --------------------------------------------------------------------------------------
 
@@ -116,19 +121,16 @@ class KeyValueLayer(PromptLayer):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _after_norm(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Let the norm's output carry its input to the attention layer.
-
-        A note on the tensor itself cannot be picked up by another thread or another call, unlike one on a module.
-        """
+        """Let the norm's output carry its input to the attention layer."""
         layer_input = args[0] if args else next(iter(kwargs.values()))
         if isinstance(output, Tensor) and output is not layer_input:
-            setattr(output, LAYER_INPUT, layer_input)
+            self.notes.leave(output, layer_input, self.calls)
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the block's input, so that a norm which the generic rule has overlooked cannot go unnoticed."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
-            setattr(hidden, BLOCK_INPUT, id(block))
+            self.notes.leave(hidden, block, self.calls)
 
     def _hand_on_block_input(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -147,13 +149,13 @@ class KeyValueLayer(PromptLayer):
         kernel = SDPA if self.site.is_called else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         kwargs.pop(NOTED_INPUT, None)
-        x = self.layer_input(bound[self._names[0]], bound.pop(NOTED_INPUT, None))
+        x = self._input_for(adapters, bound[self._names[0]], bound.pop(NOTED_INPUT, None))
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
         if call is not None and not past and any(map(self.reads_query, adapters)):
-            self._look_for_query(call)
+            look_for_query(call, self.training)
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
@@ -184,19 +186,10 @@ class KeyValueLayer(PromptLayer):
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
 
-    def _look_for_query(self, call: PromptCall) -> None:
-        """Refuse, or say, that a router will read a text with its answer."""
-        if call.knows_query:
-            return
-        if self.training and call.learns:
-            refuse_unknown_query()
-        if not (call.cached or call.warned or torch.compiler.is_compiling()):
-            call.warned = True
-            warn_of_whole_rows()
-
     def _after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        self.notes.forget()
         mask = kwargs.get("attention_mask")
         columns = mask.columns if isinstance(mask, MaskWithRows) else kwargs.get(COLUMNS)
         if isinstance(columns, Columns) and columns.arrived != columns.calls:
@@ -211,23 +204,32 @@ class KeyValueLayer(PromptLayer):
     def _takes_block_input(self) -> bool:
         return self.site.norm is None or isinstance(self.site.norm, nn.Identity)
 
+    def _input_for(self, adapters: list[str], hidden: Tensor, noted: Tensor | None) -> Tensor:
+        """(B, T, D) the layer's input; where no adapter looks at it, a tensor of its shape will do."""
+        note = self.notes.on(hidden) if noted is None else noted
+        if note is None and self.notes_arrive and not any(map(self.needs_input, adapters)):
+            return hidden
+        return self.layer_input(hidden, noted)
+
     def layer_input(self, hidden: Tensor, noted: Tensor | None = None) -> Tensor:
         """(B, T, D) what the attention layer's input (B, T, D) was before the norm; `noted` if the block says it."""
-        name = self.site.name
         if noted is not None:
             return noted
-        if self._takes_block_input():
-            check = self.site.family is None and not torch.compiler.is_compiling()
-            if check and getattr(hidden, BLOCK_INPUT, None) != id(self.site.block):
-                reason = "its input is not its block's, and no norm was found that stands between the two"
-                raise CannotJoin(name, self.site.attention, reason)
+        if self._takes_block_input() and (self.site.family is not None or torch.compiler.is_compiling()):
             return hidden
-        layer_input: Tensor | None = getattr(hidden, LAYER_INPUT, None)
-        if layer_input is None or layer_input.shape != hidden.shape:
+        note = self.notes.on(hidden)
+        if note is None and self.notes_arrive:
+            note = self.notes.beside(hidden, self.calls)
+        if self._takes_block_input():
+            if note is self.site.block:
+                return hidden
+            reason = "its input is not its block's, and no norm was found that stands between the two"
+        elif isinstance(note, Tensor) and note.shape == hidden.shape:
+            return note
+        else:
             norm = type(self.site.norm).__name__
             reason = f"its input is not the output of {norm}, through which prompts pass"
-            raise CannotJoin(name, self.site.attention, reason)
-        return layer_input
+        raise CannotJoin(self.site.name, self.site.attention, reason)
 
     def _columns(
         self,
@@ -305,12 +307,3 @@ class KeyValueLayer(PromptLayer):
         if kept is not None:
             kept[key] = found
         return found
-
-
-def no_call(attention: nn.Module) -> str:
-    return (
-        f"{type(attention).__name__} was called outside a forward of the model that holds its block, or is run again "
-        "by checkpointing in a model that does not pass keyword arguments on. So its prompt layer cannot learn which "
-        "tokens belong to the query or keep a router's centre. Call the model or its encoder and not its blocks, do "
-        "not checkpoint, or use routing='token' (causal models) and router_centering=False."
-    )

@@ -13,6 +13,7 @@ from ..models.sites import Site
 from ..routing.prompt_call import CallBook, PromptCall
 from ..routing.record import Chosen, Observer, RoutingRecord, joined
 from .grid_book import GridBook
+from .notes import Notes
 
 PROMPT_CALL = "promptmoe_call"
 STEPS = 32  # records of a generation that are kept apart before they are joined
@@ -34,6 +35,8 @@ class PromptLayer(AdapterState):
     unrouted: ClassVar[str] = "has no router"
     # What it is to the model, in the words of a refusal to merge.
     joins_as: ClassVar[str] = "its prompts are extra attention rows"
+    # The attribute under which what it hands on lies on tensors.
+    note_name: ClassVar[str] = "_promptmoe_note"
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -44,6 +47,7 @@ class PromptLayer(AdapterState):
         self.grids: GridBook | None = None
         self.calls = CallBook()  # the model's own, once it knows of the layer
         self.shared: tuple[SharedLayer, ...] = ()  # a tuple, so that the root's module is no child of this one
+        self.notes = Notes(self.note_name)
         self._handles: list[Any] = []
 
     # -- what a form defines ------------------------------------------------------------------------------------------
@@ -141,3 +145,12 @@ class PromptLayer(AdapterState):
         self.last_routing[adapter] = [record]
         for observer in self.observers:
             observer(self.site.name, adapter, record)
+
+
+def no_call(attention: nn.Module) -> str:
+    return (
+        f"{type(attention).__name__} was called outside a forward of the model that holds its block, or is run again "
+        "by checkpointing in a model that does not pass keyword arguments on. So its prompt layer cannot learn which "
+        "tokens belong to the query or keep a router's centre. Call the model or its encoder and not its blocks, do "
+        "not checkpoint, or use routing='token' (causal models) and router_centering=False."
+    )
