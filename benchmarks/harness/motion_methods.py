@@ -86,10 +86,11 @@ def is_prototypes(name: str) -> bool:
 
 def take_prototypes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put prototypes of units of another model in the place of these; the units stand behind the same blocks."""
-    own = {name for name in model.state_dict() if is_prototypes(name)}
+    state = model.state_dict()
+    own = {name for name in state if is_prototypes(name)}
     if own != set(tensors):
         raise ValueError(f"Units of the two models differ: {sorted(own ^ set(tensors))}.")
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(state | tensors)
 
 
 METHODS = {
