@@ -12,7 +12,6 @@ from torch import nn
 
 from .kernels import known_kernel
 from .kernels.flash import FLASH
-from .key_value import KeyValueLayer
 from .prompt_layer import PromptLayer
 
 ENTRY = "init_continuous_batching"  # of all ways in
@@ -53,7 +52,7 @@ def release(model: nn.Module) -> None:
 def _check_rows(layers: list[PromptLayer]) -> None:
     for layer in layers:
         for name in layer.working_adapters():
-            if not isinstance(layer, KeyValueLayer) or layer.reads_input(name):
+            if layer.pools_rows(name):
                 raise ValueError(
                     f"Continuous batching packs many texts into one row, and the prompts of adapter {name!r} depend "
                     "on all of a row (routing='sample'). Use routing='token' or static prompts (num_experts=1), or "
