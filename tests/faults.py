@@ -49,7 +49,7 @@ FAULTS = [
     Fault(
         "the padding mask is dropped",
         "engine/key_value.py",
-        "real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None",
+        "real = kernel.real(mask, x.shape[1]) if padded else None",
         "real = None",
         (INVARIANCE, "-k", "padding and mept-bert"),
     ),
@@ -91,8 +91,8 @@ FAULTS = [
     Fault(
         "the balance loss never reaches the gradient",
         "routing/auxiliary_loss.py",
-        "return gradients[0], None if gradient is None else gradient.to(ctx.device), None, None",
-        "return gradients[0], None, None, None",
+        "return gradients[0], None if gradient is None else gradient.to(ctx.device), None",
+        "return gradients[0], None, None",
         (TRAINING, "-k", "balance_loss_reaches and mept-bert"),
     ),
     Fault(
@@ -223,7 +223,7 @@ FAULTS = [
     ),
     Fault(
         "rows stay behind when a cache changes its batch",
-        "engine/row_cache.py",
+        "engine/rows.py",
         "return change(kept) if kept.shape[0] > 1 else kept",
         "return kept",
         ("tests/contract/test_generation.py", "-k", "follow and mept-llama-token"),
@@ -381,6 +381,13 @@ FAULTS = [
         "register_forward_hook(self._after_block, prepend=True)",
         "register_forward_hook(self._after_block)",
         ("tests/unit/promotion/test_unit.py", "-k", "maps"),
+    ),
+    Fault(
+        "prompts are carried on without their gradient",
+        "engine/token_layer.py",
+        "call is None or call.learns != torch.is_grad_enabled()",
+        "False",
+        ("tests/contract/test_handed_on.py", "-k", "carry"),
     ),
 ]
 
