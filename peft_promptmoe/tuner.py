@@ -277,6 +277,14 @@ class PromptTuner(BaseTuner):
         """
         self._check_merge_allowed()
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse; a method whose adapters can be combined overrides this.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"Adapters of {self.method} cannot be combined into one. Switch them with set_adapter().")
+
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -78,6 +78,8 @@ def _why_not(whole: Any, layers: list[KeyValueLayer], name: str) -> str | None:
     config = layers[0].prompt_config[name]
     if any(layer.needs_input(name) for layer in layers):
         return "its prompts follow from the input, and a prefix is the same for all. Train with num_experts=1"
+    if getattr(config, "prompt_weights", None) is not None:
+        return "it weighs its prompts, and the rows of a prefix count alike"
     if config.modules_to_save or config.trainable_token_indices:
         return "it has saved modules or tokens, which prefix tuning does not carry"
     if whole is None or whole.config.get_text_config() is not whole.config or not whole.can_generate():

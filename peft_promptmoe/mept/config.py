@@ -65,6 +65,8 @@ class MEPTConfig(VirtualTokensConfig):
             (official code, in effect: at zero), so that experts differ at once.
         init_std: spread of randomly initialised rows; "match" takes the spread of the layer's input where a norm makes
             it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
+        prompt_weights: how much the rows of each of several static prompts count in attention (the log of it is added
+            to their scores); filled in by `add_weighted_adapter`. Unset, each counts once.
         target_modules, exclude_modules: attention layers to prompt and to leave out, as in PEFT: names or a regular
             expression. Unset, they follow from the architecture.
         layers_to_transform, layers_pattern: numbers of the blocks to prompt, from 0 on, a list or one, and the name of
@@ -103,6 +105,9 @@ class MEPTConfig(VirtualTokensConfig):
         default="auto", metadata={"help": "Start of the rows: 'sample_vocab', 'random', or 'auto' by the model."}
     )
     init_std: Spread = field(default="match", metadata={"help": "Spread of the initial rows, or 'match'."})
+    prompt_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each prompt that add_weighted_adapter has put together."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +136,21 @@ class MEPTConfig(VirtualTokensConfig):
             check_choice("init_std", self.init_std, ("match",))
         else:
             check_number("init_std", self.init_std, 0.0)
+        self._check_prompt_weights()
         self._check_dead_settings()
+
+    def _check_prompt_weights(self) -> None:
+        if self.prompt_weights is None:
+            return
+        if not isinstance(self.prompt_weights, list):
+            raise TypeError(f"prompt_weights must be a list of numbers, got {self.prompt_weights!r:.200}.")
+        for weight in self.prompt_weights:
+            check_number("prompt_weights", weight, 0.0, open_low=True)
+        if self.num_experts > 1 or self.routing != "token" or len(self.prompt_weights) != 1 + self.num_shared_experts:
+            raise ValueError(
+                "prompt_weights is of static prompts, one for each: it needs num_experts=1, routing='token' and "
+                f"{1 + self.num_shared_experts} numbers. Leave it to add_weighted_adapter."
+            )
 
     def _check_dead_settings(self) -> None:
         if self.num_experts == 1:

@@ -69,6 +69,16 @@ class MEPTLayer(KeyValueLayer):
         if config.num_shared_experts and not shared_are_added(config):
             self.mept_shared_prompts[adapter]().copy_(inputs[config.num_experts :] / config.prompt_scale)
 
+    @torch.no_grad()
+    def static_tables(self, adapter: str) -> Tensor:
+        """(N, P, D) rows of the prompts of an adapter without routed experts, which count alike in attention."""
+        config = self.prompt_config[adapter]
+        tables = self.mept_prompts[adapter]() * config.prompt_scale
+        if not config.num_shared_experts:
+            return tables
+        shared = self.mept_shared_prompts[adapter]() * config.prompt_scale
+        return torch.cat([tables, shared]) if config.routing == "token" else tables + shared.sum(dim=0)
+
     def _initial_std(self, config: MEPTConfig) -> float:
         if not config.init_weights:
             return 1.0
@@ -114,6 +124,8 @@ class MEPTLayer(KeyValueLayer):
 
     def choice(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Chosen | None:
         config = self.prompt_config[adapter]
+        if config.prompt_weights is not None:
+            return _of_all(x, config.prompt_weights)
         if config.routing != "token" or config.num_experts == 1:
             return None
         with without_autocast(x):
@@ -187,6 +199,12 @@ class MEPTLayer(KeyValueLayer):
 
     def _balances(self, config: MEPTConfig) -> bool:
         return self.training and config.num_experts > 1 and config.balance_loss_weight > 0.0
+
+
+def _of_all(x: Tensor, weights: list[float]) -> Chosen:
+    """The choice of all of several prompts with fixed weights, by every token of `x` (B, T, D)."""
+    log_gates = torch.tensor(weights, device=x.device, dtype=torch.float32).log().expand(*x.shape[:2], -1)
+    return Chosen(log_gates, torch.arange(len(weights), device=x.device).expand_as(log_gates), len(weights))
 
 
 def shared_are_added(config: MEPTConfig) -> bool:

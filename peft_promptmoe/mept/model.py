@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checks import refuse_task_type
@@ -16,6 +18,7 @@ from ..models.reader import text_reader
 from ..models.sites import Site
 from ..models.targets import is_encoder_decoder
 from ..tuner import PromptTuner
+from .combine import combined_config, layers_of
 from .config import MEPTConfig
 from .layer import MEPTLayer, experts_to_start
 
@@ -100,6 +103,34 @@ class MEPTModel(PromptTuner):
             "meant.",
             stacklevel=2,
         )
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add an adapter that has the static prompts of others side by side.
+
+        In attention the rows of each count as often as its weight says: the log of the weight is added to their
+        scores. With weights of 1 it is what the adapters are when all of them are active.
+
+        Args:
+            adapters: names of adapters with num_experts=1.
+            weights: of each, greater than 0.
+            adapter_name: of the new adapter. It is not made active.
+            combination_type: "cat", the one there is.
+
+        Raises:
+            ValueError: the name is taken, or one adapter cannot stand for these: they have routers, saved modules, or
+                different lengths, positions or layers. The model is as it was.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already. Delete it first, or choose another name.")
+        if missing := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"There is no adapter {missing[0]!r}; there are {sorted(self.peft_config)}.")
+        configs: dict[str, Any] = {name: self.peft_config[name] for name in adapters}
+        self.peft_config[adapter_name] = combined_config(self.model, configs, weights, combination_type)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers_of(self.model, adapter_name):
+            layer.start_from(adapter_name, torch.cat([layer.static_tables(name) for name in configs]))
 
     def check_site(self, config: MEPTConfig, site: Site) -> None:
         if config.decoder_sees_prompts and (reason := self._why_decoder_cannot_see(config, site)):

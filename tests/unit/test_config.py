@@ -60,6 +60,7 @@ BAD: dict[str, tuple[Any, ...]] = COMMON | {
     "decoder_sees_prompts": (*NO_BOOLS, None),
     "prompt_scale": (*NO_NUMBERS, None, NAN, INF, 0, 0.0, -1.0, 10**30, 10**400),
     "init_std": (True, False, None, "matched", "", NAN, INF, -1.0, [0.1]),
+    "prompt_weights": (3, True, "1", (1.0,), [True], ["1"], [0.0], [-1.0], [NAN], [INF], [1.0], [1.0, 2.0], []),
     "prompt_init": (*NO_NAMES, None, "", "zeros", "Random"),
 }
 BAD_VAPT: dict[str, tuple[Any, ...]] = COMMON | {
