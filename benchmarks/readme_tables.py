@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.claims import claims
+from harness.markdown import table
+from harness.motion_tables import learning_motion, motion_levels
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
 from harness.rows import Row
 from harness.targets import GPU, LENGTHS, targets
@@ -43,11 +45,6 @@ IMAGES = (
     *(Row("mept_sample", prompts, 4) for prompts in (10, 50)),
     Row("mept_token", 10, 4),
 )
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def spread(values: list[float]) -> str:
@@ -273,6 +270,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "low_data_mnist": lambda: low_data("learning_vision_mnist"),
     "learning_experts": lambda: learning("learning_experts"),
     "learning_causal": lambda: learning("learning_causal", "exact match"),
+    "learning_motion_flow": lambda: learning_motion("flow"),
+    "learning_motion_depth": lambda: learning_motion("depth"),
+    "motion_levels": motion_levels,
     "cost_text": cost_text,
     "cost_t5": cost_t5,
     "cost_vision": cost_vision,

@@ -119,10 +119,15 @@ def windows() -> nn.Module:
     return SwinModel(SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1]))
 
 
+def timm_windows() -> nn.Module:
+    return timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 1, 1), embed_dim=12)
+
+
 @pytest.mark.parametrize(
     ("base", "settings", "message"),
     [
         (windows, {}, "no attention layers over one patch grid"),
+        (timm_windows, {}, "no attention layers over one patch grid"),
         (lambda: BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)), {}, "patch grid"),
         (classifier, {"task_type": "SEQ_CLS"}, "Leave task_type unset"),
         (classifier, {"layers_to_transform": [5]}, "names layer 5, not among .*: 0 to "),
@@ -133,7 +138,7 @@ def windows() -> nn.Module:
             "drop patches in training",
         ),
     ],
-    ids=["windows", "text", "task", "layers", "embedding", "dropped-patches"],
+    ids=["windows", "timm windows", "text", "task", "layers", "embedding", "dropped-patches"],
 )
 def test_models_that_do_not_fit_are_refused_untouched(base: Any, settings: dict[str, Any], message: str) -> None:
     model = base()

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of what is learned about motion and depth, from as many cells as there are."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from .markdown import table
+from .reading import NAMES, results
+
+OWN_NAMES = {"bottleneck": "plain bottleneck adapter", "promotion": "ProMotion", "lora-all": "LoRA r8, all blocks"}
+SCORES = {"flow": "epe", "depth": "abs_rel"}
+NOISES = ("noise 5", "noise 10", "noise 25")
+Cell = dict[str, Any]
+
+
+def chosen(name: str, task: str) -> dict[str, tuple[int, list[Cell]]]:
+    """By method, how many rates were tried with seed 0, and the cells of the one with the least development error.
+
+    Methods that share a rate with another one have a single rate.
+    """
+    by_method: dict[str, dict[float, dict[int, Cell]]] = {}
+    for cell in results(name).get("cells", {}).values():
+        by_method.setdefault(cell["method"], {}).setdefault(cell["lr"], {})[cell["seed"]] = cell
+    found = {}
+    for method, rates in by_method.items():
+        tried = {lr: seeds[0]["dev"][SCORES[task]] for lr, seeds in rates.items() if 0 in seeds}
+        if tried:
+            best = min(tried, key=lambda lr: tried[lr])
+            found[method] = (len(tried), [rates[best][seed] for seed in sorted(rates[best])])
+    return found
+
+
+def mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}"
+
+
+def learning_motion(task: str) -> str:
+    """Error of every method, the least first, with its spread over seeds; under image noise; and on real pairs."""
+    score, found = SCORES[task], chosen(f"learning_motion_{task}", task)
+    real = sorted({pair for _, cells in found.values() for cell in cells for pair in cell["real"]})
+    headings = ["method", "seeds", "rates tried", "rate", "trained", "held-out pairs", "over seeds"]
+    headings += [f"noise {noise.split()[1]}" for noise in NOISES] + real
+    rows = []
+    for method, (tried, cells) in sorted(found.items(), key=lambda each: _clean(each[1][1], score)):
+        clean = [cell["test"][score] for cell in cells]
+        shown = OWN_NAMES.get(method) or NAMES.get(method) or method.replace("promotion, ", "ProMotion, ")
+        line = [shown, str(len(cells)), str(tried), f"{cells[0]['lr']:g}", f"{cells[0]['trainable']:,}", mean(clean)]
+        line.append(f"± {statistics.stdev(clean):.3f}" if len(clean) > 1 else "")
+        line += [mean([cell[noise][score] for cell in cells]) for noise in NOISES]
+        line += [_real(cells, pair, score) for pair in real]
+        rows.append(line)
+    return table(headings, rows)
+
+
+def _clean(cells: list[Cell], score: str) -> float:
+    return statistics.mean(cell["test"][score] for cell in cells)
+
+
+def _real(cells: list[Cell], pair: str, score: str) -> str:
+    """A real depth is compared after median scaling, and its figures are called so."""
+    values = [cell["real"][pair] for cell in cells if pair in cell["real"]]
+    return mean([value.get(score, value.get(f"{score}_median_scaled")) for value in values]) if values else ""
+
+
+def motion_levels() -> str:
+    """What a frozen model knows of motion, block by block."""
+    cells = results("motion_levels")["cells"]
+    pairs = {"centred": "centred", "not centred": "not"}
+    kinds = {"between": "cosine between", "margin": "margin", "entropy": "entropy"}
+    rows = [
+        [str(block), f"{error:.2f}"] + [f"{cells[name][kind][block]:.2f}" for kind in kinds for name in pairs]
+        for block, error in enumerate(cells["matching"]["epe"])
+    ]
+    return table(
+        ["block", "error of matching, px", *(f"{shown}, {of}" for shown in kinds.values() for of in pairs.values())],
+        rows,
+    )
