@@ -91,8 +91,8 @@ FAULTS = [
     Fault(
         "the balance loss never reaches the gradient",
         "routing/auxiliary_loss.py",
-        "return gradients[0], None if gradient is None else gradient.to(ctx.device), None, None",
-        "return gradients[0], None, None, None",
+        "return gradients[0], None if gradient is None else gradient.to(ctx.device), None",
+        "return gradients[0], None, None",
         (TRAINING, "-k", "balance_loss_reaches and mept-bert"),
     ),
     Fault(

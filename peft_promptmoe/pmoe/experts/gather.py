@@ -192,7 +192,7 @@ def _as_known(expert: Expert, known: Mapping[str, Expert]) -> Expert:
     """With the module that is in the model already, if it is the same.
 
     Raises:
-        ValueError: nobody can tell.
+        ValueError: this cannot be told.
     """
     there = known.get(expert.key)
     if there is None or there.module is expert.module:
