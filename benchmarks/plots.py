@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
@@ -171,13 +173,34 @@ def mark(axes: Axes, point: Point) -> Bbox:
     return Bbox.from_extents(low[0] - 5, low[1] - 5, high[0] + 5, high[1] + 5)
 
 
+def seeds(summary: dict[str, dict[str, Any]]) -> str:
+    """How many runs the points are means of."""
+    counts = sorted({len(row["test"]) for method, row in summary.items() if not LEFT_OUT.search(method)})
+    return f"mean of {' or '.join(map(str, counts))} seeds"
+
+
+def explain(figure: Figure, left_out: list[str]) -> None:
+    """Say below the panels what colours, bars and line mean, and what is not shown."""
+    dots: dict[str, Any] = {"marker": "o", "ls": "", "ms": 5}
+    handles = [
+        Line2D([], [], color=OURS, label="peft_promptmoe", **dots),
+        Line2D([], [], color=OTHERS, label="other methods", **dots),
+        Line2D([], [], color="0.4", marker="|", ls="", ms=12, label="standard deviation over seeds"),
+        Line2D([], [], color="0.75", lw=1, label="no other method is better and cheaper"),
+    ]
+    note = f"Only in the table: {', '.join(NAMES.get(name, name) for name in left_out)}" if left_out else None
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    if note is not None:
+        legend.set_title("\n".join(textwrap.wrap(note, 150)), prop={"size": 7})
+
+
 def picture(name: str) -> None:
     title, score = PICTURES[name]
     found = results(name)
     summary = found["summary"]
     trained = {method: row["trainable"] for method, row in summary.items()}
     costs = {"trained parameters": trained, "seconds of a training step": found.get("step_seconds", {})}
-    figure = Figure(figsize=(10, 4.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 5.4), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (label, cost) in zip(panels, costs.items(), strict=True):
@@ -185,14 +208,15 @@ def picture(name: str) -> None:
     panels[0].set_xscale("log")
     panels[0].set_ylabel(score)
     panels[1].set_xlim(left=0)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}, {seeds(summary)}", fontsize=10)
+    explain(figure, [method for method in summary if LEFT_OUT.search(method)])
     canvas.draw()
     figure.set_layout_engine("none")  # names are placed by what is where, so nothing may move any more
     for axes, cost in zip(panels, costs.values(), strict=True):
         name_points(axes, points(summary, cost), canvas)
     canvas.draw()
     # A few colours are all there are, and a third of the bytes.
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(48)
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64)
     image.save(FOLDER / f"{name}.png", optimize=True)
 
 

@@ -118,7 +118,10 @@ class PromptConfig(PeftConfig):
             for layer in several:
                 check_int("layers_to_transform", layer, 0)
         if self.layers_pattern and layers is None:
-            raise ValueError("layers_pattern names where layers_to_transform counts; set layers_to_transform as well.")
+            raise ValueError(
+                "layers_pattern says in which list of modules layers_to_transform counts, and layers_to_transform is "
+                "unset. Set it, or leave layers_pattern out."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dict; sets become sorted lists, so that two processes write the same bytes.

@@ -64,8 +64,8 @@ def _check_language_layers(model: Any, sites: list[Site]) -> None:
     if all(getattr(getattr(site.attention, "config", None), "model_type", text) != text for site in sites):
         raise ValueError(
             f"Prompts would join {_pattern(sites[0].name)!r} of {type(model).__name__} and no layer of its language "
-            "model, whose attention peft_promptmoe cannot reach, so text alone would pass by them. Name the layers in "
-            "`target_modules` if that is what you want, or use another model."
+            "model, whose attention peft_promptmoe cannot reach: with text alone they would do nothing. Name the "
+            "layers in `target_modules` if that is what you want, or use another model."
         )
 
 

@@ -36,8 +36,8 @@ def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]
     hooks = find_hooks(model)
     if hooks is None or not any(layer.reads_query(name) for layer in layers for name in layer.prompt_config):
         raise ValueError(
-            "No router of this model reads a query: that is what routing='sample' with several experts does on a "
-            "causal model. Leave given_query out."
+            "No router of this model reads a query: given_query is for routing='sample' with several experts on a "
+            "causal model. Leave it out."
         )
     before = hooks.calls.give(GivenQuery(tokens))
     try:

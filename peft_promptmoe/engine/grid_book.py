@@ -55,8 +55,8 @@ class GridBook:
         grid = self.grids.get(count)
         if grid is None:
             raise ValueError(
-                f"The prompts are made from the whole patch grid, and this layer got {count} patches, which is the "
-                f"grid of none of the images so far ({sorted(self.grids.values())}): patches were dropped on the way. "
+                f"The prompts are made from the whole patch grid, and this layer got {count} patches, but the images "
+                f"so far have the grids {sorted(self.grids.values())}: patches were dropped on the way. "
                 "Switch patch dropout and masking off."
             )
         return grid
@@ -77,8 +77,8 @@ class GridBook:
             known = self.grids.setdefault(rows * columns, (rows, columns))
         if known != (rows, columns):
             raise ValueError(
-                f"This model has seen images of {known[0]} x {known[1]} patches and now gets {rows} x {columns}, as "
-                "many in another shape, which its layers cannot tell apart. Bring all images to one shape."
+                f"This model has seen images of {known[0]} x {known[1]} patches and now gets {rows} x {columns}, the "
+                "same number in another shape, and its layers cannot tell these apart. Bring all images to one shape."
             )
 
     def _before_owner(

@@ -175,7 +175,7 @@ def _compare(layer: KeyValueLayer, run: Heard) -> bool:
         rows = project_rows(site, x[:, column : column + 1], at)
         for made, own in ((rows.key[:, :, 0], key[:, :, column]), (rows.value[:, :, 0], value[:, :, column])):
             if (made - own).abs().mean() > CLOSE * own.abs().mean():
-                reason = "a prompt that is what a token is gets another key or value than the token"
+                reason = "a prompt with the input of a token gets another key or value than that token"
                 raise CannotJoin(site.name, site.attention, reason)
     return True
 
@@ -218,6 +218,6 @@ def _say_what_repeats(heard: dict[str, list[Heard]]) -> None:
         name, times = next(iter(repeated.items()))
         warnings.warn(
             f"{len(repeated)} attention layers run several times in one forward ({name!r}: {times} times). Each has "
-            "one set of prompts, which serves all of its depths.",
+            "one set of prompts, which all of these runs use.",
             stacklevel=4,
         )

@@ -17,12 +17,11 @@ from transformers import AttentionInterface
 from ..models.inspection import compares, unwrapped_forward
 from ..models.sites import Site
 from .columns import Harvest, MaskWithRows, Overheard
-from .kernels import find_kernel
+from .kernels import find_kernel, known_kernel
 from .kernels.kernel import PlainModule
 
 INTERFACE = "promptmoe"
 COLUMNS = "promptmoe_columns"
-DENSE = (None, "sdpa", "eager")  # kernels that never look at the config, and compile best without a stand-in
 
 
 class KernelName(str):
@@ -104,7 +103,9 @@ def promptmoe_attention(
         columns.note(key, value)
         columns = None
     if columns is None:
-        seen = module if name in DENSE else PlainModule(module)
+        known = known_kernel(name)
+        # Kernels that never look at the config compile best without a stand-in.
+        seen = module if known is not None and not known.reads_config else PlainModule(module)
         return function(seen, query, key, value, attention_mask, **kwargs)
     kernel = find_kernel(name)
     seen = PlainModule(module) if kernel.reads_config else module

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import refuse_task_type
+from ..engine.kernels import check_chosen
 from ..engine.model_hooks import prompt_layers
 from ..engine.positions import can_stand_before, no_angles
 from ..engine.token_form import why_decoder_cannot_see
@@ -140,8 +141,5 @@ class MEPTModel(PromptTuner):
             )
         if config.prompt_positions == "prefix" and not can_stand_before(site):
             raise ValueError(no_angles(site))
-        if site.is_called and config.num_experts > 1 and config.router_centering:
-            raise ValueError(
-                f"router_centering needs the model to hand an argument on to its layers, and "
-                f"{type(site.attention).__name__} is not handed any. Set router_centering=False."
-            )
+        if config.routing == "token" and config.num_experts > 1 and not site.is_called:
+            check_chosen(site.attention)

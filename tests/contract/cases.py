@@ -684,7 +684,7 @@ METHODS: dict[str, Method] = {
         variants=_promotion_variants(),
         refusals=(
             ("vit", {"modules_to_save": ["projection"]}, "would copy the patch embedding"),
-            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "layers_to_transform names the layers .1."),
+            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "layers_to_transform names layer 1, not among"),
         ),
         noisy={"noisy_features": True, "denoise_weight": 1.0},
         other={"num_prototypes": 2, "denoiser": "tokens"},

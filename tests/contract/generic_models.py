@@ -323,7 +323,7 @@ ARCHITECTURES: dict[str, Arch] = {
         EXACT,
         _CLASSIFIER,
         _BERT | {"embedding_size": 16, "num_hidden_layers": 3},
-        says="one set of prompts, which serves all of its depths",
+        says="one set of prompts, which all of these runs use",
     ),
     "roberta-prelayernorm": Arch(EXACT, _CLASSIFIER, _BERT),
     "xlm-roberta-xl": Arch(EXACT, _CLASSIFIER, _BERT),

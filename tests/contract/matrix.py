@@ -90,7 +90,7 @@ def page(found: Found) -> str:
         "promise there. Made by `make matrix`; rows and tests are in [rows.py](tests/contract/rows.py), columns in",
         "[cases.py](tests/contract/cases.py).",
         "",
-        f"{len(shown)} cells: {green} green, {refusals} refusals that are asserted (R), {exempt} that cannot be (-), "
+        f"{len(shown)} cells: {green} pass, {refusals} assert a refusal (R), {exempt} do not apply (-), "
         f"{len(shown) - green - refusals - exempt} that fail, are skipped or are empty; {tests:,} tests.",
     ]
     for method, name in METHOD_NAMES.items():
@@ -100,7 +100,7 @@ def page(found: Found) -> str:
         "Heads of several layers", [str(column) for column in HEAD_COLUMNS], HEAD_COLUMNS, head_rows, cells
     )
     reasons = sorted({(row.number, reason) for row in ROWS for column in COLUMNS if (reason := row.exempt(column))})
-    lines += ["", "## What cannot be", ""]
+    lines += ["", "## What does not apply", ""]
     lines += [f"- Row {number}: {reason}." for number, reason in reasons]
     return "\n".join(lines) + "\n"
 

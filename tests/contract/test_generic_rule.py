@@ -46,6 +46,7 @@ def attach(name: str, model: nn.Module, **settings: Any) -> tuple[Any, list[str]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks by the old name
+        warnings.filterwarnings("ignore", "The head of .* stays frozen")  # which is meant here
         torch.manual_seed(1)
         prompted = get_peft_model(model, MEPTConfig(num_virtual_tokens=P, **settings))
     return prompted.eval(), [str(warning.message) for warning in caught]

@@ -172,9 +172,29 @@ def test_texts_longer_than_the_window_are_refused() -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "name, settings, said",
+    [
+        ("llama", {"head_dim": 256}, r"heads of 256 to 258 features, and this kernel takes 256"),
+        ("gemma2", {}, r"would cap them once more.*attn_implementation='eager' or routing='sample'"),
+    ],
+    ids=["width", "cap"],
+)
+def test_what_chosen_experts_cannot_join_is_refused_with_the_adapter(
+    name: str, settings: dict[str, Any], said: str
+) -> None:
+    base = base_model(name, REFERENCE[name], **settings)
+    use(base, NAMES[0])
+    before = [part for part, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=said):
+        prompted(base, "token")
+    assert [part for part, _ in base.named_modules()] == before
+    prompted(base, "sample")
+
+
 def test_heads_that_gates_make_too_wide() -> None:
     known, flash = both("llama", "token", head_dim=256)
-    with pytest.raises(ValueError, match=r"heads of 256 to 2\d\d features, and flash attention takes 256"):
+    with pytest.raises(ValueError, match=r"heads of 256 to 2\d\d features, and this kernel takes 256"):
         flash(**text("none", causal=True))
     known, flash = both("llama", "static", head_dim=256)
     batch = text("none", causal=True)

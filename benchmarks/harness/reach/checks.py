@@ -45,7 +45,8 @@ def attach(base: nn.Module, config: Any) -> tuple[Any, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = get_peft_model(copy.deepcopy(base), config)
-    said = [str(warning.message) for warning in caught if "is_gradient_checkpointing" not in str(warning.message)]
+    known = ("is_gradient_checkpointing", "stays frozen")  # peft asks by the old name; heads are none of this
+    said = [str(warning.message) for warning in caught if not any(each in str(warning.message) for each in known)]
     return model.eval(), said
 
 

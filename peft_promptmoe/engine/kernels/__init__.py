@@ -11,8 +11,11 @@ from typing import Any
 
 from transformers import AttentionInterface
 
+from ...models.inspection import gives, unwrapped_forward
+from ...models.sites import caps_scores
+from ..chosen import HALVES
 from . import dense, flash, flex
-from .kernel import Kernel
+from .kernel import CAPPED_TWICE, Kernel, caps_unsaid, check_width
 
 KERNELS: dict[str, Kernel] = {
     "sdpa": dense.SDPA,
@@ -44,6 +47,23 @@ def known_kernel(name: str | None) -> Kernel | None:
     """As `find_kernel`, with None for one that is not known."""
     name = name or "eager"
     return KERNELS.get(name) or _by_function(name)
+
+
+def check_chosen(attention: Any) -> None:
+    """Refuse, as far as the layer and its config tell, kernels that the experts which tokens choose cannot join.
+
+    Raises:
+        ValueError: the kernel caps scores, or heads would be wider than it takes.
+    """
+    kernel = find_kernel(attention.config._attn_implementation_internal)
+    if caps_scores(attention):
+        if not kernel.adds_mask:
+            raise ValueError(CAPPED_TWICE)
+        if not gives(unwrapped_forward(attention), "softcap"):
+            raise ValueError(caps_unsaid(attention))
+    width = getattr(attention, "head_dim", getattr(attention.config, "head_dim", None))
+    if isinstance(width, int):
+        check_width(width + HALVES, width, kernel.widest)
 
 
 def _by_function(name: str) -> Kernel | None:

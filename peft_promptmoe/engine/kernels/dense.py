@@ -12,7 +12,7 @@ from torch import Tensor
 from ...models.call_arguments import real_tokens
 from ...models.sites import caps_scores
 from ..columns import Columns, gates_of, join_rows
-from .kernel import Function, Kernel, with_bias_of_rows
+from .kernel import Function, Kernel, caps_unsaid, with_bias_of_rows
 
 
 def _attend(
@@ -43,10 +43,7 @@ def _attend(
     if bias is not None:
         kwargs = {**kwargs, "position_bias": with_bias_of_rows(columns, module, bias)}
     if columns.chosen and cap is None and caps_scores(module):
-        raise ValueError(
-            f"{type(module).__name__} caps its attention scores and does not say so to its kernel, so chosen experts "
-            "cannot join them. Use routing='sample' with this model."
-        )
+        raise ValueError(caps_unsaid(module))
     joined = join_rows(columns, query, key, value, mask, kwargs.get("scaling"), lead, cap)
     if joined.scaling is not None:
         kwargs = {**kwargs, "scaling": joined.scaling}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..columns import Columns, join_rows
-from .kernel import Function, Kernel, refuse_capped_choice
+from .kernel import Function, Kernel, check_width, refuse_capped_choice
 
 WIDEST = 256
 SEGMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -46,7 +46,7 @@ def _attend(
     _refuse(key, kwargs)
     rows = columns.number
     joined = join_rows(columns, query, key, value, None, kwargs.get("scaling"))
-    check_width(joined.query.shape[-1], query.shape[-1])
+    check_width(joined.query.shape[-1], query.shape[-1], WIDEST)
     key, value = joined.key, joined.value
     # No longer than the window, as `_refuse` saw; with rows in front it would be, and rows would drop out of it.
     kwargs = {**kwargs, "scaling": joined.scaling, "sliding_window": None}
@@ -76,15 +76,6 @@ def _refuse(key: Tensor, kwargs: dict[str, Any]) -> None:
             f"{key.shape[2]} tokens are more than the sliding window of {window}, and flash attention would slide the "
             "prompts out of it with them. Use attn_implementation='sdpa' or 'flex_attention' for texts longer than "
             "the window."
-        )
-
-
-def check_width(joined: int, width: int) -> None:
-    """Refuse heads that scores of chosen experts make wider than the kernel takes: ValueError."""
-    if joined > WIDEST:
-        raise ValueError(
-            f"Token routing widens heads of {width} to {joined} features, and flash attention takes {WIDEST} at most. "
-            "Use attn_implementation='sdpa' or routing='sample' with this model."
         )
 
 

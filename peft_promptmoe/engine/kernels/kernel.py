@@ -66,12 +66,32 @@ class PlainModule:
         return getattr(self.module, name)
 
 
+CAPPED_TWICE = (
+    "Token routing brings the scores of a token's experts ready, and this kernel would cap them once more. Use "
+    "attn_implementation='eager' or routing='sample' with this model."
+)
+
+
+def caps_unsaid(module: Any) -> str:
+    """What to say of a layer that caps scores and does not tell its kernel."""
+    return (
+        f"{type(module).__name__} caps its attention scores and does not say so to its kernel, so chosen experts "
+        "cannot join them. Use routing='sample' with this model."
+    )
+
+
 def refuse_capped_choice(columns: Columns, cap: float | None) -> None:
     """Refuse chosen experts where the kernel caps scores and takes no mask that could bring theirs: ValueError."""
     if columns.chosen and cap is not None:
+        raise ValueError(CAPPED_TWICE)
+
+
+def check_width(joined: int, width: int, widest: int | None) -> None:
+    """Refuse heads that scores of chosen experts make wider than the kernel takes: ValueError."""
+    if widest is not None and joined > widest:
         raise ValueError(
-            "Token routing brings the scores of a token's experts ready, and this kernel would cap them once more. "
-            "Use attn_implementation='eager' or routing='sample' with this model."
+            f"Token routing widens heads of {width} to {joined} features, and this kernel takes {widest} at most. "
+            "Use attn_implementation='sdpa' or routing='sample' with this model."
         )
 
 

@@ -192,15 +192,16 @@ def _as_known(expert: Expert, known: Mapping[str, Expert]) -> Expert:
     """With the module that is in the model already, if it is the same.
 
     Raises:
-        ValueError: nobody can tell.
+        ValueError: this cannot be told.
     """
     there = known.get(expert.key)
     if there is None or there.module is expert.module:
         return expert
     if not is_told_apart(expert.record):
         raise ValueError(
-            f"Expert {expert.record.name!r} and one of the model's own have weights that keep their bytes to "
-            "themselves, and cannot be told apart. Hand over the same module again, or use a model of its own."
+            f"Expert {expert.record.name!r} and one of the model's own have weights whose values cannot "
+            "be read (quantised ones), so nobody can say whether they are the same. Hand over the same module "
+            "again, or use another model."
         )
     return replace(there, record=expert.record)
 

@@ -36,8 +36,8 @@ def check_weights(found: ExpertRecord, stored: ExpertRecord) -> None:
     if found.weights is None or stored.weights is None:
         if found.quantised is None or found.quantised != stored.quantised:
             warnings.warn(
-                f"The weights of expert {found.name!r} are quantised or spread over processes, so nobody can tell "
-                f"whether they are those of {stored.name!r} that the adapter was trained with.",
+                f"The weights of expert {found.name!r} are quantised or spread over processes, so they cannot be "
+                f"compared with those of {stored.name!r} that the adapter was trained with.",
                 stacklevel=2,
             )
     elif found.weights != stored.weights:

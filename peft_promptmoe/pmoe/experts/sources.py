@@ -132,7 +132,7 @@ def read_folder(name: str, folder: str, revision: str | None) -> Source:
     if "architecture" not in settings and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         why = "asks for code of its own (auto_map)" if "auto_map" in settings else "names no architecture"
         raise ValueError(
-            f"Expert {name!r} {why} that transformers or timm had: model_type is {kind!r:.80}. "
+            f"Expert {name!r} {why} that transformers or timm know: model_type is {kind!r:.80}. "
             "Experts are loaded by these libraries' own classes; load it yourself, and hand over the module."
         )
     return Source(name, revision, path, settings, _weight_files(name, path))

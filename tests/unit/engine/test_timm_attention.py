@@ -198,3 +198,24 @@ def test_compiled_equals_eager() -> None:
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_router_centring_works_where_layers_are_handed_no_arguments() -> None:
+    """The first batch's mean is that of the pooled inputs, sample by sample."""
+    base = tiny(NAMES[0])
+    model = get_peft_model(base, MEPTConfig(num_virtual_tokens=3, router_centering=True)).train()
+    seen: list[Tensor] = []
+    first = prompt_layers(base)[0]
+    first.site.block.register_forward_pre_hook(lambda block, args: seen.append(args[0].detach()))
+    model(images())
+    normed = seen[0] / seen[0].pow(2).mean(dim=-1, keepdim=True).add(1e-6).sqrt()
+    center = first.mept_router_center["default"]
+    assert int(center.steps) == 1
+    torch.testing.assert_close(center.weight, normed.mean(dim=1).mean(dim=0), rtol=0, atol=1e-4)
+    model(images())
+    assert int(center.steps) == 2
+    model.eval()(images())
+    assert int(center.steps) == 2
+    base.set_grad_checkpointing()
+    with pytest.raises(ValueError, match=r"run again by checkpointing.*router_centering=False"):
+        logits(model.train(), images()).sum().backward()

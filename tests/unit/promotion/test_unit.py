@@ -226,7 +226,7 @@ def test_pooled_prototypes_need_to_know_the_shape() -> None:
     model = adapted(init_weights=False, num_prototypes=4, proposal="pool").eval()
     with torch.no_grad():
         model(images(shape=(48, 32))["pixel_values"])
-        with pytest.raises(ValueError, match="as many in another shape"):
+        with pytest.raises(ValueError, match="same number in another shape"):
             model(images(shape=(32, 48))["pixel_values"])
 
 
