@@ -2,7 +2,8 @@
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
 from .engine.given_query import given_query
-from .engine.model_hooks import last_aux_losses
+from .engine.model_hooks import auxiliary_loss, last_aux_losses
+from .engine.prefix_export import export_prefix
 from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
 from .motion import DepthModel, FlowModel, MotionModel
@@ -11,7 +12,7 @@ from .promotion import ProMotionConfig, ProMotionModel
 from .reports.assignment_callback import AssignmentCallback
 from .reports.assignment_report import AssignmentReport, assignment_report
 from .reports.callback import RoutingCallback
-from .reports.recorder import record_routing
+from .reports.recorder import RoutingRecorder, record_routing
 from .reports.routing_report import RoutingReport, routing_report
 from .vapt import VAPTConfig, VAPTModel
 from .version import __version__
@@ -31,12 +32,15 @@ __all__ = [
     "ProMotionConfig",
     "ProMotionModel",
     "RoutingCallback",
+    "RoutingRecorder",
     "RoutingReport",
     "VAPTConfig",
     "VAPTModel",
     "__version__",
     "assignment_report",
+    "auxiliary_loss",
     "cached_prompts",
+    "export_prefix",
     "given_query",
     "last_aux_losses",
     "parameter_report",

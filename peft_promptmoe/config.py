@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from peft import PeftConfig
 
+from .field_types import Layers
 from .sharing.base_model import BaseModelCard
 from .sharing.base_record import check_record
 from .sharing.model_card import CardValues, write_card, write_card_of_run
@@ -29,9 +32,12 @@ class PromptConfig(PeftConfig):
         target_modules: attention layers that prompts join, as in PEFT: a list of name endings or a regular expression.
             Unset, they follow from the model's architecture.
         exclude_modules: attention layers to leave out, in the same form.
-        layers_to_transform: numbers of the blocks to prompt; unset for all. Prompts live in these blocks only.
+        layers_to_transform: numbers of the blocks to prompt, from 0 on, a list or one; unset for all. Prompts live in
+            these blocks only.
         layers_pattern: name of the module list that holds the blocks, where the first number in a path is another one.
         modules_to_save: modules to train and save besides the prompts, usually a head.
+        trainable_token_indices: tokens of the vocabulary whose embeddings train and are saved, as in PEFT: a list of
+            token ids, or a dict from names of embeddings to such lists. Tied output embeddings follow.
         init_weights: True for the method's initialisation, False for large random values (tests).
         check_base_weights: whether to keep a cheap hash of the base model's weights with the adapter, and to warn when
             it is loaded onto a model of the same shape with other weights.
@@ -50,7 +56,7 @@ class PromptConfig(PeftConfig):
         default=None, metadata={"help": "Attention layers that prompts join; unset, the architecture decides."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Attention layers to leave out."})
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: Layers = field(
         default=None, metadata={"help": "Numbers of the blocks to prompt; unset for all."}
     )
     layers_pattern: list[str] | str | None = field(
@@ -58,6 +64,9 @@ class PromptConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save besides the prompts, usually a head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings train and are saved along, as ids or by embedding."}
     )
     init_weights: bool = field(
         default=True, metadata={"help": "True for the method's initialisation, False for large random values."}
@@ -70,6 +79,18 @@ class PromptConfig(PeftConfig):
         default=None, metadata={"help": "What the base model was when the adapter was made."}
     )
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Name the field that was meant where there is none of a name.
+
+        Raises:
+            TypeError: there is no such field. In files PEFT knows the error by its first words, and goes on without.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        if odd := [name for name in kwargs if name not in known]:
+            said = f"{cls.__name__}.__init__() got an unexpected keyword argument {odd[0]!r}"
+            raise TypeError(f"{said}. {_meant(cls, odd[0], list(known)[1:])}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # TaskType.SEQ_CLS and "SEQ_CLS" are the same to PEFT, but str() makes different words of them.
@@ -80,6 +101,7 @@ class PromptConfig(PeftConfig):
         check_record(self.base_record)
         check_names("modules_to_save", self.modules_to_save)
         check_patterns("modules_to_save", self.modules_to_save)
+        check_token_ids("trainable_token_indices", self.trainable_token_indices)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             check_names(name, value, alone=True)
@@ -153,6 +175,22 @@ class VirtualTokensConfig(PromptConfig):
         check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
 
 
+def _meant(cls: type, name: str, known: list[str]) -> str:
+    """What to write in the place of a field that a config has not."""
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return f"Did you mean {close[0]!r}?"
+    others = [each.__name__ for each in _configs(PromptConfig) if name in {own.name for own in fields(each)}]
+    if others:
+        return f"It is a field of {' and '.join(others)}."
+    return f"help({cls.__name__}) names its fields."
+
+
+def _configs(cls: type) -> list[Any]:
+    """The configs of methods below a class."""
+    below: list[type] = cls.__subclasses__()
+    return [each for child in below for each in _configs(child)] or [cls]
+
+
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise TypeError unless `value` is an int (no bool), ValueError unless it lies in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -180,8 +218,9 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`, a `Literal` or a tuple."""
+    choices = choices if isinstance(choices, tuple) else get_args(choices)
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     if value not in choices:
@@ -203,3 +242,17 @@ def check_patterns(name: str, value: Any) -> None:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{name} holds {pattern!r:.200}, which is no regular expression: {error}.") from error
+
+
+def check_token_ids(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is None, a list of integers or a dict of such lists; ValueError for bad ids."""
+    lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must name embeddings by strings, got {value!r:.200}.")
+    for ids in lists:
+        if not isinstance(ids, list) or any(isinstance(each, bool) or not isinstance(each, int) for each in ids):
+            raise TypeError(
+                f"{name} must be a list of token ids, or a dict from embeddings to lists, got {ids!r:.200}."
+            )
+        if not ids or len(set(ids)) < len(ids) or not 0 <= min(ids) <= max(ids) < MAX_INTEGER:
+            raise ValueError(f"{name} must list each token once, by a number that is not negative, got {ids!r:.200}.")

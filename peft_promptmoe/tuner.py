@@ -3,20 +3,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from .adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
-from .checks import check_attention, check_layers, check_saved_modules, no_match
+from .checks import (
+    check_attention,
+    check_layers,
+    check_saved_modules,
+    check_tokens,
+    is_target,
+    no_match,
+    warn_of_frozen_head,
+)
 from .config import PromptConfig
 from .engine.choice import join_all, join_what_can_be
 from .engine.key_value import KeyValueLayer
+from .engine.mixed_batch import mixed_batch
 from .engine.model_hooks import ModelHooks, prompt_layers
 from .engine.prompt_layer import PromptLayer
 from .engine.rehearsal import try_generic
@@ -120,7 +128,7 @@ class PromptTuner(BaseTuner):
         paths = [path for path, _ in self.model.named_modules() if path and f"{PROMPT_CHILD}." not in f"{path}."]
         paths = [path for path in paths if self._check_target_module_exists(peft_config, path)]
         if not paths:
-            raise ValueError(no_match(self.model, peft_config))
+            raise ValueError(no_match(self.model, peft_config, chosen))
         for path in paths:
             check_at_hand(self.model.get_submodule(path), path)
         join = join_what_can_be if chosen else join_all
@@ -137,7 +145,9 @@ class PromptTuner(BaseTuner):
                     f"{self.method} cannot share an attention layer with it."
                 )
         self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
+        warn_of_frozen_head(self.model, peft_config, sites)
         check_saved_modules(self.model, peft_config, sites)
+        check_tokens(self.model, peft_config)
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)
@@ -167,13 +177,7 @@ class PromptTuner(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        """PEFT's rule, except that `layers_to_transform` counts for regular expressions and whole paths, too."""
-        found = check_target_module_exists(peft_config, key)
-        asked, targets = peft_config.layers_to_transform, peft_config.target_modules
-        if not found or asked is None or not (isinstance(targets, str) or key in targets):
-            return found
-        match = re.search(r"(?:^|\.)(\d+)(?=\.)", key)
-        return match is not None and int(match.group(1)) in ({asked} if isinstance(asked, int) else set(asked))
+        return is_target(peft_config, key)
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
@@ -281,9 +285,6 @@ class PromptTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"{self.method} does not mix adapters within a batch (adapter_names). Run one batch per adapter with "
-                "set_adapter()."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        with mixed_batch(self.model, names, self.method) if names is not None else nullcontext():
+            yield

@@ -110,6 +110,7 @@ def _listen(layer: KeyValueLayer, heard: dict[str, list[Heard]]) -> Any:
     def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = dict(zip(names, args, strict=False)) | kwargs
         x = layer.layer_input(bound[names[0]], bound.get(NOTED_INPUT))
+        layer.notes_arrive = True
         run = Heard(x.detach(), bound, Overheard())
         heard.setdefault(layer.site.name, []).append(run)
         return layer.carry(args, kwargs, run.kernel) if layer.site.own is None else None

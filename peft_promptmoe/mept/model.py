@@ -7,6 +7,7 @@ import warnings
 
 from torch import Tensor
 
+from ..checks import refuse_task_type
 from ..engine.model_hooks import prompt_layers
 from ..engine.positions import can_stand_before, no_angles
 from ..engine.token_form import why_decoder_cannot_see
@@ -46,6 +47,8 @@ class MEPTModel(PromptTuner):
     prompt_layer_cls = MEPTLayer
 
     def resolve(self, config: MEPTConfig, sites: list[Site]) -> None:
+        if all(site.patches is not None for site in sites):
+            refuse_task_type(config)
         if config.routing == "auto":
             config.routing = "token" if any(site.by_token for site in sites) else "sample"
             config._check_dead_settings()

@@ -51,6 +51,7 @@ class PMoELayer(TokenLayer):
     adapter_layer_names = ("pmoe_prompts", "pmoe_dispatcher")
     other_param_names = (*TokenLayer.other_param_names, "last_shares")
     method = "pMoE"
+    unrouted = "has dispatchers and no routers; routing_report(model) shows them"
 
     pmoe_prompts: nn.ModuleDict
     pmoe_dispatcher: nn.ModuleDict
@@ -107,9 +108,10 @@ class PMoELayer(TokenLayer):
     def wants_shared(self, adapter: str) -> bool:
         return True
 
-    def takes_over(self, adapter: str) -> bool:
+    def takes_over(self, adapter: str) -> PMoELayer | None:
         before = self._shared().find(self.expert, self.site.index - 1)
-        return self.prompt_config[adapter].carry_prompts and before is not None and adapter in before.prompt_config
+        takes = self.prompt_config[adapter].carry_prompts and before is not None and adapter in before.prompt_config
+        return before if takes else None
 
     def tokens(self, adapter: str, patches: Tensor, carried: Tensor | None) -> Tensor:
         config: PMoEConfig = self.prompt_config[adapter]
