@@ -65,7 +65,7 @@ bench: $(VENV)/.installed-benchmarks
 # Which of today's architectures prompts can join, and whether the result is right: an hour on one core. It goes on where
 # it was stopped; delete a record from results/reach.json to run its model again.
 reach: $(VENV)/.installed-benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reach.py
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reach.py
 
 # Everything: times, which want a quiet machine for an hour, and learning, which on two cores takes a night and a day.
 # All of it goes on where it was stopped, and finished cells are kept: to run one again, delete it from its JSON file.

@@ -6,9 +6,10 @@
     python benchmarks/reach.py --others                         # only LoRA and prefix tuning, where not known yet
     python benchmarks/reach.py --table                          # docs/families.md from the results
 
-Each model runs in a process of its own with a limit of time. An outcome is "right" (all checks pass), "left out"
-(right, and some layers have no prompts), "refused" (one clear error from get_peft_model), "late" (one from the first
-forward), "error" (from inside), "wrong" (a check fails), or "not run" (the tiny base could not be made or fed).
+`make reach` runs it on the CPU and offline. Each model runs in a process of its own with a limit of time. Outcomes are
+"right" (all checks pass), "left out" (right, and some layers have no prompts), "refused" (one clear error from
+get_peft_model), "late" (one from the first forward), "error" (from inside), "wrong" (a check fails), or "not run" (the
+tiny base could not be made or fed).
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ import signal
 import traceback
 from pathlib import Path
 from typing import Any
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 import timm
 import torch

@@ -173,6 +173,20 @@ FAULTS = [
         ("tests/contract/test_generic_rule.py", "-k", "deberta-v3"),
     ),
     Fault(
+        "rows of speech encoders stand a frame further away",
+        "models/relative.py",
+        "places = (length - 1 - asked.distance())[:, None]",
+        "places = (length - 2 - asked.distance())[:, None]",
+        ("tests/unit/engine/test_relative.py", "-k", "longer_sound"),
+    ),
+    Fault(
+        "biases that a stack makes are taken for its layers' own",
+        "models/reachable.py",
+        "or _biases_of_the_stack(model, path, attention)",
+        "or None",
+        ("tests/contract/test_generic_rule.py", "-k", "refused_before and udop"),
+    ),
+    Fault(
         "a layer that compares names of kernels sees the interface's",
         "engine/transformers_attention.py",
         "compared = site.family is None and compares(",

@@ -21,8 +21,9 @@ KEEPS_KEYWORDS = "does not pass keyword arguments on"
 OTHER_INPUTS = "takes queries, keys and values from different inputs"
 WINDOWS = "attends within windows or over several resolutions"
 NEIGHBOURS = "made of neighbouring tokens as well"
+OTHER_BIASES = "adds a relative position bias of a form that prompts cannot be given"
 
-AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS, WINDOWS, NEIGHBOURS)
+AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS, WINDOWS, NEIGHBOURS, OTHER_BIASES)
 
 
 @dataclass(frozen=True)
@@ -378,6 +379,8 @@ ARCHITECTURES: dict[str, Arch] = {
         tolerance=1e-5,
     ),
     "longt5": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _T5),
+    # Whose layers have a table like T5's, and add what the stack makes of three.
+    "udop": Arch(OTHER_BIASES, _ANY, _T5 | {"image_size": 16, "patch_size": 4, "max_2d_position_embeddings": 32}),
     "led": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _BART),
     "pegasus_x": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _BART),
     # Vision and speech

@@ -20,9 +20,11 @@ from transformers import Dinov2Config, Dinov2Model
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plots
+import reach
 import times
 from harness.bottleneck import add_bottlenecks
 from harness.claims import WITHIN, claims, scores, sizes, verdict
+from harness.reach.table import table
 from harness.remembered import remember
 from harness.search import admitted, spread
 from harness.targets import Target, targets
@@ -151,6 +153,36 @@ def test_names_in_a_picture_touch_nothing() -> None:
     marks = {point.name: plots.mark(axes, point) for point in crowd}
     for text, name in zip(axes.texts, names, strict=True):
         assert not [other for other, mark in marks.items() if name.overlaps(mark) and other != text.get_text()]
+
+
+def test_the_page_of_families_is_that_of_the_sweep_which_found_nothing_wrong() -> None:
+    records = json.loads(reach.RESULTS.read_text())["records"]
+    kinds = [kind for kind in reach.ALL_KINDS if any(kind == record["kind"] for record in records)]
+    assert reach.TABLE.read_text() == table(records, kinds)
+    bad = [(record["kind"], record["type"]) for record in records if {"late", "error", "wrong"} & {*record.values()}]
+    assert not bad
+    assert {kind: {record["type"] for record in records if record["kind"] == kind} for kind in kinds} == {
+        kind: set(reach.names(kind)) for kind in kinds
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "outcome"),
+    [("classification", "distilbert", "right"), ("classification", "fnet", "refused"), ("towers", "clip", "right")],
+)
+def test_the_sweep_judges(kind: str, name: str, outcome: str) -> None:
+    record = reach.judge(kind, name)
+    assert record["outcome"] == outcome and record["lora"]
+    assert record.get("vapt") == ("right" if kind == "towers" else None)
+
+
+def test_the_sweep_notices_a_base_that_is_not_given_back() -> None:
+    base, inputs = reach.prepare("classification", "distilbert")
+    model, _ = reach.attach(base, reach.MEPTConfig(task_type="SEQ_CLS"))
+    with torch.no_grad():
+        next(model.get_base_model().distilbert.parameters()).mul_(1.5)
+    found = reach.faults(base, model, "classification", inputs)
+    assert {"disabling does not give the base model", "unloading does not give the base model"} <= {*found}
 
 
 def small_flow(method: str) -> torch.nn.Module:

@@ -436,6 +436,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "speech-encoder-decoder": {"decoder": DECODER, "encoder": WAV2VEC2},
     "swin": {"depths": [1, 1], "embed_dim": 16, "image_size": 64, "num_heads": [2, 2], "window_size": 4},
     "textnet": {"hidden_sizes": "__drop__"},
+    "timm_wrapper": {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 2}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "vision-encoder-decoder": {"decoder": DECODER, "encoder": VIT},

@@ -199,6 +199,23 @@ def test_the_reason_is_the_true_one(make: Any, reason: str) -> None:
         get_peft_model(make(), MEPTConfig(num_virtual_tokens=P, prompt_init="sample_vocab"))
 
 
+def test_models_that_want_more_than_token_ids_start_at_random_and_say_why() -> None:
+    def wants_boxes(embeddings: nn.Module, args: Any) -> None:
+        raise ValueError("Boxes are missing.")
+
+    reason = r"run on token ids alone it ends in ValueError \(Boxes are missing\)"
+    for init in ("auto", "sample_vocab"):
+        model = base("bert")
+        model.embeddings.register_forward_pre_hook(wants_boxes)
+        if init == "sample_vocab":
+            with pytest.raises(ValueError, match=reason):
+                get_peft_model(model, MEPTConfig(num_virtual_tokens=P, prompt_init=init))
+        else:
+            with pytest.warns(UserWarning, match=f"start at random.*{reason}"):
+                layers = prompt_layers(get_peft_model(model, MEPTConfig(num_virtual_tokens=P)))
+            assert all(layer.mept_prompts["default"].weight.std() > 0 for layer in layers)
+
+
 def test_weights_that_are_not_in_memory_are_not_run() -> None:
     model = base("llama")
     assert why_unread(model, text_reader(model), P) is None
