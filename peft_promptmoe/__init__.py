@@ -12,7 +12,7 @@ from .promotion import ProMotionConfig, ProMotionModel
 from .reports.assignment_callback import AssignmentCallback
 from .reports.assignment_report import AssignmentReport, assignment_report
 from .reports.callback import RoutingCallback
-from .reports.recorder import record_routing
+from .reports.recorder import RoutingRecorder, record_routing
 from .reports.routing_report import RoutingReport, routing_report
 from .vapt import VAPTConfig, VAPTModel
 from .version import __version__
@@ -32,6 +32,7 @@ __all__ = [
     "ProMotionConfig",
     "ProMotionModel",
     "RoutingCallback",
+    "RoutingRecorder",
     "RoutingReport",
     "VAPTConfig",
     "VAPTModel",

@@ -3,25 +3,106 @@
 
 from __future__ import annotations
 
+import copy
+import re
+import warnings
 from typing import Any
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from .adapter_state import PROMPT_CHILD
 from .config import PromptConfig
 from .engine.kernels import find_kernel
 from .engine.timm_attention import check_fused
-from .models.heads import takes
+from .models.heads import takes, text_heads
 from .models.sites import Site
+from .sharing.rollback import running_load
 
 
-def no_match(model: nn.Module, config: PromptConfig) -> str:
-    """Why `target_modules` has no effect."""
-    message = f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}"
-    if config.layers_to_transform is not None:
-        message += f" within layers_to_transform={config.layers_to_transform!r}"
-    if config.modules_to_save:
-        message += f" outside modules_to_save={config.modules_to_save!r}"
-    return message + ". Leave target_modules unset, or name attention layers of this model."
+def is_target(config: Any, path: str) -> Any:
+    """PEFT's rule, except that `layers_to_transform` counts for regular expressions and whole paths, too."""
+    found = check_target_module_exists(config, path)
+    asked, targets = config.layers_to_transform, config.target_modules
+    if not found or asked is None or not (isinstance(targets, str) or path in targets):
+        return found
+    return _block(config, path) in _several(asked)
+
+
+def _block(config: Any, path: str) -> int | None:
+    """The number that `layers_to_transform` counts: the first in the path, or the one behind `layers_pattern`."""
+    named = config.layers_pattern
+    lists = "|".join(f"(?:{name})" for name in ([named] if isinstance(named, str) else named or ()))
+    match = re.search(rf"(?:^|\.){f'(?:{lists})' if lists else ''}{r'[.]' if lists else ''}(\d+)(?=\.)", path)
+    return int(match.group(1)) if match is not None else None
+
+
+def _several(layers: Any) -> set[int]:
+    return {layers} if isinstance(layers, int) else set(layers)
+
+
+def no_match(model: nn.Module, config: PromptConfig, chosen: bool) -> str:
+    """Why there is nothing to prompt.
+
+    Args:
+        chosen: whether `target_modules` was left to us.
+    """
+    name = type(model).__name__
+    if config.exclude_modules and _paths(model, config, exclude_modules=None):
+        return (
+            f"exclude_modules={config.exclude_modules!r} leaves out all attention layers of {name} that prompts would "
+            "join. Exclude fewer, or leave exclude_modules unset."
+        )
+    if config.modules_to_save and _paths(model, config, modules_to_save=None):
+        return (
+            f"modules_to_save={config.modules_to_save!r} holds all attention layers of {name} that prompts would "
+            "join, and prompts join none that is copied. Name heads only."
+        )
+    free = _paths(model, config, layers_to_transform=None, layers_pattern=None)
+    if config.layers_to_transform is not None and free:
+        if config.layers_pattern and not any(_block(config, path) is not None for path in free):
+            return (
+                f"layers_pattern={config.layers_pattern!r} names no list of blocks in the paths of {name}'s attention "
+                f"layers, such as {free[0]!r}. Leave it unset, or name the module that holds the blocks."
+            )
+        return _no_such_layer(model, config, _several(config.layers_to_transform), free)
+    if running_load() is not None:
+        made_for = f": {config.base_model_name_or_path!r:.200}." if config.base_model_name_or_path else "."
+        return (
+            f"The adapter was made for attention layers that {name} does not have ({config.target_modules!r}). Load "
+            f"it onto the base model it was made for{made_for}"
+        )
+    if config.base_record is not None and not chosen:
+        return (
+            f"This config was used for another model before, which has set target_modules={config.target_modules!r}, "
+            f"and {name} has no such layers. Make a new config for each model."
+        )
+    return (
+        f"target_modules={config.target_modules!r} matches no module of {name}. Leave target_modules unset, or name "
+        "attention layers of this model."
+    )
+
+
+def _paths(model: nn.Module, config: PromptConfig, **changed: Any) -> list[str]:
+    """The paths that the config would match with some of its settings changed."""
+    other = copy.copy(config)
+    for name, value in changed.items():
+        setattr(other, name, value)
+    paths = (path for path, _ in model.named_modules() if path and PROMPT_CHILD not in path.split("."))
+    return [path for path in paths if is_target(other, path)]
+
+
+def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], paths: list[str]) -> str:
+    """What to say of numbers in `layers_to_transform` that are those of no prompted layer."""
+    there = sorted({number for path in paths if (number := _block(config, path)) is not None})
+    whole = there == list(range(len(there)))
+    known = f"{there[0]} to {there[-1]}" if whole and len(there) > 1 else ", ".join(map(str, there)) or "none"
+    subject = f"layers_to_transform={config.layers_to_transform!r} leaves no layer"
+    if missing:
+        names = ", ".join(map(str, sorted(missing)))
+        subject = f"layers_to_transform names layer{'s' if len(missing) > 1 else ''} {names}, not"
+        return f"{subject} among the layers of {type(model).__name__} that prompts can join: {known} (from 0 on)."
+    return f"{subject} of {type(model).__name__} to prompt. Leave it unset for all, or name some of {known}."
 
 
 def check_layers(model: nn.Module, config: PromptConfig, sites: list[Site]) -> None:
@@ -29,13 +110,10 @@ def check_layers(model: nn.Module, config: PromptConfig, sites: list[Site]) -> N
     asked = config.layers_to_transform
     if asked is None:
         return
-    missing = {asked} if isinstance(asked, int) else set(asked)
-    missing -= {site.index for site in sites}
+    missing = _several(asked) - {_block(config, site.name) for site in sites}
     if missing:
-        raise ValueError(
-            f"layers_to_transform names the layers {sorted(missing)}, which {type(model).__name__} does not "
-            "have or target_modules leaves out."
-        )
+        paths = _paths(model, config, layers_to_transform=None, layers_pattern=None)
+        raise ValueError(_no_such_layer(model, config, missing, paths))
 
 
 def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site]) -> None:
@@ -127,3 +205,34 @@ def refuse_task_type(config: PromptConfig) -> None:
             f"task_type={config.task_type!r} wraps the model in a class of PEFT that passes text on. Leave "
             "task_type unset for vision models; their heads are found without it."
         )
+
+
+# What to write in a config whose model has a head of its own, by the end of the model's class name; PEFT's wrappers
+# for these tasks train the head.
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def warn_of_frozen_head(model: Any, config: PromptConfig, sites: list[Site]) -> None:
+    """Say that a head will be neither trained nor saved, where nothing in the config speaks of it.
+
+    `modules_to_save=[]` says that this is meant.
+    """
+    if config.task_type is not None or config.modules_to_save is not None or running_load() is not None:
+        return
+    heads = text_heads(model, [site.name for site in sites])
+    if not heads:
+        return
+    name = type(model).__name__
+    task = next((task for end, task in TASKS.items() if name.endswith(end)), None)
+    save = f"modules_to_save={heads!r}"
+    reads_text = getattr(model, "main_input_name", None) == "input_ids"
+    fix = f"task_type={task!r}" if task is not None and reads_text else save
+    warnings.warn(
+        f"The head of {name} ({', '.join(map(repr, heads))}) stays frozen and is not saved with the adapter. "
+        f"Set {fix} in the config to train and save it, or modules_to_save=[] to leave it as it is.",
+        stacklevel=6,
+    )

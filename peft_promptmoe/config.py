@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from peft import PeftConfig
 
+from .field_types import Layers, TokenIds
 from .sharing.base_model import BaseModelCard
 from .sharing.base_record import check_record
 from .sharing.model_card import CardValues, write_card, write_card_of_run
@@ -29,7 +32,8 @@ class PromptConfig(PeftConfig):
         target_modules: attention layers that prompts join, as in PEFT: a list of name endings or a regular expression.
             Unset, they follow from the model's architecture.
         exclude_modules: attention layers to leave out, in the same form.
-        layers_to_transform: numbers of the blocks to prompt; unset for all. Prompts live in these blocks only.
+        layers_to_transform: numbers of the blocks to prompt, from 0 on, a list or one; unset for all. Prompts live in
+            these blocks only.
         layers_pattern: name of the module list that holds the blocks, where the first number in a path is another one.
         modules_to_save: modules to train and save besides the prompts, usually a head.
         trainable_token_indices: tokens of the vocabulary whose embeddings train and are saved, as in PEFT: a list of
@@ -52,7 +56,7 @@ class PromptConfig(PeftConfig):
         default=None, metadata={"help": "Attention layers that prompts join; unset, the architecture decides."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Attention layers to leave out."})
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: Layers = field(
         default=None, metadata={"help": "Numbers of the blocks to prompt; unset for all."}
     )
     layers_pattern: list[str] | str | None = field(
@@ -61,7 +65,7 @@ class PromptConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save besides the prompts, usually a head."}
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+    trainable_token_indices: TokenIds = field(
         default=None, metadata={"help": "Tokens whose embeddings train and are saved along, as ids or by embedding."}
     )
     init_weights: bool = field(
@@ -74,6 +78,18 @@ class PromptConfig(PeftConfig):
     base_record: dict[str, Any] | None = field(
         default=None, metadata={"help": "What the base model was when the adapter was made."}
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Name the field that was meant where there is none of a name.
+
+        Raises:
+            TypeError: there is no such field. In files PEFT knows the error by its first words, and goes on without.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        if odd := [name for name in kwargs if name not in known]:
+            said = f"{cls.__name__}.__init__() got an unexpected keyword argument {odd[0]!r}"
+            raise TypeError(f"{said}. {_meant(cls, odd[0], list(known)[1:])}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,6 +175,22 @@ class VirtualTokensConfig(PromptConfig):
         check_int("num_virtual_tokens", self.num_virtual_tokens, 1, MAX_SLOTS_PER_LAYER)
 
 
+def _meant(cls: type, name: str, known: list[str]) -> str:
+    """What to write in the place of a field that a config has not."""
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
+        return f"Did you mean {close[0]!r}?"
+    others = [each.__name__ for each in _configs(PromptConfig) if name in {own.name for own in fields(each)}]
+    if others:
+        return f"It is a field of {' and '.join(others)}."
+    return f"help({cls.__name__}) names its fields."
+
+
+def _configs(cls: type) -> list[Any]:
+    """The configs of methods below a class."""
+    below: list[type] = cls.__subclasses__()
+    return [each for child in below for each in _configs(child)] or [cls]
+
+
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise TypeError unless `value` is an int (no bool), ValueError unless it lies in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -186,8 +218,9 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`, a `Literal` or a tuple."""
+    choices = choices if isinstance(choices, tuple) else get_args(choices)
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     if value not in choices:

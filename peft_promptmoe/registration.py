@@ -17,6 +17,7 @@ from typing import Any
 
 from huggingface_hub import RepoCard
 from peft import PeftConfig, PeftModel, PeftType
+from peft.auto import _BaseAutoPeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
@@ -65,6 +66,7 @@ def register_tuner(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], nam
     """
     keep_cards()
     undo_failed_loads()
+    explain_auto_models()
     member = ensure_peft_type(name)
     holder = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
     if holder is not None:
@@ -139,6 +141,53 @@ def undo_failed_loads() -> None:
     PeftModel.load_adapter = _undoing(PeftModel.load_adapter)  # type: ignore[method-assign]
     mixin: Any = PeftAdapterMixin
     mixin.load_adapter = _undoing(mixin.load_adapter, looks=True)
+
+
+def explain_auto_models() -> None:
+    """Say what to do where PEFT's `AutoPeftModel` cannot make an adapter's base model.
+
+    It reads the model's class and name off the adapter and ends in an error about either. The wrapper does nothing
+    for adapters of other methods, or where there is no error.
+    """
+    auto: Any = _BaseAutoPeftModel
+    if getattr(auto.from_pretrained, "explains", False):
+        return
+    make = auto.__dict__["from_pretrained"].__func__
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def make_or_explain(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return make(cls, *args, **kwargs)
+        except (AttributeError, OSError, ValueError) as error:
+            given = signature.bind(cls, *args, **kwargs).arguments
+            path, own = given["pretrained_model_name_or_path"], given.get("kwargs", {})
+            said = _cannot_make(PeftConfig.from_pretrained(path, revision=given.get("revision"), **own))
+            if said is None:
+                raise
+            fix = f"Make it yourself and call PeftModel.from_pretrained(model, {str(path)!r:.200})."
+            raise ValueError(f"{said} {fix}") from error
+
+    make_or_explain.explains = True  # type: ignore[attr-defined]
+    auto.from_pretrained = classmethod(make_or_explain)
+
+
+def _cannot_make(config: PeftConfig) -> str | None:
+    """Why an adapter's base model cannot be made from what its config says; None if it is not one of ours, or can."""
+    if not isinstance(config, PromptConfig):
+        return None
+    library, name = (
+        str((config.auto_mapping or {}).get("parent_library", "")).split(".")[0],
+        config.base_model_name_or_path,
+    )
+    if library == "timm":
+        how = f"timm.create_model({name!r:.200}, pretrained=True)" if name else "timm.create_model"
+        return f"AutoPeftModel makes models of transformers, and the adapter's base model is one of timm ({how})."
+    if library not in ("", "transformers", "peft_promptmoe"):
+        return f"AutoPeftModel makes models of transformers, and the adapter's base model is one of {library}."
+    if not name:
+        return "The adapter does not say what its base model is called, so AutoPeftModel cannot load that one."
+    return None
 
 
 def _undoing(load: Callable[..., Any], looks: bool = False) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptConfig
-from ..models.call_arguments import first_real
+from ..models.call_arguments import first_real, packs_texts
 from ..models.inspection import parameter_names
 from ..models.reachable import CannotJoin
 from ..models.sites import Site
@@ -27,6 +27,7 @@ from .projection import project_experts, project_rows
 from .prompt_layer import PROMPT_CALL, PromptLayer, no_call
 from .row_cache import cached_rows, note_keys
 from .rows import Rows, columns_of, decoding_table, gated_columns
+from .samples import Given, close_to_others, merge_choices, samples_by_adapter, spread_choice, spread_rows
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, config_view
 
@@ -140,11 +141,11 @@ class KeyValueLayer(PromptLayer):
     def _before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        adapters = [name for name in self.working_adapters() if not self.as_tokens(name)]
+        call = kwargs.get(PROMPT_CALL) or self.calls.call
+        adapters = [name for name in self.adapters_of(call) if not self.as_tokens(name)]
         if not adapters:
             return None
-        kwargs = dict(kwargs)
-        call = kwargs.pop(PROMPT_CALL, None) or self.calls.call
+        kwargs = {name: value for name, value in kwargs.items() if name != PROMPT_CALL}
         kernel = SDPA if self.site.is_called else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         kwargs.pop(NOTED_INPUT, None)
@@ -158,10 +159,21 @@ class KeyValueLayer(PromptLayer):
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
-        # Images have no padding; what BEiT passes as a mask are its relative positions.
-        real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None
-        parts = [self._columns(name, x, real, bound, call, cached, past, kernel) for name in adapters]
+        # Images have no padding; what BEiT passes as a mask are its relative positions. Of a row of many texts the
+        # mask tells them apart.
+        padded = not past and self.site.patches is None and not packs_texts(bound)
+        real = kernel.real(mask, x.shape[1]) if padded else None
+        whose: dict[str, Tensor] | None = None
+        if call is not None and call.names is not None:
+            whose = samples_by_adapter(call.names, x.shape[0], x.device)
+        given = Given(x, real, bound, call)
+        parts = [
+            self._columns(name, given, cached, past, kernel, None if whose is None else whose[name])
+            for name in adapters
+        ]
         columns = merge_columns(parts)
+        if whose is not None:
+            columns.chosen = merge_choices(columns.chosen)
         columns.calls = self.site.calls
         return self.carry(args, kwargs, columns)
 
@@ -222,16 +234,19 @@ class KeyValueLayer(PromptLayer):
     def _columns(
         self,
         adapter: str,
-        x: Tensor,
-        real: Tensor | None,
-        bound: dict[str, Any],
-        call: PromptCall | None,
+        given: Given,
         cached: dict[str, Rows] | None,
         past: bool,
         kernel: Kernel,
+        samples: Tensor | None,
     ) -> Columns:
-        config = self.prompt_config[adapter]
-        choice, first = self.choice(adapter, x, real, call), first_real(real)
+        """The columns of one adapter, closed to all samples but its own where it has but some."""
+        config, x, real = self.prompt_config[adapter], given.x, given.real
+        own = given if samples is None else given.of(samples)
+        before = self.last_routing.get(adapter, []) if past else []
+        choice, first = self.choice(adapter, own.x, own.real, own.call), first_real(real)
+        if choice is not None and before and not torch.compiler.is_compiling():
+            self.note_step(adapter, before)
         if past:
             if cached is None or adapter not in cached:
                 raise ValueError(
@@ -240,7 +255,9 @@ class KeyValueLayer(PromptLayer):
                 )
             rows = cached[adapter]
         else:
-            rows = self._project(adapter, x, real, bound, call, 0 if choice is None else choice.of)
+            rows = self._project(adapter, own, 0 if choice is None else choice.of)
+            if samples is not None:
+                rows = spread_rows(rows, samples, x.shape[0])
             if self.site.own is not None:
                 rows = replace(rows, first=first)  # a copy: kept rows serve other texts as well
             if cached is not None:
@@ -249,33 +266,29 @@ class KeyValueLayer(PromptLayer):
                 decodes = kernel.adds_mask and self.site.own is None and not torch.is_grad_enabled()
                 if rows.experts is not None and decodes:
                     rows.experts.table = decoding_table(rows.experts)
+        if samples is not None:
+            choice = spread_choice(choice, samples, x.shape[0])
         slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
         if self.site.own is not None:
             columns = gated_columns(rows, choice)
             offsets = slot_offsets(columns.rows, slots, x.device)
             columns.offsets, columns.first = (offsets if prefix else offsets * 0), rows.first
-            return columns
-        columns = columns_of(rows, choice, kernel.adds_mask)
-        if self.site.bias_owner is not None:
-            offsets = slot_offsets(slots, slots, x.device)
-            bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
-            assert bias is not None
-            columns.bias = bias.repeat(1, 1, 1, columns.rows // slots)
-            for chosen in columns.chosen:
-                chosen.bias = bias
+        else:
+            columns = columns_of(rows, choice, kernel.adds_mask)
+            if self.site.bias_owner is not None:
+                offsets = slot_offsets(slots, slots, x.device)
+                bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
+                assert bias is not None
+                columns.bias = bias.repeat(1, 1, 1, columns.rows // slots)
+                for chosen in columns.chosen:
+                    chosen.bias = bias
+        if samples is not None:
+            close_to_others(columns, samples, x.shape[0], x.shape[1])
         return columns
 
-    def _project(
-        self,
-        adapter: str,
-        x: Tensor,
-        real: Tensor | None,
-        bound: dict[str, Any],
-        call: PromptCall | None,
-        experts: int,
-    ) -> Rows:
+    def _project(self, adapter: str, given: Given, experts: int) -> Rows:
         """The adapter's key and value rows, or those kept from the last time where they would be the same."""
-        config = self.prompt_config[adapter]
+        config, (x, real, bound, call) = self.prompt_config[adapter], given
         turned = self.site.is_rotary and self.site.patches is None  # by angles that each call brings along
         anew = turned or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         kept = None if anew or self.reads_input(adapter) else self.kept

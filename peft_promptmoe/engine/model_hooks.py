@@ -18,8 +18,10 @@ from ..routing.balance_loss import BALANCE
 from ..routing.prompt_call import CallBook, PromptCall
 from ..sharing.load_checks import check_read, check_strangers, check_tensors
 from ..sharing.rollback import Unread, note_made, running_load
+from . import continuous_batching
 from .called_module import CalledModule, holders
 from .grid_book import GridBook
+from .image_size import image_size_checks
 from .prompt_layer import PromptLayer
 
 TIMM_INNER = "timm_model"
@@ -42,6 +44,7 @@ class ModelHooks(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         model.add_module(PROMPT_CHILD, self)
+        continuous_batching.guard(model, self)
         self._handles = [
             *CalledModule(self, model).attach(model),
             model.register_load_state_dict_pre_hook(self._before_load),
@@ -53,7 +56,13 @@ class ModelHooks(nn.Module):
         for book in self._grid_books:
             book.detach()
         self._release()
+        continuous_batching.release(model)
         delattr(model, PROMPT_CHILD)
+
+    @property
+    def layers(self) -> list[PromptLayer]:
+        """The prompt layers of the model as they now are."""
+        return self._layers
 
     def grid_book(self, patches: Patches) -> GridBook:
         """The book of the grids that come through a patch embedding, one per embedding."""
@@ -126,6 +135,7 @@ class ModelHooks(nn.Module):
         for layer in layers:
             layer.calls = self.calls
             layer.meet(layers)
+        self._inner += [check.attach() for check in image_size_checks(model, layers)]
         for module in holders(model, layers):
             if module is not model:
                 self._inner += CalledModule(self, module).attach(module)
@@ -147,7 +157,7 @@ class ModelHooks(nn.Module):
                 self.hold()  # another adapter may have been switched to since
         call = self.calls.begin()
         for layer in self._layers:
-            for name in layer.working_adapters():
+            for name in layer.adapters_of(call):
                 # timm's models hand nothing on to their layers, and would refuse what they do not know.
                 call.asks |= layer.needs_call(name) and not layer.site.is_timm
                 call.reads_query |= layer.reads_query(name)

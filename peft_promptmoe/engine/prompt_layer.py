@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
 from ..models.sites import Site
-from ..routing.prompt_call import CallBook
-from ..routing.record import Chosen, Observer, RoutingRecord
+from ..routing.prompt_call import CallBook, PromptCall
+from ..routing.record import Chosen, Observer, RoutingRecord, joined
 from .grid_book import GridBook
 from .notes import Notes
 
 PROMPT_CALL = "promptmoe_call"
+STEPS = 32  # records of a generation that are kept apart before they are joined
 
 
 class PromptLayer(AdapterState):
@@ -30,6 +31,8 @@ class PromptLayer(AdapterState):
     """
 
     method: ClassVar[str]
+    # Why an adapter has no router, as a sentence goes on about the method.
+    unrouted: ClassVar[str] = "has no router"
     # What it is to the model, in the words of a refusal to merge.
     joins_as: ClassVar[str] = "its prompts are extra attention rows"
     # The attribute under which what it hands on lies on tensors.
@@ -38,7 +41,8 @@ class PromptLayer(AdapterState):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
-        self.last_routing: dict[str, RoutingRecord] = {}
+        # By adapter, of the last forward; of a generation, of all its forwards so far.
+        self.last_routing: dict[str, list[RoutingRecord]] = {}
         self.observers: list[Observer] = []
         self.grids: GridBook | None = None
         self.calls = CallBook()  # the model's own, once it knows of the layer
@@ -57,6 +61,12 @@ class PromptLayer(AdapterState):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def adapters_of(self, call: PromptCall | None) -> list[str]:
+        """The adapters that work in a forward: those that its samples are named with, or else the active ones."""
+        if call is None or call.names is None or self.disable_adapters:
+            return self.working_adapters()
+        return [name for name in dict.fromkeys(call.names) if name in self.prompt_config]
 
     # -- what a method defines ----------------------------------------------------------------------------------------
 
@@ -124,10 +134,15 @@ class PromptLayer(AdapterState):
         if getattr(self.site.attention, PROMPT_CHILD, None) is self:
             delattr(self.site.attention, PROMPT_CHILD)
 
+    def note_step(self, adapter: str, before: list[RoutingRecord]) -> None:
+        """Put the records of a generation's earlier steps in front of what `note` has just kept."""
+        steps = [*before, *self.last_routing[adapter]]
+        self.last_routing[adapter] = joined(steps) if len(steps) > STEPS else steps
+
     def note(self, adapter: str, gates: Tensor | Chosen, real: Tensor | None) -> None:
         """Keep what a router chose, for whoever asks after the forward, and tell those who listen."""
         record = RoutingRecord(gates.detach(), real, self.training)
-        self.last_routing[adapter] = record
+        self.last_routing[adapter] = [record]
         for observer in self.observers:
             observer(self.site.name, adapter, record)
 

@@ -30,12 +30,18 @@ class RouterCenter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width), requires_grad=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self._kept_one = False
+        # The mean before and after the first batch of this run, until the second one comes.
+        self._written: tuple[Tensor, Tensor] | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> RouterCenter:
         super()._apply(fn, recurse)
         # In half precision a small momentum changes nothing; PEFT recasts only adapters that it has just made.
         self.weight.data = self.weight.data.to(torch.promote_types(self.weight.dtype, torch.float32))
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._written = None  # what is there now is no trace of the first batch
 
     def forward(self) -> Tensor:
         """(D,) the mean, without gradient."""
@@ -63,17 +69,25 @@ class RouterCenter(nn.Module):
         self._check_kept()
         mean = _mean(inputs.detach(), weight).to(self.weight.dtype)
         copied = (self.steps == 0) & self.weight.any()
+        before = None if self._kept_one or torch.compiler.is_compiling() else self.weight.detach().clone()
         self.steps.add_(torch.where(copied, SETTLED, 0)).add_(1)
         self.weight.add_((1.0 / self.steps).clamp(min=MOMENTUM).to(mean.dtype) * (mean - self.weight))
+        if before is not None:
+            self._written = (before, self.weight.detach().clone())
         return mean
 
     def _check_kept(self) -> None:
-        """Look once, before the second batch, whether the first one is still there; FSDP1 says so by a view."""
+        """Look once, before the second batch, whether the first one is still there; FSDP1 says so by a view.
+
+        A mean that was loaded is there before any batch, so what counts is whether the first one has changed it.
+        """
         if torch.compiler.is_compiling() or self._kept_one:
             return
         lost = not isinstance(self.weight, nn.Parameter)
-        if not lost and not self.weight.is_meta and bool(self.steps > 0):
-            self._kept_one, lost = True, not bool(self.weight.any())
+        if not lost and self._written is not None and not self.weight.is_meta:
+            before, after = self._written
+            self._kept_one, self._written = True, None
+            lost = torch.equal(self.weight, before) and not torch.equal(before, after)
         if lost:
             raise RuntimeError(
                 "router_centering=True keeps a running mean beside each router, and FSDP and ZeRO-3 put such tensors "

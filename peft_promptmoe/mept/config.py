@@ -5,9 +5,15 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..config import MAX_SLOTS_PER_LAYER, VirtualTokensConfig, check_bool, check_choice, check_int, check_number
+from ..field_types import Spread
 from ..registration import ensure_peft_type
+
+Routing = Literal["auto", "sample", "token"]
+Positions = Literal["auto", "prefix", "unrotated"]
+Start = Literal["auto", "sample_vocab", "random"]
 
 
 @dataclass
@@ -61,12 +67,26 @@ class MEPTConfig(VirtualTokensConfig):
             it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
         prompt_weights: how much the rows of each of several static prompts count in attention (the log of it is added
             to their scores); filled in by `add_weighted_adapter`. Unset, each counts once.
+        target_modules, exclude_modules: attention layers to prompt and to leave out, as in PEFT: names or a regular
+            expression. Unset, they follow from the architecture.
+        layers_to_transform, layers_pattern: numbers of the blocks to prompt, from 0 on, a list or one, and the name of
+            the module list that they count in; unset, all blocks.
+        modules_to_save: modules to train and save besides, usually a head. Heads of text models follow from
+            `task_type`, those of images are found; `[]` leaves them out.
+        trainable_token_indices: tokens whose embeddings train and are saved, as in PEFT; for models that read text.
+        init_weights: False for large random values (tests).
+        check_base_weights: whether to warn when the adapter is loaded onto other base weights.
+        base_record: what the base model was when the adapter was made; filled in by then.
+        task_type: as in PEFT ("SEQ_CLS", "CAUSAL_LM", ...); it trains and saves the head of a text model. Leave it
+            unset for images.
+        inference_mode, base_model_name_or_path, revision, peft_type, auto_mapping, peft_version: as in every PEFT
+            config; PEFT fills them in.
     """
 
     num_experts: int = field(default=4, metadata={"help": "Routed experts per layer, E; 1 for static prompts."})
     top_k: int = field(default=1, metadata={"help": "Experts that are active for a sample or token, K."})
     num_shared_experts: int = field(default=1, metadata={"help": "Experts that are always active, S."})
-    routing: str = field(default="auto", metadata={"help": "'sample', 'token', or 'auto' by the model."})
+    routing: Routing = field(default="auto", metadata={"help": "'sample', 'token', or 'auto' by the model."})
     router_norm: bool = field(default=True, metadata={"help": "Whether the router reads RMS-normed inputs."})
     router_centering: bool = field(
         default=False, metadata={"help": "Whether a running mean is subtracted from the router's input."}
@@ -75,17 +95,17 @@ class MEPTConfig(VirtualTokensConfig):
     router_noise: float = field(default=0.0, metadata={"help": "Multiplicative noise on router logits in training."})
     router_dropout: float = field(default=0.0, metadata={"help": "Dropout of router logits in training."})
     balance_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the load-balance term."})
-    prompt_positions: str = field(  # type: ignore[misc]
+    prompt_positions: Positions = field(  # type: ignore[misc]
         default="auto", metadata={"help": "Positions of prompt keys: 'prefix', 'unrotated', or 'auto' by the model."}
     )
-    decoder_sees_prompts: bool | str = field(
+    decoder_sees_prompts: Literal["auto", True, False] = field(
         default="auto", metadata={"help": "Whether a decoder attends to the last encoder block's prompts, or 'auto'."}
     )
     prompt_scale: float = field(default=25.0, metadata={"help": "Rows are this times the trained tensor."})
-    prompt_init: str = field(
+    prompt_init: Start = field(
         default="auto", metadata={"help": "Start of the rows: 'sample_vocab', 'random', or 'auto' by the model."}
     )
-    init_std: float | str = field(default="match", metadata={"help": "Spread of the initial rows, or 'match'."})
+    init_std: Spread = field(default="match", metadata={"help": "Spread of the initial rows, or 'match'."})
     prompt_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each prompt that add_weighted_adapter has put together."}
     )
@@ -102,9 +122,9 @@ class MEPTConfig(VirtualTokensConfig):
                 f"(num_experts + num_shared_experts) * num_virtual_tokens is {slots} slots per layer; at most "
                 f"{MAX_SLOTS_PER_LAYER} are allowed. Lower one of the three."
             )
-        check_choice("routing", self.routing, ("auto", "sample", "token"))
-        check_choice("prompt_positions", self.prompt_positions, ("auto", "prefix", "unrotated"))
-        check_choice("prompt_init", self.prompt_init, ("auto", "sample_vocab", "random"))
+        check_choice("routing", self.routing, Routing)
+        check_choice("prompt_positions", self.prompt_positions, Positions)
+        check_choice("prompt_init", self.prompt_init, Start)
         for name in ("router_norm", "router_centering", "renormalize_top_k"):
             check_bool(name, getattr(self, name))
         if self.decoder_sees_prompts != "auto":

@@ -39,6 +39,7 @@ class MEPTLayer(KeyValueLayer):
     other_param_names = (*KeyValueLayer.other_param_names, "mept_router_center")  # which never trains
     dispensable = ("mept_router_center", "steps")
     method = "MEPT"
+    unrouted = "has static prompts and no router with num_experts=1; make it with num_experts of 2 or more"
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

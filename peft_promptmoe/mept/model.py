@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import refuse_task_type
 from ..engine.model_hooks import prompt_layers
 from ..engine.positions import can_stand_before, no_angles
 from ..engine.token_form import why_decoder_cannot_see
@@ -49,6 +50,8 @@ class MEPTModel(PromptTuner):
     prompt_layer_cls = MEPTLayer
 
     def resolve(self, config: MEPTConfig, sites: list[Site]) -> None:
+        if all(site.patches is not None for site in sites):
+            refuse_task_type(config)
         if config.routing == "auto":
             config.routing = "token" if any(site.by_token for site in sites) else "sample"
             config._check_dead_settings()
@@ -75,8 +78,10 @@ class MEPTModel(PromptTuner):
         layers = [m for m in prompt_layers(self.model) if isinstance(m, MEPTLayer) and adapter_name in m.prompt_config]
         inputs: dict[str, Tensor] = {}
         if reader is not None and reason is None:
-            inputs = vocabulary_inputs(self.model, reader, adapter_name, experts_to_start(config), length)
-            if unheard := [layer.site.name for layer in layers if layer.site.name not in inputs]:
+            rows = experts_to_start(config)
+            inputs, reason = vocabulary_inputs(self.model, reader, adapter_name, rows, length)
+            unheard = [layer.site.name for layer in layers if layer.site.name not in inputs]
+            if unheard and reason is None:
                 reason = f"text alone does not reach {len(unheard)} of the prompted layers, such as {unheard[0]!r}"
         if reason is not None:
             self._say_why(config, reason)

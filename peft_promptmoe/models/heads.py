@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of image models, which PEFT cannot name."""
+"""Heads of models: those of images, which PEFT cannot name, and those that would stay frozen unnoticed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapter_state import PROMPT_CHILD
 from .patches import Patches
@@ -38,6 +39,32 @@ def vision_heads(model: nn.Module, patches: Patches) -> list[str]:
     heads = backbone.get_classifier()
     wanted = {id(head) for head in (heads if isinstance(heads, tuple) else (heads,)) if _has_parameters(head)}
     return found + [name for name, module in model.named_modules() if id(module) in wanted]
+
+
+def text_heads(model: Any, paths: list[str]) -> list[str]:
+    """Names of the heads of a model that has no vocabulary to put out: they are new, and useless until they train.
+
+    Args:
+        model: a model of transformers, or a user's own around one.
+        paths: of the attention layers that prompts join.
+    """
+    tower = getattr(model, "base_model", model) if isinstance(model, PreTrainedModel) else None
+    if tower is None:
+        tower = next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
+    if tower is model or _writes(model) or _writes(tower):
+        return []
+    prompted = {path.split(".")[0] for path in paths}
+    children = model.named_children()
+    return [
+        name
+        for name, child in children
+        if child is not tower and name not in prompted and name != PROMPT_CHILD and _has_parameters(child)
+    ]
+
+
+def _writes(model: Any) -> bool:
+    """Whether the model puts out words, by a head that was trained along with it."""
+    return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
 
 def takes(name: str, path: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .families import FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION_FAMILIES, Family
+from .families import FAMILIES, LAYER_FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION_FAMILIES, Family
 from .inspection import calls_attention_interface, calls_sdpa
 from .patches import find_patches
 
@@ -43,13 +43,31 @@ def default_targets(model: nn.Module) -> str | list[str]:
         return found
     paths = [path for path, _ in _generic_attentions(model)]
     if not paths:
-        raise ValueError(
-            f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: none of its modules "
-            "computes attention through transformers' AttentionInterface, or as timm's plain vision transformers do. "
-            "Use a model whose attention does (most architectures of transformers 5, vision transformers of timm), or "
-            "name such layers in `target_modules`."
-        )
+        raise ValueError(_why_none(model))
     return paths
+
+
+def _why_none(model: nn.Module) -> str:
+    windowed = {type(module).__name__: None for module in model.modules() if attends_within_windows(module)}
+    if windowed:
+        return (
+            f"{type(model).__name__} has no attention layer that prompts can join: its attention stays within windows "
+            f"({next(iter(windowed))}), and a prompt is read by all tokens of a layer. Use a plain vision transformer "
+            "of transformers or timm."
+        )
+    return (
+        f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: none of its modules computes "
+        "attention through transformers' AttentionInterface, or as timm's plain vision transformers do. Use a model "
+        "whose attention does (most architectures of transformers 5, vision transformers of timm), or name such "
+        "layers in `target_modules`."
+    )
+
+
+def attends_within_windows(module: nn.Module) -> bool:
+    """Whether a module is an attention layer, or a block around one, that looks at one window at a time."""
+    size = getattr(module, "window_size", 0) or getattr(module, "mask_unit_size", 0) or getattr(module, "ws", 0)
+    named = re.search(r"window|Attention|Attn|Block|Layer", type(module).__name__) is not None
+    return named and (size > 0 if isinstance(size, int) else bool(size))
 
 
 def _of_family(model: nn.Module, family: Family) -> str | list[str]:
@@ -107,7 +125,7 @@ def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         elif (
             id(module) not in inside_decoder
             and not is_cross_attention_layer(path, module)
-            and calls_attention_interface(module)
+            and (calls_attention_interface(module) or type(module).__name__ in LAYER_FAMILIES)
         ):
             yield path, module
 
@@ -117,7 +135,8 @@ def family_of(model: nn.Module, attention: nn.Module, path: str) -> Family | Non
     if is_timm_attention(attention, path):
         return TIMM_FAMILIES.get(f"{type(attention).__module__}.{type(attention).__qualname__}")
     own = getattr(getattr(attention, "config", None), "model_type", "")
-    family = FAMILIES.get(model_type(model) or "") or VISION_FAMILIES.get(own)
+    of_layer = LAYER_FAMILIES.get(type(attention).__name__)
+    family = of_layer or FAMILIES.get(model_type(model) or "") or VISION_FAMILIES.get(own)
     return family if family is not None and re.fullmatch(family.attention, path) else None
 
 

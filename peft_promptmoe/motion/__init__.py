@@ -4,6 +4,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..extras import extra
 from .base import MotionOutput
 from .model import DepthModel, FlowModel, MotionModel
 
@@ -49,10 +50,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with extra("motion", name):
         return getattr(import_module(f".{LATER[name]}", __name__), name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{name} needs {error.name}, which is not installed: pip install 'peft-promptmoe[motion]'.",
-            name=error.name,
-        ) from error

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ..config import VirtualTokensConfig, check_bool, check_choice, check_int, check_number
+from ..field_types import Experts
 from ..registration import ensure_peft_type
 
-DISPATCHERS = ("token", "expert", "attention", "mean", "none")
-FUSIONS = ("concat", "mean", "logits")
+Dispatcher = Literal["token", "expert", "attention", "mean", "none"]
+Fusion = Literal["concat", "mean", "logits"]
 MAX_EXPERTS = 64
 MAX_RANK = 4096
 
@@ -59,12 +60,26 @@ class PMoEConfig(VirtualTokensConfig):
             adapter of a stranger cannot ask for it.
         expert_records: what the experts were when the adapter was made (name, architecture, weights' hash, pixels).
             Filled in when the model is made and checked when the adapter is loaded.
+        num_virtual_tokens: prompts per expert and block, P.
+        target_modules, exclude_modules: attention layers to prompt and to leave out, as in PEFT: names or a regular
+            expression. Unset, they follow from the architecture.
+        layers_to_transform, layers_pattern: numbers of the blocks to prompt, from 0 on, a list or one, and the name of
+            the module list that they count in; unset, all blocks.
+        modules_to_save: modules to train and save besides, usually a head. Image heads are found without it; `[]`
+            leaves them out.
+        trainable_token_indices: tokens whose embeddings train and are saved, as in PEFT; for models that read text.
+        init_weights: False for large random values (tests).
+        check_base_weights: whether to warn when the adapter is loaded onto other base weights.
+        base_record: what the base model was when the adapter was made; filled in by then.
+        task_type: leave it unset: PEFT's task wrappers are for text.
+        inference_mode, base_model_name_or_path, revision, peft_type, auto_mapping, peft_version: as in every PEFT
+            config; PEFT fills them in.
     """
 
-    experts: list[Any] = field(default_factory=list, metadata={"help": "Further experts: names, folders or modules."})
-    dispatcher: str = field(default="token", metadata={"help": "What writes the prompts of a block."})
+    experts: Experts = field(default_factory=list, metadata={"help": "Further experts: names, folders or modules."})
+    dispatcher: Dispatcher = field(default="token", metadata={"help": "What writes the prompts of a block."})
     dispatcher_dim: int = field(default=16, metadata={"help": "Hidden width of 'expert', rank of 'attention'."})
-    fusion: str = field(default="concat", metadata={"help": "How the experts' features become a prediction."})
+    fusion: Fusion = field(default="concat", metadata={"help": "How the experts' features become a prediction."})
     carry_prompts: bool = field(default=True, metadata={"help": "Whether prompts accumulate from block to block."})
     backbone_eval: bool = field(  # type: ignore[misc]
         default=True, metadata={"help": "Whether the base model stays in evaluation mode."}
@@ -82,9 +97,9 @@ class PMoEConfig(VirtualTokensConfig):
         super().__post_init__()
         self.peft_type = ensure_peft_type("PMOE")
         self.check_experts()
-        check_choice("dispatcher", self.dispatcher, DISPATCHERS)
+        check_choice("dispatcher", self.dispatcher, Dispatcher)
         check_int("dispatcher_dim", self.dispatcher_dim, 1, MAX_RANK)
-        check_choice("fusion", self.fusion, FUSIONS)
+        check_choice("fusion", self.fusion, Fusion)
         for name in ("carry_prompts", "backbone_eval", "download_experts"):
             check_bool(name, getattr(self, name))
         if self.dispatcher == "expert" and not self.experts:

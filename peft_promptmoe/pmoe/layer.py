@@ -51,6 +51,7 @@ class PMoELayer(TokenLayer):
     adapter_layer_names = ("pmoe_prompts", "pmoe_dispatcher")
     other_param_names = (*TokenLayer.other_param_names, "last_shares")
     method = "pMoE"
+    unrouted = "has dispatchers and no routers; routing_report(model) shows them"
 
     pmoe_prompts: nn.ModuleDict
     pmoe_dispatcher: nn.ModuleDict

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..reports.table import html_table
 from .shared import shared_of
 
 
@@ -32,6 +33,10 @@ class ParameterReport:
         for name, count, bytes_, own in [*self.rows, ("in all", held, size, trained)]:
             lines.append(f"{name[:32]:32} {count:13,} {bytes_ / 1e6:9.1f} {own:11,}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [[name, count, size / 1e6, own] for name, count, size, own in [*self.rows, ("in all", *self.total)]]
+        return html_table("Backbones and adapters", ["", "parameters", "MB", "trained"], rows)
 
 
 def parameter_report(model: nn.Module) -> ParameterReport:

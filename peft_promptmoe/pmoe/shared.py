@@ -155,9 +155,11 @@ class PMoEShared(SharedLayer):
             ValueError: there has been none with this adapter.
         """
         names, blocks, shares = ["base model", *(record.name for record in self.records[adapter])], [], []
+        images = 0
         for number, key in enumerate([None, *self.members[adapter]]):
             for layer in self.layers_of(key, adapter):
                 if adapter in layer.last_shares:
+                    images = len(layer.last_shares[adapter])
                     blocks.append((number, layer.site.index))
                     shares.append(layer.last_shares[adapter].float().mean(dim=0).cpu())
         if not shares:
@@ -167,7 +169,7 @@ class PMoEShared(SharedLayer):
         if terms is not None:
             decision = terms.float().mean(dim=0).cpu()
             decided = torch.bincount(terms.argmax(dim=1).cpu(), minlength=len(names)) / len(terms)
-        return DispatchReport(names, blocks, torch.stack(shares), decision, decided)
+        return DispatchReport(names, blocks, torch.stack(shares), decision, decided, images)
 
     def number(self, adapter: str, expert: str | None) -> int:
         """Place of an expert among those of an adapter; the base model is number 0."""

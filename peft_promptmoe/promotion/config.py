@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..config import PromptConfig, check_bool, check_choice, check_int, check_number
 from ..registration import ensure_peft_type
@@ -15,8 +16,8 @@ MAX_PROTOTYPES = 16_384
 MAX_ROUNDS = 1_000
 MAX_UNITS = 1_000
 MAX_UPDATES = 1_000_000_000
-DENOISERS = ("both", "attention", "tokens")
-PROPOSALS = ("bank", "pool")
+DenoiserKind = Literal["both", "attention", "tokens"]
+Proposal = Literal["bank", "pool"]
 DENOISE_WEIGHT, BANK_MOMENTUM = 1.0, 0.99
 
 
@@ -68,17 +69,29 @@ class ProMotionConfig(PromptConfig):
             `FlowModel` or `DepthModel` or a backbone of transformers puts out; in other models every third block up
             to the last.
         backbone_eval: whether the frozen model stays in evaluation mode while the adapter trains.
+        target_modules, exclude_modules: attention layers to prompt and to leave out, as in PEFT: names or a regular
+            expression. Unset, they follow from the architecture.
+        layers_pattern: name of the module list that `layers_to_transform` counts in.
+        modules_to_save: modules to train and save besides, usually a head. Image heads are found without it; `[]`
+            leaves them out.
+        trainable_token_indices: tokens whose embeddings train and are saved, as in PEFT; for models that read text.
+        init_weights: False for large random values (tests).
+        check_base_weights: whether to warn when the adapter is loaded onto other base weights.
+        base_record: what the base model was when the adapter was made; filled in by then.
+        task_type: leave it unset: PEFT's task wrappers are for text.
+        inference_mode, base_model_name_or_path, revision, peft_type, auto_mapping, peft_version: as in every PEFT
+            config; PEFT fills them in.
     """
 
     bottleneck_dim: int = field(default=32, metadata={"help": "Width d that patches are compressed to."})
-    denoiser: str = field(default="both", metadata={"help": "'both', 'attention' or 'tokens'."})
+    denoiser: DenoiserKind = field(default="both", metadata={"help": "'both', 'attention' or 'tokens'."})
     num_heads: int = field(default=1, metadata={"help": "Heads of the denoiser's attention."})
     denoise_steps: int = field(default=1, metadata={"help": "Denoising steps M; 0 for no denoiser."})
     noise_std: float = field(default=1.0, metadata={"help": "Noise of the denoiser's lessons, a share of the rms."})
     center: bool = field(default=True, metadata={"help": "Whether an image's mean direction is taken off."})
     noisy_features: bool = field(default=False, metadata={"help": "Whether features carry noise in training."})
     num_prototypes: int = field(default=16, metadata={"help": "Prototypes K of a unit."})
-    proposal: str = field(default="bank", metadata={"help": "Where prototypes start: 'bank' or 'pool'."})
+    proposal: Proposal = field(default="bank", metadata={"help": "Where prototypes start: 'bank' or 'pool'."})
     estimation_rounds: int = field(default=3, metadata={"help": "Rounds of assignment and estimation."})
     sinkhorn_rounds: int = field(default=3, metadata={"help": "Rounds of the Sinkhorn iteration."})
     sinkhorn_eps: float = field(default=0.05, metadata={"help": "Temperature of the assignment."})
@@ -111,11 +124,11 @@ class ProMotionConfig(PromptConfig):
 
     def _check_sizes(self) -> None:
         check_int("bottleneck_dim", self.bottleneck_dim, 1, MAX_UNIT_DIM)
-        check_choice("denoiser", self.denoiser, DENOISERS)
+        check_choice("denoiser", self.denoiser, DenoiserKind)
         check_int("num_heads", self.num_heads, 1, MAX_UNIT_DIM)
         check_int("denoise_steps", self.denoise_steps, 0, MAX_ROUNDS)
         check_int("num_prototypes", self.num_prototypes, 1, MAX_PROTOTYPES)
-        check_choice("proposal", self.proposal, PROPOSALS)
+        check_choice("proposal", self.proposal, Proposal)
         check_int("estimation_rounds", self.estimation_rounds, 1, MAX_ROUNDS)
         check_int("sinkhorn_rounds", self.sinkhorn_rounds, 1, MAX_ROUNDS)
         check_int("reseed_after", self.reseed_after, 0, MAX_UPDATES)

@@ -55,6 +55,7 @@ class ProMotionLayer(BlockLayer):
     # PEFT lets gradients be asked for of all in `adapter_layer_names`, and a bank never has one.
     other_param_names = (*BlockLayer.other_param_names, BANK, "last_assignment", "units")
     method = "ProMotion"
+    unrouted = "groups patches and has no router; assignment_report and AssignmentCallback show the groups"
     joins_as = "its units add to what blocks put out"
 
     promotion_norm: nn.ModuleDict

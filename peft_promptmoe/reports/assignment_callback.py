@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.model_hooks import last_aux_losses
+from ..engine.block_layer import BlockLayer
+from ..engine.model_hooks import last_aux_losses, prompt_layers
 from .assignment_report import assigned_layers, assignment_report
 from .callback import LogCallback
 
@@ -31,9 +32,17 @@ class AssignmentCallback(LogCallback):
         self.together_above = together_above
         self._warned = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         self._warned = False
         self.log_first()
+        if model is not None and not any(isinstance(layer, BlockLayer) for layer in prompt_layers(model)):
+            warnings.warn(
+                "AssignmentCallback logs nothing in this training: the model has no ProMotion adapter. Remove the "
+                "callback; RoutingCallback logs the routers of MEPT.",
+                stacklevel=2,
+            )
 
     def on_log(
         self,

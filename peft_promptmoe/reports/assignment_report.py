@@ -10,20 +10,22 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.block_layer import BlockLayer
 from ..engine.model_hooks import find_hooks, prompt_layers
+from ..extras import extra
 from ..routing.record import Assignment
 from .routing_report import normalized_entropy
+from .table import html_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLOURS = "tab20"
+    from .pictures import Picture
 
 
 @dataclass
@@ -55,47 +57,57 @@ class AssignmentReport:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per unit: layer, entropy, margin, nearest, between, denoising, used (prototypes with a patch)."""
-        import pandas as pd
+        with extra("report", "to_dataframe()"):
+            import pandas as pd
 
         columns = {name: getattr(self, name).tolist() for name in FIGURES}
-        return pd.DataFrame({"layer": self.layers, **columns, "used": (self.use > 0).sum(dim=1).tolist()})
+        return pd.DataFrame({"layer": self.layers, **columns, "used": self._used()})
+
+    @property
+    def over(self) -> str:
+        """What the figures stand on, in words."""
+        images = len(self.maps[0])
+        return f"over {images:,} image{'' if images == 1 else 's'} of {self.maps[0].shape[1]:,} patches"
 
     def __str__(self) -> str:
-        head = "layer  " + "  ".join(f"{name:>9}" for name in FIGURES) + "  used"
-        figures = [getattr(self, name).tolist() for name in FIGURES]
-        rows = zip(self.layers, (self.use > 0).sum(dim=1).tolist(), *figures, strict=True)
-        return "\n".join(
-            [head, *(f"{n:5d}  " + "  ".join(f"{v:9.3f}" for v in values) + f"  {u:4d}" for n, u, *values in rows)]
-        )
+        head = "layer  " + "  ".join(f"{name:>9}" for name in FIGURES) + f"  used ({self.over})"
+        lines = (f"{n:5d}  " + "  ".join(f"{v:9.3f}" for v in values) + f"  {u:4d}" for n, u, *values in self._rows())
+        return "\n".join([head, *lines])
 
-    def plot(self, path: str | os.PathLike[str], images: Sequence[int] = (0,)) -> None:
-        """Write the maps of some images of the last batch to an image file; a colour is a prototype.
+    def _repr_html_(self) -> str:
+        rows = [[number, *values, used] for number, used, *values in self._rows()]
+        columns = ["layer", *FIGURES, "prototypes used"]
+        return html_table(f"Assignment of patches to {self.use.shape[1]} prototypes, {self.over}", columns, rows)
+
+    def _rows(self) -> list[tuple[Any, ...]]:
+        figures = [getattr(self, name).tolist() for name in FIGURES]
+        return list(zip(self.layers, self._used(), *figures, strict=True))
+
+    def _used(self) -> list[int]:
+        return (self.use > 0).sum(dim=1).tolist()
+
+    def plot(self, path: str | os.PathLike[str] | None = None, images: Sequence[int] = (0,)) -> Picture:
+        """Maps of some images of the last batch; a colour is a prototype.
 
         Args:
-            path: of the file.
+            path: of an image file to write; unset for none. Notebooks show what is returned.
             images: numbers in the batch. A `FlowModel` runs both frames of its B pairs at once, so pair 0 is (0, B).
 
         Raises:
             ValueError: the patches' rows and columns are not known, or there is no such image.
         """
-        from matplotlib.figure import Figure
+        with extra("report", "plot()"):
+            from .pictures import draw_maps, finish
 
-        figure = Figure(figsize=(2.2 * len(self.layers) + 0.6, 2.4 * len(images)), layout="constrained")
-        axes = figure.subplots(len(images), len(self.layers), squeeze=False)
-        for column, (layer, nearest, grid) in enumerate(zip(self.layers, self.maps, self.grids, strict=True)):
+        for image in images:
+            if not 0 <= image < len(self.maps[0]):
+                raise ValueError(f"The last batch had the images 0 to {len(self.maps[0]) - 1}, and not {image}.")
+        maps = []
+        for nearest, grid in zip(self.maps, self.grids, strict=True):
             if grid is None or math.prod(grid) != nearest.shape[1]:
                 raise ValueError("The patches' rows and columns are not known: some of them were dropped on the way.")
-            for row, image in enumerate(images):
-                if not 0 <= image < len(nearest):
-                    raise ValueError(f"The last batch had the images 0 to {len(nearest) - 1}, and not {image}.")
-                axes[row][column].imshow(nearest[image].view(grid).numpy(), cmap=COLOURS, vmin=0, vmax=self._most())
-                axes[row][column].set_axis_off()
-                if row == 0:
-                    axes[row][column].set_title(f"block {layer}", fontsize=9)
-        figure.savefig(path, dpi=150)
-
-    def _most(self) -> int:
-        return max(self.use.shape[1] - 1, 1)
+            maps.append(nearest.unflatten(1, grid))
+        return finish(draw_maps(self.layers, maps, self._used(), self.use.shape[1], list(images)), path)
 
 
 FIGURES = ("entropy", "margin", "nearest", "between", "denoising")
@@ -123,11 +135,7 @@ def assignment_report(model: nn.Module, adapter: str | None = None) -> Assignmen
     """
     layers = assigned_layers(model, adapter)
     if not layers:
-        raise ValueError(
-            "No patches have been assigned to prototypes: the model has no ProMotion adapter"
-            + (f" {adapter!r}" if adapter is not None else "")
-            + ", or has not been run yet."
-        )
+        raise ValueError(_why_unassigned(model, adapter))
     hooks = find_hooks(model)
     assert hooks is not None
     unknown = torch.tensor(math.nan)
@@ -145,6 +153,16 @@ def assignment_report(model: nn.Module, adapter: str | None = None) -> Assignmen
         maps=[record.similarity.argmax(dim=-1).cpu() for record in records],
         grids=[record.grid for record in records],
     )
+
+
+def _why_unassigned(model: nn.Module, adapter: str | None) -> str:
+    named = f" {adapter!r}" if adapter is not None else ""
+    layers = prompt_layers(model)
+    if any(isinstance(layer, BlockLayer) and (not named or adapter in layer.prompt_config) for layer in layers):
+        return f"The ProMotion adapter{named} has not been run yet, or is not active. Run the model once."
+    other = layers[0].method if layers else None
+    instead = f"; it has one of {other}, which routing_report may report of" if other is not None else ""
+    return f"The model has no ProMotion adapter{named}, so no patches are assigned to prototypes{instead}."
 
 
 def measure(record: Assignment) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from ..engine.model_hooks import last_balance_loss
-from .routing_report import find_routed, normalized_entropy, tally
+from .routing_report import find_routed, normalized_entropy, tally, why_unrouted
 
 FEWEST = 32  # choices that are enough to tell a collapse from chance
 
@@ -50,6 +50,8 @@ class RoutingCallback(LogCallback):
         per_layer: also log `routing/layer_<n>/entropy` and `routing/layer_<n>/load_<expert>`.
         collapse_below: a layer whose load entropy, over `FEWEST` choices or more, is under this share of its maximum
             counts as collapsed; there is one warning per training. 0 for none.
+
+    Where the model has no routers there is one warning when training begins, and nothing is logged.
     """
 
     def __init__(self, per_layer: bool = False, collapse_below: float = 0.1) -> None:
@@ -62,18 +64,20 @@ class RoutingCallback(LogCallback):
         self._watched: dict[int, tuple[Tensor, Tensor]] = {}  # since the last look for a collapse
         self._warned = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         self._forget()
         self.log_first()
+        if model is not None and not find_routed(model, None):
+            warnings.warn(f"RoutingCallback logs nothing in this training. {why_unrouted(model, None)}", stacklevel=2)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         assert model is not None
         for layer, name in find_routed(model, None):
-            record = layer.last_routing.get(name)
-            if record is None:
-                continue
-            chosen, _, count = (part.sum(dim=0) for part in tally(record))
-            self._sums[layer.site.index] = added(self._sums.get(layer.site.index), (chosen, count))
+            for record in layer.last_routing.get(name, ()):
+                chosen, _, count = (part.sum(dim=0) for part in tally(record))
+                self._sums[layer.site.index] = added(self._sums.get(layer.site.index), (chosen, count))
 
     # With gradient accumulation a step is several forwards, and only the last ends in on_step_end.
     on_substep_end = on_step_end

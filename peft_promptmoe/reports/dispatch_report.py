@@ -7,11 +7,15 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+
+from ..extras import extra
+from .table import Share, html_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from .pictures import Picture
 
 
 @dataclass
@@ -28,6 +32,7 @@ class DispatchReport:
         decision: (K,) mean of the experts' terms in the logit of the predicted class, or None before a forward in
             evaluation mode or without a classifier that sums over experts (fusion "mean").
         decided: (K,) how often an expert had the largest term.
+        images: how many images the figures stand on.
     """
 
     experts: list[str]
@@ -35,14 +40,22 @@ class DispatchReport:
     shares: Tensor
     decision: Tensor | None
     decided: Tensor | None
+    images: int
+
+    @property
+    def over(self) -> str:
+        """What the figures stand on, in words."""
+        return f"over {self.images:,} image{'' if self.images == 1 else 's'}"
 
     @property
     def groups(self) -> list[str]:
+        """What prompts can be made of: the columns of `shares`, and two more that it may lack."""
         return [f"prompts of {name}" for name in self.experts] + ["carried prompts", "patches"]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per expert, block and group: expert, block, group, share."""
-        import pandas as pd
+        with extra("report", "to_dataframe()"):
+            import pandas as pd
 
         rows = [
             {"expert": self.experts[expert], "block": block, "group": group, "share": share}
@@ -54,6 +67,7 @@ class DispatchReport:
     def __str__(self) -> str:
         lines = [f"expert {number}: {name}" for number, name in enumerate(self.experts)]
         columns = [f"prompts {number}" for number in range(len(self.experts))] + ["carried", "patches"]
+        lines.append(f"What the prompts of each block are made of, {self.over}:")
         lines.append("expert  block  " + "  ".join(column.rjust(9) for column in columns))
         for (expert, block), shares in zip(self.blocks, self.shares.tolist(), strict=True):
             lines.append(f"{expert:6d}  {block:5d}  " + "  ".join(f"{share:9.3f}" for share in shares))
@@ -62,18 +76,26 @@ class DispatchReport:
                 lines.append(f"{name}: {term:+.2f} to the predicted class's logit, the largest term in {share:.0%}")
         return "\n".join(lines)
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture of the shares, one bar per expert and block, to an image file."""
-        from matplotlib.figure import Figure
+    def _repr_html_(self) -> str:
+        columns = ["expert", "block", *self.groups[: self.shares.shape[1]]]
+        rows = [
+            [self.experts[expert], block, *map(Share, shares)]
+            for (expert, block), shares in zip(self.blocks, self.shares.tolist(), strict=True)
+        ]
+        tables = [html_table(f"What the prompts of each block are made of, {self.over}", columns, rows)]
+        if self.decision is not None and self.decided is not None:
+            terms = zip(self.experts, self.decision.tolist(), map(Share, self.decided.tolist()), strict=True)
+            heads = ["expert", "mean term in the predicted class's logit", "share of images with the largest term"]
+            tables.append(html_table(f"Which expert decides, {self.over}", heads, [list(row) for row in terms]))
+        return "".join(tables)
 
-        figure = Figure(figsize=(3.0 + 0.28 * len(self.blocks), 4.0), layout="constrained")
-        axes = figure.subplots()
-        bottom = torch.zeros(len(self.blocks))
-        for group, share in zip(self.groups, self.shares.T, strict=True):
-            axes.bar(range(len(self.blocks)), share.tolist(), bottom=bottom.tolist(), label=group)
-            bottom = bottom + share
-        axes.set_xticks(range(len(self.blocks)), [f"{expert}:{block}" for expert, block in self.blocks], rotation=90)
-        axes.set_xlabel("expert : block")
-        axes.set_ylabel("share of what its prompts are made of")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-        figure.savefig(path, dpi=150)
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Picture:
+        """Bars of the shares, a panel for each expert and a bar for each of its blocks.
+
+        Args:
+            path: of an image file to write; unset for none. Notebooks show what is returned.
+        """
+        with extra("report", "plot()"):
+            from .pictures import draw_dispatch, finish
+
+        return finish(draw_dispatch(self.experts, self.blocks, self.shares, self.decided, self.over), path)

@@ -7,22 +7,33 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..engine.prompt_layer import PromptLayer
+from ..extras import extra
 from ..routing.record import RoutingRecord
-from .routing_report import RoutingReport, routed_layers, tally
+from .routing_report import RoutingReport, counted, routed_layers, tally
+
+if TYPE_CHECKING:
+    from .pictures import Picture
+
+PANELS = 20  # classes that a picture shows unless they are asked for
 
 
 class RoutingRecorder:
     """Routing summed over many forward passes, by class if the samples' classes are known.
 
+    [`record_routing`] makes it. Training forwards do not count.
+
     Args:
         layers: layers to record, with the adapter.
         labels: class of every sample in the order in which they will pass through the model; None for no classes.
+
+    Attributes:
+        classes: the classes, sorted, length C; `[None]` without labels.
     """
 
     def __init__(self, layers: list[tuple[PromptLayer, str]], labels: Sequence[Any] | None) -> None:
@@ -31,11 +42,17 @@ class RoutingRecorder:
         self._label = [self.classes.index(label) for label in labels] if labels is not None else None
         self._sums: dict[str, list[Tensor]] = {}
         self._seen: dict[str, int] = {}
+        self._by_token = False
 
     def observe(self, name: str, adapter: str, record: RoutingRecord) -> None:
-        """Take one layer's record in; called by the layer. Training forwards do not count."""
+        """Take one layer's record in; called by the layer.
+
+        Raises:
+            ValueError: more samples have come than there are labels.
+        """
         if record.training or (name, adapter) not in {(layer.site.name, own) for layer, own in self.layers}:
             return
+        self._by_token = record.by_token
         chosen, gates, count = (part.double().cpu() for part in tally(record))
         start = self._seen.get(name, 0)
         stop = self._seen[name] = start + chosen.shape[0]
@@ -48,32 +65,30 @@ class RoutingRecorder:
                 )
             rows = torch.tensor(self._label[start:stop])
         if name not in self._sums:
-            shape = (len(self.classes), chosen.shape[1])
-            self._sums[name] = [
-                torch.zeros(shape).double(),
-                torch.zeros(shape).double(),
-                torch.zeros(shape[0]).double(),
-            ]
-        for total, part in zip(self._sums[name], (chosen, gates, count), strict=True):
+            table, column = (len(self.classes), chosen.shape[1]), (len(self.classes),)
+            self._sums[name] = [torch.zeros(shape).double() for shape in (table, table, column, column)]
+        for total, part in zip(self._sums[name], (chosen, gates, count, torch.ones_like(count)), strict=True):
             total.index_add_(0, rows, part)
 
-    def _stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choices and gates (L, C, E), routed inputs and samples (L, C)."""
         if not self._sums:
             raise ValueError("No forward pass in evaluation mode was recorded; call model.eval() and run the data.")
         sums = [self._sums[layer.site.name] for layer, _ in self.layers]
-        chosen, gates, count = (torch.stack(parts) for parts in zip(*sums, strict=True))
-        return chosen, gates, count
+        chosen, gates, count, samples = (torch.stack(parts) for parts in zip(*sums, strict=True))
+        return chosen, gates, count, samples
 
     def report(self) -> RoutingReport:
         """Report over everything recorded."""
-        chosen, gates, count = (part.sum(dim=1) for part in self._stacked())
-        numbers = [layer.site.index for layer, _ in self.layers]
+        chosen, gates, count, samples = (part.sum(dim=1) for part in self._stacked())
+        tokens = count.long().tolist() if self._by_token else None
         count = count[:, None].clamp(min=1.0)
-        return RoutingReport(numbers, (chosen / count).float(), (gates / count).float())
+        load, gate = (chosen / count).float(), (gates / count).float()
+        return RoutingReport(self._numbers(), load, gate, samples.long().tolist(), tokens)
 
     def pathways(self) -> Tensor:
         """(C, L, E) share of each class's choices that fell on an expert."""
-        chosen, _, count = self._stacked()
+        chosen, _, count, _ = self._stacked()
         return (chosen / count[..., None].clamp(min=1.0)).transpose(0, 1).float()
 
     def mutual_information(self) -> Tensor:
@@ -83,29 +98,41 @@ class RoutingRecorder:
         entropy = torch.special.entr(marginal).sum(dim=-1) - torch.special.entr(given).sum(dim=-1).mean(dim=0)
         return (entropy / math.log(2.0)).clamp(min=0.0).float()
 
-    def plot_pathways(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture of each class's way through the experts: a line over the layers along its favourites."""
-        from matplotlib.figure import Figure
+    def plot_pathways(
+        self, path: str | os.PathLike[str] | None = None, classes: Sequence[Any] | None = None
+    ) -> Picture:
+        """One heat map of layers by experts for each class: where its choices fell.
 
-        ways = self.pathways()
-        count, depth, experts = ways.shape
-        figure = Figure(figsize=(2.0 + 0.7 * depth, 1.5 + 0.6 * experts), layout="constrained")
-        axes = figure.subplots()
-        for number, way in enumerate(ways):
-            shift = (number - (count - 1) / 2) * 0.6 / max(count, 1)
-            best = way.max(dim=-1)
-            line = axes.plot(range(depth), (best.indices + shift).tolist(), label=str(self.classes[number]))[0]
-            axes.scatter(
-                range(depth), (best.indices + shift).tolist(), s=(120 * best.values).tolist(), color=line.get_color()
-            )
-        axes.set_xticks(range(depth), [str(layer.site.index) for layer, _ in self.layers])
-        axes.set_yticks(range(experts))
-        axes.set_ylim(-0.5, experts - 0.5)
-        axes.set_xlabel("layer")
-        axes.set_ylabel("favourite expert (dot: its share)")
-        if self._label is not None:
-            axes.legend(title="class", loc="center left", bbox_to_anchor=(1.0, 0.5))
-        figure.savefig(path, dpi=150)
+        Args:
+            path: of an image file to write; unset for none. Notebooks show what is returned.
+            classes: which to show. Unset, all of them, of more than 20 the first 20; the title says so.
+
+        Raises:
+            ValueError: there is no such class, or nothing was recorded.
+        """
+        with extra("report", "plot_pathways()"):
+            from .pictures import draw_pathways, finish
+
+        shown = list(classes) if classes is not None else self.classes[:PANELS]
+        if missing := [each for each in shown if each not in self.classes]:
+            raise ValueError(f"classes={missing} are not among the recorded ones: {self.classes}.")
+        places = [self.classes.index(each) for each in shown]
+        _, _, count, samples = self._stacked()
+        counts = [self._over(count[:, place], samples[:, place]) for place in places]
+        names = [str(each) if each is not None else "" for each in shown]
+        some = "" if len(shown) == len(self.classes) else f" ({len(shown)} of {len(self.classes)} classes)"
+        heading = f"Where each class is routed{some}" if self._label is not None else "Where samples are routed"
+        return finish(draw_pathways(self._numbers(), self.pathways()[places], names, counts, heading), path)
+
+    def _numbers(self) -> list[int]:
+        return [layer.site.index for layer, _ in self.layers]
+
+    def _over(self, count: Tensor, samples: Tensor) -> str:
+        return counted((count if self._by_token else samples).long().tolist(), "token" if self._by_token else "sample")
+
+    def __repr__(self) -> str:
+        seen = max(self._seen.values(), default=0)
+        return f"RoutingRecorder({len(self.layers)} layers, {len(self.classes)} classes, {seen} samples seen)"
 
 
 @contextmanager
@@ -114,10 +141,31 @@ def record_routing(
 ) -> Iterator[RoutingRecorder]:
     """Record the routing of all evaluation forwards within the block.
 
+    The recorder that the block is given, a [`RoutingRecorder`], has
+
+    - `report()`: a [`RoutingReport`] over everything recorded (`to_dataframe()`, `plot()`),
+    - `pathways()`: (C, L, E) share of each class's choices that fell on an expert,
+    - `mutual_information()`: (L,) bits that the chosen expert tells about the class,
+    - `plot_pathways(path)`: the pathways as a picture,
+    - `classes`: the classes, in the order of C.
+
     Args:
         model: a model with an adapter of this package.
         labels: class of every sample, in the order in which they pass through the model, for pathways per class.
         adapter: which adapter; by default the first active one.
+
+    Raises:
+        ValueError: the adapter has no router.
+
+    Example:
+
+        ```py
+        >>> with record_routing(model.eval(), labels=labels) as record, torch.no_grad():
+        ...     for batch in batches:
+        ...         model(**batch)
+        >>> print(record.report())
+        >>> record.plot_pathways("pathways.png")
+        ```
     """
     layers = routed_layers(model, adapter)
     if isinstance(labels, Tensor):

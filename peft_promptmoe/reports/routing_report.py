@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from ..adapter_state import SharedLayer
 from ..engine.model_hooks import prompt_layers
 from ..engine.prompt_layer import PromptLayer
+from ..extras import extra
 from ..routing.record import RoutingRecord
+from .dispatch_report import DispatchReport
+from .table import Share, html_table
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from .pictures import Picture
 
 
 @dataclass
@@ -31,55 +36,82 @@ class RoutingReport:
         layers: numbers of the layers, length L.
         load: (L, E) share of all choices that fell on an expert; rows sum to 1.
         gate: (L, E) mean gate of an expert, zero where it was not chosen.
+        samples: of each layer, how many samples the figures stand on.
+        tokens: of each layer, how many tokens; None for routing by sample.
         entropy: (L,) entropy of the load as a share of its maximum: 1 is perfect balance, 0 one expert for everything.
     """
 
     layers: list[int]
     load: Tensor
     gate: Tensor
+    samples: list[int]
+    tokens: list[int] | None
     entropy: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.entropy = normalized_entropy(self.load)
 
+    @property
+    def over(self) -> str:
+        """What the figures stand on, in words."""
+        if self.tokens is None:
+            return f"over {counted(self.samples, 'sample')}, each routed as a whole"
+        return f"over {counted(self.tokens, 'token')} of {counted(self.samples, 'sample')}"
+
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per layer and expert: layer, expert, load, gate, entropy (of the layer)."""
-        import pandas as pd
+        """One row per layer and expert: layer, expert, load, gate; entropy, samples and tokens of the layer."""
+        with extra("report", "to_dataframe()"):
+            import pandas as pd
 
         experts = self.load.shape[1]
+        tokens = self.tokens if self.tokens is not None else [None] * len(self.layers)
         return pd.DataFrame(
             {
-                "layer": [layer for layer in self.layers for _ in range(experts)],
+                "layer": _each(self.layers, experts),
                 "expert": list(range(experts)) * len(self.layers),
                 "load": self.load.flatten().tolist(),
                 "gate": self.gate.flatten().tolist(),
-                "entropy": self.entropy.repeat_interleave(experts).tolist(),
+                "entropy": _each(self.entropy.tolist(), experts),
+                "samples": _each(self.samples, experts),
+                "tokens": _each(tokens, experts),
             }
         )
 
     def __str__(self) -> str:
-        head = "layer  entropy  load of experts"
+        head = f"layer  entropy  load of experts, {self.over}"
         rows = [
             f"{layer:5d}  {entropy:7.3f}  " + "  ".join(f"{share:.3f}" for share in load)
             for layer, entropy, load in zip(self.layers, self.entropy.tolist(), self.load.tolist(), strict=True)
         ]
         return "\n".join([head, *rows])
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a heat map of the load, layers by experts, to an image file."""
-        from matplotlib.figure import Figure
+    def _repr_html_(self) -> str:
+        columns = ["layer", "entropy", *(f"expert {number}" for number in range(self.load.shape[1]))]
+        figures = zip(self.layers, self.entropy.tolist(), self.load.tolist(), strict=True)
+        rows = [[layer, entropy, *map(Share, load)] for layer, entropy, load in figures]
+        return html_table(f"Expert load by layer, {self.over}", columns, rows)
 
-        figure = Figure(figsize=(2.5 + 0.6 * self.load.shape[1], 1.8 + 0.35 * len(self.layers)), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(self.load.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(self.load.shape[1]))
-        axes.set_yticks(
-            range(len(self.layers)), [f"{n}  (H {h:.2f})" for n, h in zip(self.layers, self.entropy, strict=True)]
-        )
-        axes.set_xlabel("expert")
-        axes.set_ylabel("layer  (load entropy)")
-        figure.colorbar(image, label="share of choices")
-        figure.savefig(path, dpi=150)
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Picture:
+        """Heat map of the load, layers by experts, with the entropy of each layer's load.
+
+        Args:
+            path: of an image file to write; unset for none. Notebooks show what is returned.
+        """
+        with extra("report", "plot()"):
+            from .pictures import draw_load, finish
+
+        return finish(draw_load(self.layers, self.load, self.entropy, self.over), path)
+
+
+def counted(numbers: list[int], noun: str) -> str:
+    """ "12 tokens", or "9 to 12 tokens" where layers differ."""
+    low, high = min(numbers), max(numbers)
+    several = f"{low:,} to {high:,}" if low < high else f"{high:,}"
+    return f"{several} {noun}{'' if high == 1 else 's'}"
+
+
+def _each(values: list[Any], times: int) -> list[Any]:
+    return [value for value in values for _ in range(times)]
 
 
 def normalized_entropy(load: Tensor) -> Tensor:
@@ -119,20 +151,39 @@ def routed_layers(model: nn.Module, adapter: str | None) -> list[tuple[PromptLay
     """
     found = find_routed(model, adapter)
     if not found:
-        raise ValueError(
-            "The model has no prompt layer with a router"
-            + (f" for adapter {adapter!r}" if adapter is not None else "")
-            + ": nothing is routed without an adapter of peft_promptmoe, or with num_experts=1."
-        )
+        raise ValueError(why_unrouted(model, adapter))
     return found
 
 
-def routing_report(model: nn.Module, adapter: str | None = None) -> RoutingReport:
-    """Report of the last forward pass.
+def why_unrouted(model: nn.Module, adapter: str | None) -> str:
+    """Why there is no router to report of."""
+    layers = [layer for layer in prompt_layers(model) if layer.prompt_config]
+    if not layers:
+        return (
+            f"{type(model).__name__} has no adapter of peft_promptmoe, so nothing is routed. Add one with "
+            "get_peft_model(model, MEPTConfig(...))."
+        )
+    held = {name: layer for layer in layers for name in layer.prompt_config}
+    if adapter is not None and adapter not in held:
+        return f"The model has no adapter {adapter!r} of peft_promptmoe; it has {', '.join(map(repr, held))}."
+    name = adapter if adapter is not None else next(iter(layers[0].active_adapters), None)
+    if name is None or name not in held:
+        return f"No adapter of peft_promptmoe is active. Name one of {', '.join(map(repr, held))}, or activate it."
+    return f"The adapter {name!r} is one of {held[name].method}, which {held[name].unrouted}."
+
+
+def routing_report(model: nn.Module, adapter: str | None = None) -> RoutingReport | DispatchReport:
+    """Report of what the routers chose in the last forward pass.
+
+    After `generate` with a cache it is of the whole generation: the prompt and every token since. (Code that is
+    compiled keeps the last forward only; the report says how many tokens it stands on.)
 
     Args:
         model: a model with an adapter of this package.
         adapter: which adapter; by default the first active one.
+
+    Returns:
+        A [`RoutingReport`]; of pMoE, whose dispatchers choose, a [`DispatchReport`].
 
     Raises:
         ValueError: nothing is routed, or there has been no forward yet.
@@ -143,13 +194,18 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> RoutingRepor
             own = [shared.report(name) for name in names if name in shared.prompt_config]
             if own and own[0] is not None:
                 return own[0]
-    loads, gates, numbers = [], [], []
-    for layer, name in routed_layers(model, adapter):
-        record = layer.last_routing.get(name)
-        if record is None:
-            raise ValueError("No forward pass has been routed yet; run the model once before asking for a report.")
-        chosen, gate, count = (part.sum(dim=0).cpu() for part in tally(record))
+    found = routed_layers(model, adapter)
+    records = [layer.last_routing.get(name, []) for layer, name in found]
+    if not all(records):
+        raise ValueError("No forward pass has been routed yet; run the model once before asking for a report.")
+    loads, gates, samples, tokens = [], [], [], []
+    for steps in records:
+        parts = [[part.sum(dim=0).cpu() for part in tally(record)] for record in steps]
+        chosen, gate, count = (torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True))
         loads.append(chosen / count.clamp(min=1.0))
         gates.append(gate / count.clamp(min=1.0))
-        numbers.append(layer.site.index)
-    return RoutingReport(numbers, torch.stack(loads), torch.stack(gates))
+        samples.append(len(steps[0]))
+        tokens.append(int(count))
+    by_token = records[0][0].by_token
+    layers = [layer.site.index for layer, _ in found]
+    return RoutingReport(layers, torch.stack(loads), torch.stack(gates), samples, tokens if by_token else None)

@@ -16,13 +16,13 @@ class _TermGradient(torch.autograd.Function):
     """Identity on `carrier`; gives `term` the gradient that the model's loss was given."""
 
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, term: Tensor, book: CallBook, call: PromptCall | None) -> Tensor:
-        ctx.book, ctx.call, ctx.device = book, call, term.device
+    def forward(ctx: Any, carrier: Tensor, term: Tensor, call: PromptCall | None) -> Tensor:
+        ctx.call, ctx.device = call, term.device
         return carrier.view_as(carrier)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        gradient = ctx.book.loss_gradient if ctx.call is None else ctx.call.loss_gradient
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        gradient = ctx.call.loss_gradient if ctx.call is not None else None
         if gradient is None:
             warnings.warn(
                 "The adapter's auxiliary losses have no effect in this step: the loss that was differentiated is not "
@@ -33,7 +33,7 @@ class _TermGradient(torch.autograd.Function):
                 stacklevel=2,
             )
         # Layers of a model that is spread over devices need not be where its loss is.
-        return gradients[0], None if gradient is None else gradient.to(ctx.device), None, None
+        return gradients[0], None if gradient is None else gradient.to(ctx.device), None
 
 
 class _LossGradient(torch.autograd.Function):
@@ -85,7 +85,7 @@ def _note(book: CallBook, call: PromptCall, gradient: Tensor) -> None:
     """Let the layers of a forward find what its loss's gradient is, unless that of their own losses is known."""
     if not call.by_hand:
         call.loss_gradient = gradient
-        book.loss_gradient = gradient.detach()
+    book.differentiate(call)
 
 
 def carry_loss(
@@ -117,12 +117,14 @@ def carry_loss(
             value = term.detach()
             call.total = value if call.total is None else call.total.to(value.device) + value
     if not torch.is_grad_enabled():
+        if call is None and not torch.compiler.is_compiling():
+            book.recompute()  # of what is run again within a block that is run again
         return carrier
     if torch.compiler.is_compiling():
         if call is not None:
             call.terms.append(term)
         return carrier
-    return _TermGradient.apply(carrier, term, book, call)
+    return _TermGradient.apply(carrier, term, call if call is not None else book.recompute())
 
 
 def add_losses(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | float = 1.0) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class PromptCall:
         learns: whether a gradient is asked for; checkpointing switches it off for the layers.
         within: what is being called, from the outside in.
         given: the query as a user has said it; None if none has.
+        names: of the adapter of each sample, where several share a batch; None where the active ones are all samples'.
         query: (B or 1, T) the tokens that routers of a causal language model may read; None while nobody knows.
         leaves_word: whether any layer leaves word of what it saw, for its method to act on when the forward is over.
         losses: auxiliary losses to report, detached, by path of the attention layer, adapter and name.
@@ -62,11 +64,12 @@ class PromptCall:
         warned: whether somebody was told that routers read the whole row.
     """
 
-    def __init__(self, given: GivenQuery | None = None) -> None:
+    def __init__(self, given: GivenQuery | None = None, names: tuple[str, ...] | None = None) -> None:
         self.asks = self.reads_query = self.pools_rows = self.leaves_word = False
         self.learns = torch.is_grad_enabled()
         self.within: list[Any] = []
         self.given = given
+        self.names = names
         self.query: Tensor | None = None
         self.losses: dict[tuple[str, str, str], Tensor] = {}
         self.loss_gradient: Tensor | None = None
@@ -110,15 +113,17 @@ class PromptCall:
 class CallBook:
     """The forwards of one base model that are under way, and the queries that users have given, by thread.
 
-    Attributes:
-        loss_gradient: of the loss whose backward pass has begun last. A block that re-entrant checkpointing runs again
-            in a backward pass finds no call, and belongs to the forward of that loss. None since a forward began.
+    A block that re-entrant checkpointing runs again in a backward pass is in no forward. Its call is that of the loss
+    which this backward pass has come through last.
     """
 
     def __init__(self) -> None:
-        self.loss_gradient: Tensor | None = None
         self._calls: dict[int, PromptCall] = {}
+        # By number of the backward pass, and by thread for those that run within another; graphs keep them alive.
+        self._differentiated: WeakValueDictionary[int, PromptCall] = WeakValueDictionary()
+        self._recomputed: WeakValueDictionary[int, PromptCall] = WeakValueDictionary()
         self._given: dict[int, GivenQuery] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
         self._last: dict[int, PromptCall] = {}
 
     @property
@@ -139,9 +144,13 @@ class CallBook:
     def begin(self) -> PromptCall:
         """The call of a forward that begins in this thread."""
         compiled = torch.compiler.is_compiling()  # it cannot ask for the thread
-        call = PromptCall(next(iter(self._given.values()), None) if compiled else self._given.get(this_thread()))
+        given, names = self._given, self._names
+        if compiled:
+            call = PromptCall(next(iter(given.values()), None), next(iter(names.values()), None))
+        else:
+            call = PromptCall(given.get(this_thread()), names.get(this_thread()))
+            self._recomputed.pop(this_thread(), None)
         self._calls[this_thread()] = call
-        self.loss_gradient = None
         if call.learns:
             self._last.pop(this_thread(), None)
         return call
@@ -153,11 +162,32 @@ class CallBook:
         if call.total is not None and call.learns and not torch.compiler.is_compiling():
             self._last[this_thread()] = call
 
+    def differentiate(self, call: PromptCall) -> None:
+        """Note that the running backward pass has come to the loss of a call."""
+        self._differentiated[torch._C._current_graph_task_id()] = call
+
+    def recompute(self) -> PromptCall | None:
+        """The call of a block that is run again in a backward pass; None outside, or without the model's loss."""
+        task = torch._C._current_graph_task_id()
+        if task < 0:
+            return None
+        if (call := self._differentiated.get(task)) is not None:
+            self._recomputed[this_thread()] = call
+            return call
+        return self._recomputed.get(this_thread())  # checkpointing within checkpointing
+
     def give(self, query: GivenQuery | None) -> GivenQuery | None:
         """Let a query be that of all rows in this thread from now on, and return the one before; None for none."""
         before = self._given.pop(this_thread(), None)
         if query is not None:
             self._given[this_thread()] = query
+        return before
+
+    def mix(self, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Let the samples of this thread's batches have the adapters of these names, and return those before."""
+        before = self._names.pop(this_thread(), None)
+        if names is not None:
+            self._names[this_thread()] = names
         return before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallBook:

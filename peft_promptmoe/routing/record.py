@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .router import spread_gates
@@ -43,6 +44,15 @@ class RoutingRecord:
     real: Tensor | None
     training: bool
 
+    def __len__(self) -> int:
+        """B."""
+        return len(self.gates if isinstance(self.gates, Tensor) else self.gates.experts)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether every token has chosen for itself."""
+        return not isinstance(self.gates, Tensor)
+
     @property
     def log_gates(self) -> Tensor:
         """(B, E) or (B, T, E), minus infinity for experts that were not chosen."""
@@ -64,6 +74,31 @@ class Assignment:
     similarity: Tensor
     prototypes: Tensor
     grid: tuple[int, int] | None
+
+
+def joined(records: list[RoutingRecord]) -> list[RoutingRecord]:
+    """The records of the steps of one generation, as one if they are of the same samples.
+
+    Small tensors take a lot of memory on a GPU, and a long generation has one for each token and layer.
+    """
+    gates = [record.gates for record in records if isinstance(record.gates, Chosen)]
+    if len(gates) < len(records) or len({(part.log_gates.shape[0], part.of) for part in gates}) != 1:
+        return records
+    both = Chosen(
+        torch.cat([part.log_gates for part in gates], 1), torch.cat([part.experts for part in gates], 1), gates[0].of
+    )
+    real = None
+    if any(record.real is not None for record in records):
+        real = torch.cat([_real(record) for record in records], 1)
+    return [RoutingRecord(both, real, records[-1].training)]
+
+
+def _real(record: RoutingRecord) -> Tensor:
+    assert isinstance(record.gates, Chosen)
+    shape = record.gates.experts.shape[:2]
+    if record.real is None:
+        return torch.ones(shape, dtype=torch.bool, device=record.gates.experts.device)
+    return record.real.bool().expand(shape)
 
 
 # Called with the path of the attention layer, the adapter and the record.

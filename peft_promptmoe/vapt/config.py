@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..config import VirtualTokensConfig, check_bool, check_choice, check_int, check_number
+from ..field_types import ImageSize, StaticLayers
 from ..registration import ensure_peft_type
 
 MAX_PIXELS = 16_384  # a side of an image; more is a mistake, or a stranger's config asking for memory
 MAX_WIDTH = 65_536
 MAX_VALUES = 4_194_304  # of one trained tensor, 16 MiB
 MAX_MAPS = 2**28  # values of what kernels of their own spread over the grid, 1 GiB
-ACTIVATIONS = ("relu", "gelu", "sigmoid", "softmax", "identity")
+Activation = Literal["relu", "gelu", "sigmoid", "softmax", "identity"]
 
 
 @dataclass
@@ -58,6 +60,20 @@ class VAPTConfig(VirtualTokensConfig):
             on the grid, their sum kept); otherwise such images are refused.
         backbone_eval: whether the frozen model stays in evaluation mode while the adapter trains, so that its dropout
             and stochastic depth are off (official code: yes).
+        num_virtual_tokens: prompts per layer, Np.
+        target_modules, exclude_modules: attention layers to prompt and to leave out, as in PEFT: names or a regular
+            expression. Unset, they follow from the architecture.
+        layers_to_transform, layers_pattern: numbers of the blocks to prompt, from 0 on, a list or one, and the name of
+            the module list that they count in; unset, all blocks.
+        modules_to_save: modules to train and save besides, usually a head. Image heads are found without it; `[]`
+            leaves them out.
+        trainable_token_indices: tokens whose embeddings train and are saved, as in PEFT; for models that read text.
+        init_weights: False for large random values (tests).
+        check_base_weights: whether to warn when the adapter is loaded onto other base weights.
+        base_record: what the base model was when the adapter was made; filled in by then.
+        task_type: leave it unset: PEFT's task wrappers are for text.
+        inference_mode, base_model_name_or_path, revision, peft_type, auto_mapping, peft_version: as in every PEFT
+            config; PEFT fills them in.
     """
 
     bottleneck_dim: int = field(default=8, metadata={"help": "Width r of the feature projector."})
@@ -71,14 +87,14 @@ class VAPTConfig(VirtualTokensConfig):
     projector_scale: float = field(
         default=25.0, metadata={"help": "The projector's matrices are this times the trained tensors."}
     )
-    activation: str = field(default="relu", metadata={"help": "Activation of the feature projector."})
-    num_static_layers: int | str = field(
+    activation: Activation = field(default="relu", metadata={"help": "Activation of the feature projector."})
+    num_static_layers: StaticLayers = field(
         default=1, metadata={"help": "Number of first blocks with static prompts, or 'all' for VPT-Deep."}
     )
     prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout of static prompts."})
     channel_dropout: float = field(default=0.1, metadata={"help": "Dropout of channels behind the convolution."})
     projector_dropout: float = field(default=0.1, metadata={"help": "Dropout behind the projector's activation."})
-    image_size: int | list[int] | None = field(
+    image_size: ImageSize = field(
         default=None, metadata={"help": "Pixels of the images, a side or [rows, columns]; unset, the model's own."}
     )
     resample_grid: bool = field(default=True, metadata={"help": "Whether other patch grids are resampled for."})
@@ -97,7 +113,7 @@ class VAPTConfig(VirtualTokensConfig):
         check_number("projector_scale", self.projector_scale, 0.0, open_low=True)
         check_bool("resample_grid", self.resample_grid)
         check_bool("backbone_eval", self.backbone_eval)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("activation", self.activation, Activation)
         if isinstance(self.num_static_layers, str):
             check_choice("num_static_layers", self.num_static_layers, ("all",))
         else:

@@ -63,6 +63,7 @@ class VAPTLayer(VAPTState, KeyValueLayer):
         *PROJECTOR,
     )
     method = "VAPT"
+    unrouted = "makes its prompts from the image and has no router"
 
     vapt_prompts: nn.ModuleDict
     vapt_norms: nn.ModuleDict

@@ -7,11 +7,12 @@ import dataclasses
 import itertools
 import math
 import warnings
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+from transformers import HfArgumentParser
 
-from peft_promptmoe import MEPTConfig, VAPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig, ProMotionConfig, VAPTConfig
 from peft_promptmoe.config import MAX_SLOTS_PER_LAYER, PromptConfig
 from peft_promptmoe.vapt.config import MAX_PIXELS, MAX_WIDTH
 
@@ -179,3 +180,82 @@ def test_defaults_are_valid_and_saved_sorted() -> None:
     assert written["target_modules"] == ["x", "y", "z"] and written["exclude_modules"] == ["p", "q"]
     for pair in itertools.permutations(["c", "b", "a"]):
         assert MEPTConfig(target_modules=list(pair)).to_dict()["target_modules"] == ["a", "b", "c"]
+
+
+# -- types and help ---------------------------------------------------------------------------------------------------
+
+METHODS = (MEPTConfig, VAPTConfig, PMoEConfig, ProMotionConfig)
+CHOICES: dict[type[Any], dict[str, tuple[Any, ...]]] = {
+    MEPTConfig: {
+        "routing": ("auto", "sample", "token"),
+        "prompt_positions": ("auto", "prefix", "unrotated"),
+        "prompt_init": ("auto", "sample_vocab", "random"),
+        "decoder_sees_prompts": ("auto", True, False),
+    },
+    VAPTConfig: {"activation": ("relu", "gelu", "sigmoid", "softmax", "identity")},
+    PMoEConfig: {
+        "dispatcher": ("token", "expert", "attention", "mean", "none"),
+        "fusion": ("concat", "mean", "logits"),
+    },
+    ProMotionConfig: {"denoiser": ("both", "attention", "tokens"), "proposal": ("bank", "pool")},
+}
+
+
+@pytest.mark.parametrize("config", METHODS)
+def test_choices_are_in_the_types(config: type[Any]) -> None:
+    hints = get_type_hints(config)
+    found = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+    assert found == CHOICES[config]
+    for name, choices in found.items():
+        for choice in choices:
+            more = {"experts": ["a"]} if name == "dispatcher" else {}
+            assert getattr(config(**{name: choice}, **more), name) == choice
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+            config(**{name: "no such choice"})
+
+
+@pytest.mark.parametrize("config", METHODS)
+def test_command_lines_make_configs(config: type[Any], tmp_path: Any) -> None:
+    parser = HfArgumentParser(config)
+    assert parser.parse_args_into_dataclasses([])[0] == config()
+    text = [part for name, choices in CHOICES[config].items() for part in (f"--{name}", str(choices[-1]))]
+    text += ["--layers_to_transform", "0", "2", "--target_modules", "self_attn", "--modules_to_save", "a", "b"]
+    (made,) = parser.parse_args_into_dataclasses(text)
+    assert {name: getattr(made, name) for name in CHOICES[config]} == {n: c[-1] for n, c in CHOICES[config].items()}
+    assert made.layers_to_transform == [0, 2] and made.target_modules == "self_attn"
+    assert made.modules_to_save == ["a", "b"]
+    made.save_pretrained(tmp_path)
+    assert config.from_pretrained(tmp_path) == made
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses([f"--{next(iter(CHOICES[config]))}", "no such choice"])
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "name", "value"),
+    [
+        (MEPTConfig, "0.02", "init_std", 0.02),
+        (MEPTConfig, "match", "init_std", "match"),
+        (VAPTConfig, "3", "num_static_layers", 3),
+        (VAPTConfig, "all", "num_static_layers", "all"),
+    ],
+)
+def test_numbers_or_words_on_command_lines(config: type[Any], text: str, name: str, value: Any) -> None:
+    assert getattr(HfArgumentParser(config).parse_args_into_dataclasses([f"--{name}", text])[0], name) == value
+
+
+def test_lists_on_command_lines() -> None:
+    def made(config: type[Any], *text: str) -> Any:
+        return HfArgumentParser(config).parse_args_into_dataclasses(list(text))[0]
+
+    assert made(VAPTConfig, "--image_size", "32", "48").image_size == [32, 48]
+    assert made(PMoEConfig, "--experts", "facebook/dino-vitb16", "timm/x").experts == [
+        "facebook/dino-vitb16",
+        "timm/x",
+    ]
+
+
+@pytest.mark.parametrize("config", METHODS)
+def test_help_names_every_field(config: type[Any]) -> None:
+    lines = [line.strip().split(":")[0] for line in str(config.__doc__).splitlines() if ":" in line]
+    named = {name for line in lines for name in line.split(", ")}
+    assert {field.name for field in dataclasses.fields(config) if field.init} - named == set()

@@ -392,9 +392,14 @@ def test_the_report_names_who_decides(pixels: Tensor, tmp_path: Any) -> None:
     frame = report.to_dataframe()
     assert len(frame) == (2 + 2 + 3) * 5
     assert frame.groupby(["expert", "block"])["share"].sum().sub(1).abs().max() < 1e-5
-    report.plot(tmp_path / "shares.png")
+    figure = report.plot(tmp_path / "shares.png")
     assert (tmp_path / "shares.png").stat().st_size > 1000
-    assert "carried" in str(report)
+    titles = [axes.get_title().splitlines()[0] for axes in figure.axes]
+    assert titles == report.experts and [len(axes.patches) for axes in figure.axes] == [5 * n for n in (2, 2, 3)]
+    over = f"over {len(pixels)} images"
+    assert "carried" in str(report) and over in str(report) and over in figure.get_suptitle()
+    assert report._repr_html_().count("<tr>") == 1 + 7 + 1 + 3 and over in report._repr_html_()
+    assert parameter_report(model)._repr_html_().count("<tr>") == 1 + 5
 
 
 def test_carried_prompts_appear_from_the_second_block_on(pixels: Tensor) -> None:

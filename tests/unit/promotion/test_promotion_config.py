@@ -125,7 +125,7 @@ def windows() -> nn.Module:
         (windows, {}, "no attention layers over one patch grid"),
         (lambda: BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)), {}, "patch grid"),
         (classifier, {"task_type": "SEQ_CLS"}, "Leave task_type unset"),
-        (classifier, {"layers_to_transform": [5]}, r"within layers_to_transform=\[5\]"),
+        (classifier, {"layers_to_transform": [5]}, "names layer 5, not among .*: 0 to "),
         (classifier, {"modules_to_save": ["projection"]}, "would copy the patch embedding"),
         (
             lambda: timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5, depth=2),

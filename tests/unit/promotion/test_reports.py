@@ -46,7 +46,11 @@ def test_a_report_is_of_the_last_forward(tmp_path: Path) -> None:
     for unit, nearest in zip(units(model), report.maps, strict=True):
         assert torch.equal(nearest, unit.last_assignment["default"].similarity.argmax(dim=-1))
     assert list(report.to_dataframe()["layer"]) == [0, 2] and len(str(report).splitlines()) == 3
-    report.plot(tmp_path / "maps.png", images=(0, 3))
+    assert "over 4 images of 16 patches" in str(report) and report._repr_html_().count("<tr>") == 3
+    figure = report.plot(tmp_path / "maps.png", images=(0, 3))
+    titles = [axes.get_title().splitlines()[0] for axes in figure.axes if axes.get_title()]
+    assert titles == [f"image {image}, block {block}" for image in (0, 3) for block in (0, 2)]
+    assert "2 of the last batch's 4 images" in figure.get_suptitle()
     assert (tmp_path / "maps.png").stat().st_size > 1_000
     with pytest.raises(ValueError, match="images 0 to 3, and not 4"):
         report.plot(tmp_path / "no.png", images=(4,))
@@ -63,7 +67,7 @@ def test_one_prototype_has_everything() -> None:
 def test_models_without_units_have_no_report() -> None:
     with pytest.raises(ValueError, match="no ProMotion adapter"):
         assignment_report(classifier())
-    with pytest.raises(ValueError, match="nothing is routed"):
+    with pytest.raises(ValueError, match=r"ProMotion, which groups patches.*assignment_report"):
         routing_report(adapted())
 
 

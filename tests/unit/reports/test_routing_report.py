@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,23 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
-from peft_promptmoe import MEPTConfig, RoutingCallback, record_routing, routing_report
+from peft_promptmoe import (
+    AssignmentCallback,
+    AssignmentReport,
+    DispatchReport,
+    MEPTConfig,
+    RoutingCallback,
+    RoutingRecorder,
+    RoutingReport,
+    VAPTConfig,
+    assignment_report,
+    record_routing,
+    routing_report,
+)
 from peft_promptmoe.engine.model_hooks import prompt_layers
 
 SMALL: dict[str, Any] = {
@@ -96,8 +111,10 @@ def test_a_report_needs_a_forward_and_a_router() -> None:
         routing_report(bert())
     with pytest.raises(ValueError, match="num_experts=1"):
         routing_report(get_peft_model(BertForSequenceClassification(BertConfig(**SMALL)), MEPTConfig(num_experts=1)))
-    with pytest.raises(ValueError, match="no prompt layer"):
+    with pytest.raises(ValueError, match="Linear has no adapter of peft_promptmoe"):
         routing_report(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no adapter 'other' of peft_promptmoe; it has 'default'"):
+        routing_report(bert(), adapter="other")
 
 
 def test_table_text_and_picture(tmp_path: Path) -> None:
@@ -106,15 +123,58 @@ def test_table_text_and_picture(tmp_path: Path) -> None:
         model(input_ids=texts(8))
     report = routing_report(model)
     table = report.to_dataframe()
-    assert list(table.columns) == ["layer", "expert", "load", "gate", "entropy"] and len(table) == 3 * EXPERTS
+    columns = ["layer", "expert", "load", "gate", "entropy", "samples", "tokens"]
+    assert list(table.columns) == columns and len(table) == 3 * EXPERTS and set(table["samples"]) == {8}
     row = table[(table["layer"] == 1) & (table["expert"] == 2)].iloc[0]
     assert row["load"] == pytest.approx(report.load[1, 2].item())
     assert row["gate"] == pytest.approx(report.gate[1, 2].item())
     assert row["entropy"] == pytest.approx(report.entropy[1].item())
     assert len(str(report).splitlines()) == 4 and f"{report.load[2, 0]:.3f}" in str(report).splitlines()[3]
-    report.plot(tmp_path / "routing.png")
+    assert "over 8 samples" in str(report) and "over 8 samples" in report._repr_html_()
+    assert report._repr_html_().count("<tr>") == 4
+    figure = report.plot(tmp_path / "routing.png")
+    assert "over 8 samples" in figure.get_suptitle() and figure._repr_png_().startswith(b"\x89PNG")
     with Image.open(tmp_path / "routing.png") as picture:
         assert picture.size[0] > 200 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_a_deep_model_s_map_stays_on_one_screen() -> None:
+    layers, experts = 96, 64
+    report = RoutingReport(
+        list(range(layers)),
+        torch.full((layers, experts), 1 / experts),
+        torch.zeros(layers, experts),
+        [1] * layers,
+        None,
+    )
+    figure = report.plot()
+    width, height = figure.get_size_inches()
+    assert width <= 12 and height <= 9
+    assert figure.axes[0].images[0].get_array().shape == (layers, experts)  # and yet nothing is left out
+    assert 1 < len(figure.axes[0].get_yticks()) <= 24
+
+
+def test_a_report_after_generation_is_of_all_of_it() -> None:
+    """Each step of decoding runs one token, which by itself looks like a collapsed router."""
+    model, ids, new = llama(routing="token", top_k=2), texts(2, length=5), 40
+    text = model.generate(input_ids=ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    generated = routing_report(model)
+    assert generated.tokens == [2 * (5 + new - 1)] * 3 and generated.samples == [2] * 3
+    assert f"over {2 * (5 + new - 1)} tokens of 2 samples" in str(generated)
+    with torch.no_grad():
+        model(input_ids=text[:, :-1])
+    whole = routing_report(model)
+    assert whole.tokens == generated.tokens
+    torch.testing.assert_close(whole.load, generated.load)
+    torch.testing.assert_close(whole.gate, generated.gate)
+    assert all(len(layer.last_routing["default"]) < new for layer in prompt_layers(model))  # steps are joined
+
+
+def test_a_report_after_generation_leaves_padding_out() -> None:
+    model, ids = llama(routing="token"), texts(2, length=5)
+    ids[1, :2], mask = 0, torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    assert routing_report(model).tokens == [8 + 2 * 39] * 3
 
 
 # -- over a data set --------------------------------------------------------------------------------------------------
@@ -126,7 +186,7 @@ def chosen_by(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         for sample in ids:
             model(input_ids=sample[None])
-            records = [layer.last_routing["default"] for layer in prompt_layers(model)]
+            records = [layer.last_routing["default"][-1] for layer in prompt_layers(model)]
             rows.append([int(record.log_gates[0].argmax()) for record in records])
     return torch.tensor(rows)
 
@@ -160,8 +220,16 @@ def test_a_record_gathers_batches_by_class(tmp_path: Path) -> None:
     load = torch.stack([(experts == expert).double().mean(0) for expert in range(EXPERTS)], dim=1)
     assert (load.max(1).values < 1).any()  # or all of this would hold for collapsed routers, too
     torch.testing.assert_close(record.report().load.double(), load, rtol=0, atol=1e-6)
-    record.plot_pathways(tmp_path / "pathways.png")
+    figure = record.plot_pathways(tmp_path / "pathways.png")
     assert Image.open(tmp_path / "pathways.png").size[0] > 200
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == ["a\n8 samples", "b\n8 samples", "c\n4 samples"]
+    for panel, way in zip(panels, ways, strict=True):
+        assert torch.equal(torch.as_tensor(panel.images[0].get_array()), way)
+    some = record.plot_pathways(classes=["c"])
+    assert "(1 of 3 classes)" in some.get_suptitle()
+    with pytest.raises(ValueError, match=r"\['d'\] are not among the recorded ones"):
+        record.plot_pathways(classes=["d"])
 
 
 def test_records_say_what_is_wrong() -> None:
@@ -238,3 +306,51 @@ def test_collapse_is_warned_of_once(collapsed: bool, tmp_path: Path) -> None:
     assert sum("send nearly everything to one expert" in str(w.message) for w in caught) == collapsed
     entropies = [logs["routing/min_entropy"] for logs in reporter.told if "loss" in logs]
     assert len(entropies) == 4 and all((entropy == 0.0) if collapsed else (entropy > 0.1) for entropy in entropies)
+
+
+def test_a_callback_without_routers_says_so_once(tmp_path: Path) -> None:
+    base = BertForSequenceClassification(BertConfig(**SMALL))
+    static = get_peft_model(base, MEPTConfig(task_type="SEQ_CLS", num_experts=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(static, tmp_path, RoutingCallback(), logging_steps=1)
+    said = [str(w.message) for w in caught if "RoutingCallback logs nothing" in str(w.message)]
+    assert len(said) == 1 and "static prompts and no router with num_experts=1" in said[0]
+
+
+def test_reports_name_what_a_method_without_routers_does() -> None:
+    vit = ViTForImageClassification(
+        ViTConfig(image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
+    model = get_peft_model(vit, VAPTConfig(num_virtual_tokens=2))
+    for ask in (routing_report, lambda model: record_routing(model).__enter__()):
+        with pytest.raises(ValueError, match="'default' is one of VAPT, which makes its prompts from the image"):
+            ask(model)
+    with pytest.raises(ValueError, match=r"no ProMotion adapter.*one of VAPT"):
+        assignment_report(model)
+    with pytest.warns(UserWarning, match=r"RoutingCallback logs nothing in this training.*VAPT"):
+        RoutingCallback().on_train_begin(None, None, None, model=model)
+    with pytest.warns(UserWarning, match="AssignmentCallback logs nothing in this training"):
+        AssignmentCallback().on_train_begin(None, None, None, model=model)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "pandas"])
+def test_missing_packages_name_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "peft_promptmoe.reports.pictures", raising=False)
+    load = torch.tensor([[0.5, 0.5]])
+    reports = [
+        RoutingReport([0], load, load, [4], None),
+        DispatchReport(["base model", "other"], [(0, 0)], load, None, None, 4),
+        AssignmentReport([0], load, load[0, :1], *[torch.zeros(1)] * 4, [torch.zeros(1, 4)], [(2, 2)]),
+    ]
+    for report in reports:
+        with pytest.raises(ModuleNotFoundError, match=rf"{package}.*pip install 'peft-promptmoe\[report\]'"):
+            report.plot() if package == "matplotlib" else report.to_dataframe()
+
+
+def test_the_help_of_record_routing_names_what_the_recorder_has() -> None:
+    public = {name for name in vars(RoutingRecorder) if not name.startswith("_") and name != "observe"} | {"classes"}
+    assert [name for name in public if f"`{name}" not in str(record_routing.__doc__)] == []

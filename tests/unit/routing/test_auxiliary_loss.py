@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -149,6 +150,41 @@ def test_forwards_of_several_threads_have_pages_of_their_own() -> None:
         warnings.simplefilter("error")
         torch.stack([loss * (number + 1) for number, loss in enumerate(losses)]).sum().backward()
     assert_close(found(model), expected(*[(x, number + 1.0) for number, x in enumerate(batches)]))
+
+
+def test_recomputed_blocks_of_several_threads_find_their_own_loss() -> None:
+    """Both backward passes have come through their losses before either runs a block again."""
+    model, batches, both = Model(reentrant=True), [batch(seed) for seed in range(2)], Barrier(2, timeout=60)
+
+    def run(number: int) -> None:
+        call = model.book.begin()
+        y = batches[number]
+        for block in model.blocks:
+            y = checkpoint(block, y, use_reentrant=True)
+        model.book.end(call)
+        y.register_hook(lambda gradient: gradient + 0 * both.wait())
+        (add_losses(y.sin().sum(), model.book, call) * (number + 1)).backward()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    assert_close(found(model), expected(*[(x, number + 1.0) for number, x in enumerate(batches)]))
+
+
+def test_checkpoints_within_checkpoints_find_their_loss() -> None:
+    model, x = Model(), batch(1)
+
+    def both(y: Tensor) -> Tensor:
+        for block in model.blocks:
+            y = checkpoint(block, y, use_reentrant=True)
+        return y
+
+    for factor in (1.0, 0.25):
+        model.zero_grad()
+        call = model.book.begin()
+        y = checkpoint(both, x, use_reentrant=True)
+        model.book.end(call)
+        (add_losses(y.sin().sum(), model.book, call) * factor).backward()
+        assert_close(found(model), expected((x, factor)))
 
 
 def test_compiled_code_gives_the_same() -> None:

@@ -192,6 +192,27 @@ def test_router_center_is_a_mean_first_and_a_running_mean_later() -> None:
     assert int(center.steps) == 150
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_first_batch_that_did_not_last_is_noticed(loaded: bool) -> None:
+    """FSDP2 lets a block write to a copy of the whole tensor, which it then puts away."""
+    center, batch = RouterCenter(D), (normal(B, D).float(), torch.ones(B, 1))
+    if loaded:
+        center.load_state_dict({"weight": torch.ones(D), "steps": torch.tensor(50)})
+    before = center.weight.detach().clone()
+    center.update(*batch)
+    center.weight.data.copy_(before)
+    with pytest.raises(RuntimeError, match="set router_centering=False"):
+        center.update(*batch)
+
+
+def test_a_centre_that_is_loaded_again_is_not_taken_for_a_lost_one() -> None:
+    center, state = RouterCenter(D), {"weight": torch.ones(D), "steps": torch.tensor(50)}
+    for _ in range(2):
+        center.load_state_dict(state)
+        center.update(normal(B, D).float(), torch.ones(B, 1))
+    assert int(center.steps) == 51
+
+
 def test_a_router_center_without_its_steps_counts_as_one_of_many() -> None:
     center, value = RouterCenter(D), normal(D).float()
     with torch.no_grad():
