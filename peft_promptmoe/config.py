@@ -13,7 +13,7 @@ from typing import Any, ClassVar, get_args
 
 from peft import PeftConfig
 
-from .field_types import Layers
+from .field_types import Layers, TokenIds
 from .sharing.base_model import BaseModelCard
 from .sharing.base_record import check_record
 from .sharing.model_card import CardValues, write_card, write_card_of_run
@@ -65,7 +65,7 @@ class PromptConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save besides the prompts, usually a head."}
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+    trainable_token_indices: TokenIds = field(
         default=None, metadata={"help": "Tokens whose embeddings train and are saved along, as ids or by embedding."}
     )
     init_weights: bool = field(

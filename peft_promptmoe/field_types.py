@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     Spread = float | Literal["match"]
     StaticLayers = int | Literal["all"]
     Experts = list[Any]
+    TokenIds = list[int] | dict[str, list[int]] | None
 else:
     Layers = list[int] | None
     ImageSize = list[int] | None
     Spread = NumberOr(float, "match")
     StaticLayers = NumberOr(int, "all")
     Experts = list[str]
+    TokenIds = list[int] | None

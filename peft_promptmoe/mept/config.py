@@ -73,6 +73,7 @@ class MEPTConfig(VirtualTokensConfig):
             the module list that they count in; unset, all blocks.
         modules_to_save: modules to train and save besides, usually a head. Heads of text models follow from
             `task_type`, those of images are found; `[]` leaves them out.
+        trainable_token_indices: tokens whose embeddings train and are saved, as in PEFT; for models that read text.
         init_weights: False for large random values (tests).
         check_base_weights: whether to warn when the adapter is loaded onto other base weights.
         base_record: what the base model was when the adapter was made; filled in by then.

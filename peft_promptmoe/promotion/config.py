@@ -74,6 +74,7 @@ class ProMotionConfig(PromptConfig):
         layers_pattern: name of the module list that `layers_to_transform` counts in.
         modules_to_save: modules to train and save besides, usually a head. Image heads are found without it; `[]`
             leaves them out.
+        trainable_token_indices: tokens whose embeddings train and are saved, as in PEFT; for models that read text.
         init_weights: False for large random values (tests).
         check_base_weights: whether to warn when the adapter is loaded onto other base weights.
         base_record: what the base model was when the adapter was made; filled in by then.

@@ -67,6 +67,7 @@ class VAPTConfig(VirtualTokensConfig):
             the module list that they count in; unset, all blocks.
         modules_to_save: modules to train and save besides, usually a head. Image heads are found without it; `[]`
             leaves them out.
+        trainable_token_indices: tokens whose embeddings train and are saved, as in PEFT; for models that read text.
         init_weights: False for large random values (tests).
         check_base_weights: whether to warn when the adapter is loaded onto other base weights.
         base_record: what the base model was when the adapter was made; filled in by then.
