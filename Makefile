@@ -78,6 +78,12 @@ bench-full: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/learning_vision.py --task mnist --low-data
 	$(BIN)/python benchmarks/learning_causal.py
 	$(BIN)/python benchmarks/learning_experts.py
+	$(BIN)/python benchmarks/motion_levels.py
+	$(BIN)/python benchmarks/learning_motion.py
+	$(BIN)/python benchmarks/learning_motion.py --ablations
+	$(BIN)/python benchmarks/learning_motion.py --task depth
+	$(BIN)/python benchmarks/learning_motion.py --task depth --transfer
+	$(BIN)/python benchmarks/learning_motion.py --transfer
 	$(BIN)/python benchmarks/learning_text.py --times
 	$(BIN)/python benchmarks/learning_text.py --task mixture --times
 	$(BIN)/python benchmarks/learning_vision.py --times
