@@ -4,26 +4,25 @@
     python benchmarks/learning_motion.py                       # optical flow
     python benchmarks/learning_motion.py --task depth
     python benchmarks/learning_motion.py --ablations           # parts of ProMotion left out, one at a time
+    python benchmarks/learning_motion.py --transfer            # with prototypes of the other task
     python benchmarks/learning_motion.py --data /data/MPI-Sintel    # scored on these too
 
 Pairs are those of `examples/moving_layers.py`, shown at 224 pixels. A seed's heads are trained on the frozen backbone
 first; every method starts from these heads and trains on with them, on the same pairs, in the same order, for as many
 steps. A rate is chosen with seed 0, on development pairs made of training photos; scores are of pairs of other photos,
-of the same pairs under image noise, and of real ones. Blocks behind the last one that is read are left out. A cell
-takes three to four minutes on one core.
+of the same pairs under image noise, and of real ones. Blocks behind the last one that is read are left out, and those
+that a method leaves as they are run once for each image, so seconds of a cell are not its cost.
 """
 
 import argparse
 import copy
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel
@@ -34,13 +33,14 @@ import assets
 import motion
 import motion_data
 from harness import search
-from harness.bottleneck import add_bottlenecks
+from harness.motion_methods import ABLATIONS, METHODS, OWN, TRANSFER, Method, is_prototypes, take_prototypes
+from harness.motion_pairs import Pairs
 from harness.reading import FOLDER
 from harness.records import rounded
+from harness.remembered import Known, remember
 from harness.search import run_cell
 from harness.training import Budget, Results, train_cell
-from moving_layers import IMAGENET, GeneratedPairs
-from peft_promptmoe import DepthModel, FlowModel, ProMotionConfig, VAPTConfig, assignment_report
+from peft_promptmoe import DepthModel, FlowModel, assignment_report
 from peft_promptmoe.motion import DepthError, EndPointError
 
 SIZES = {"train": 320, "dev": 48, "test": 80}
@@ -50,97 +50,8 @@ HEAD_BUDGET = Budget(epochs=6, batch_size=4, bf16=False)
 BUDGET = Budget(epochs=2, batch_size=4, head_lr=1e-3, bf16=False)
 HEAD_RATE = 3e-3
 CLASSES: dict[str, Any] = {"flow": FlowModel, "depth": DepthModel}
-COLUMNS = {"flow": ("pixel_values", "next_pixel_values", "flow_labels"), "depth": ("pixel_values", "depth_labels")}
+OTHER = {"flow": "depth", "depth": "flow"}
 SCORE = {"flow": "epe", "depth": "abs_rel"}
-
-
-@dataclass(frozen=True)
-class Method:
-    """How to make a model of one with heads, and the rates to try."""
-
-    attach: Callable[[nn.Module, list[int]], nn.Module]
-    lrs: tuple[float, ...] = (1e-3, 3e-3)
-    frozen: bool = True
-
-
-def lora(model: Any, blocks: list[int]) -> nn.Module:
-    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    config = LoraConfig(target_modules=names, layers_to_transform=blocks, modules_to_save=model.head_names)
-    return get_peft_model(model, config)
-
-
-def prompts(**settings: Any) -> Callable[[Any, list[int]], nn.Module]:
-    def attach(model: Any, blocks: list[int]) -> nn.Module:
-        size = [motion.SHOWN, motion.SHOWN]
-        return get_peft_model(model, VAPTConfig(image_size=size, modules_to_save=model.head_names, **settings))
-
-    return attach
-
-
-def promotion(**settings: Any) -> Callable[[Any, list[int]], nn.Module]:
-    return lambda model, blocks: get_peft_model(model, ProMotionConfig(modules_to_save=model.head_names, **settings))
-
-
-METHODS = {
-    "head": Method(lambda model, blocks: model, (1e-3,)),
-    "bottleneck": Method(add_bottlenecks),
-    "promotion": Method(promotion()),
-    "lora": Method(lora),
-    "lora-all": Method(lambda model, blocks: lora(model, list(range(blocks[-1] + 1)))),
-    "vapt": Method(prompts(), (3e-3, 1e-2)),
-    "vpt-deep": Method(prompts(num_static_layers="all"), (3e-3, 1e-2)),
-    "full": Method(lambda model, blocks: model, (1e-5, 1e-4), frozen=False),
-}
-# At ProMotion's own rate.
-ABLATIONS = {
-    "no denoiser": {"denoise_steps": 0},
-    "no denoiser loss": {"denoise_weight": 0.0},
-    "no feedback": {"feedback": False},
-    "no margin loss": {"margin_weight": 0.0},
-    "softmax": {"balance": 0.0},
-    "not centred": {"center": False},
-    "pool": {"proposal": "pool"},
-    "8 prototypes": {"num_prototypes": 8},
-    "64 prototypes": {"num_prototypes": 64},
-}
-
-
-class Pairs:
-    """Pairs of one task, made once and kept."""
-
-    def __init__(self, task: str, photos: Any, count: int, seed: int) -> None:
-        made = GeneratedPairs(photos, count, seed)
-        names = {
-            "flow": ("pixel_values", "next_pixel_values", "flow_labels"),
-            "depth": ("pixel_values", "depth_labels"),
-        }
-        rows = [made[index] for index in range(count)]
-        self.columns = {name: torch.stack([row[name] for row in rows]) for name in names[task]}
-        self.occluded = torch.stack([row["occluded"] for row in rows])
-        self.labels = torch.zeros(count)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def length(self, index: int) -> int:
-        return 1
-
-    def batch(self, chosen: list[int]) -> dict[str, Tensor]:
-        return {name: values[chosen] for name, values in self.columns.items()}
-
-    def noisy(self, spread: float, count: int) -> Dataset[dict[str, Tensor]]:
-        """The first pairs with Gaussian noise on their frames, of a range of 255."""
-        generator = torch.Generator().manual_seed(0)
-        noise = spread / 255 / torch.tensor(IMAGENET[1])[:, None, None]
-
-        def worn(name: str, values: Tensor) -> Tensor:
-            values = values[:count]
-            frames = name.endswith("pixel_values") and spread > 0
-            return values + noise * torch.randn(values.shape, generator=generator) if frames else values
-
-        columns = {name: worn(name, values) for name, values in self.columns.items()}
-        columns["occluded"] = self.occluded[:count]
-        return [{name: values[i] for name, values in columns.items()} for i in range(min(count, len(self)))]  # type: ignore[return-value]
 
 
 @dataclass
@@ -156,10 +67,13 @@ class Bench:
     methods: dict[str, Method]
     budget: Budget = BUDGET
     head_budget: Budget = HEAD_BUDGET
+    other: "Bench | None" = None
     backbone: nn.Module = field(init=False)
+    known: list[Known] = field(init=False)  # what frozen blocks made of images
 
     def __post_init__(self) -> None:
         depth = motion.blocks(self.task)[-1] + 1
+        self.known = [{} for _ in range(depth)]
         self.backbone = AutoModel.from_pretrained(assets.dinov2_small(), num_hidden_layers=depth)
 
     def base(self, seed: int, frozen: bool = True) -> Any:
@@ -173,24 +87,39 @@ class Bench:
         file = self.heads / f"{self.task} seed={seed} epochs={self.head_budget.epochs}.pt"
         if not file.exists():
             model = self.base(seed)
+            remember(model, len(self.known), self.known)
             train_cell(model, self.train, HEAD_RATE, seed, self.head_budget, f"heads seed={seed}")
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save({n: p for n, p in model.state_dict().items() if n.startswith(tuple(model.head_names))}, file)
         found: dict[str, Tensor] = torch.load(file, weights_only=True)
         return found
 
-    def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
-        """One cell: train `name` at `lr` from the heads of `seed`, and score it on all that there is."""
+    def trained(self, name: str, lr: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """`name` trained at `lr` from the heads of `seed`, and what the training says of itself."""
         method, heads = self.methods[name], self.trained_heads(seed)
         base = self.base(seed, method.frozen)
         base.load_state_dict(heads, strict=False)
-        model = method.attach(base, motion.blocks(self.task))
-        cell = train_cell(model, self.train, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+        blocks = motion.blocks(self.task)
+        model = method.attach(base, blocks)
+        if method.foreign:
+            assert self.other is not None
+            take_prototypes(model, self.other.prototypes(lr, seed))
+        remember(model, method.untouched(blocks), self.known)
+        return model, train_cell(model, self.train, lr, seed, self.budget, f"{name} lr={lr:g} seed={seed}")
+
+    def prototypes(self, lr: float, seed: int) -> dict[str, Tensor]:
+        """What makes the prototypes of units that were trained on this task."""
+        model = self.trained(OWN, lr, seed)[0]
+        return {name: tensor for name, tensor in model.state_dict().items() if is_prototypes(name)}
+
+    def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
+        """One cell: train `name` at `lr` from the heads of `seed`, and score it on all that there is."""
+        model, cell = self.trained(name, lr, seed)
         cell["dev"] = self.score(model, self.dev.noisy(0, len(self.dev)))
         cell["test"] = self.score(model, self.test.noisy(0, len(self.test)))
         cell |= {f"noise {spread}": self.score(model, self.test.noisy(spread, NOISY)) for spread in (0, *NOISE)}
         cell["real"] = {of: self.score(model, data, batch=1) for of, data in self.real.items()}
-        if name.startswith("promotion"):
+        if name.startswith(("promotion", "units")):
             cell["assignment"] = self.assignments(model)
         return cell
 
@@ -242,6 +171,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", choices=list(CLASSES), default="flow")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--ablations", action="store_true", help="ProMotion without one part, instead of the methods")
+    parser.add_argument(
+        "--transfer", action="store_true", help="units with prototypes of the other task, instead of the methods"
+    )
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="folders of data sets to score on too")
     parser.add_argument("--small", action="store_true", help="few pairs, to see that it works")
     parser.add_argument("--results", type=Path)
@@ -251,15 +183,20 @@ def parse_args() -> argparse.Namespace:
 def make_bench(args: argparse.Namespace) -> tuple[Bench, Results]:
     sizes = dict.fromkeys(SIZES, 8) if args.small else SIZES
     train, test = motion_data.photos("train"), motion_data.photos("test")
-    splits = {"train": (train, 0), "dev": (train, 500), "test": (test, 1000)}
-    pairs = {name: Pairs(args.task, photos, sizes[name], seed) for name, (photos, seed) in splits.items()}
-    methods = METHODS | {f"promotion, {name}": Method(promotion(**settings)) for name, settings in ABLATIONS.items()}
-    bench = Bench(
-        args.task, **pairs, real=motion.real_sets(args), heads=assets.cache_dir() / "motion-heads", methods=methods
-    )
-    if args.small:
-        bench.budget = bench.head_budget = Budget(epochs=1, batch_size=4, bf16=False)
-        bench.heads = bench.heads / "small"
+
+    def bench_of(task: str, real: dict[str, Any]) -> Bench:
+        splits = {"train": (train, 0), "dev": (train, 500), "test": (test, 1000)}
+        pairs = {name: Pairs(task, photos, sizes[name], seed) for name, (photos, seed) in splits.items()}
+        bench = Bench(task, **pairs, real=real, heads=assets.cache_dir() / "motion-heads", methods=methods)
+        if args.small:
+            bench.budget = bench.head_budget = Budget(epochs=1, batch_size=4, bf16=False)
+            bench.heads = bench.heads / "small"
+        return bench
+
+    methods = METHODS | ABLATIONS | TRANSFER
+    bench = bench_of(args.task, motion.real_sets(args))
+    if args.transfer:
+        bench.other = bench_of(OTHER[args.task], {})
     settings = {
         "task": f"{args.task} on generated pairs",
         "model": "DINOv2-S",
@@ -274,18 +211,17 @@ def make_bench(args: argparse.Namespace) -> tuple[Bench, Results]:
 def main(args: argparse.Namespace) -> None:
     search.prepare(args)
     bench, results = make_bench(args)
-    if args.ablations:
-        lr = search_rate(bench, results, "promotion", METHODS["promotion"].lrs)
-        for seed_count in range(1, len(args.seeds) + 1):  # all with one seed before any with two
-            for name in ABLATIONS:
-                summarise(bench, results, f"promotion, {name}", lr, args.seeds[:seed_count])
-        return
-    chosen = {name: search_rate(bench, results, name, METHODS[name].lrs) for name in args.methods}
-    for seed_count in range(1, len(args.seeds) + 1):
+    chosen: dict[str, float] = {}
+    for names, asked, source in ((ABLATIONS, args.ablations, "promotion"), (TRANSFER, args.transfer, OWN)):
+        if asked:  # all at the rate of the unit as it is
+            chosen |= dict.fromkeys(names, search_rate(bench, results, source, bench.methods[source].lrs))
+    if not chosen:
+        chosen = {name: search_rate(bench, results, name, METHODS[name].lrs) for name in args.methods}
+    for seed_count in range(1, len(args.seeds) + 1):  # all with one seed before any with two
         for name, lr in chosen.items():
             summarise(bench, results, name, lr, args.seeds[:seed_count])
     for name, row in sorted(results.summaries.items(), key=lambda item: item[1]["mean"]):
-        print(f"{name:28} {row['mean']:.4f} +- {row['sd']}")
+        print(f"{name:48} {row['mean']:.4f} +- {row['sd']}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
     python benchmarks/reach.py                                  # what is not in the results yet; about an hour
     python benchmarks/reach.py --kinds causal --only llama gemma2
+    python benchmarks/reach.py --others                         # only LoRA and prefix tuning, where not known yet
     python benchmarks/reach.py --table                          # docs/families.md from the results
 
 Each model runs in a process of its own with a limit of time. An outcome is "right" (all checks pass), "left out"
@@ -18,7 +19,6 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,59 +30,20 @@ import transformers
 
 from harness.reach.checks import attach, faults, run
 from harness.reach.inputs import IMAGES, Inputs, candidates, with_image
+from harness.reach.others import reached_by_others
+from harness.reach.table import OTHERS, table
 from harness.reach.tiny import KINDS, build, enliven, model_types
+from harness.reach.vision import CASES, TIMM, build_case
 from harness.records import provenance, write
-from peft_promptmoe import MEPTConfig
+from peft_promptmoe import MEPTConfig, VAPTConfig
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "reach.json"
 TABLE = HERE.parent / "docs" / "families.md"
 TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM", "with images": "CAUSAL_LM"}
-ALL_KINDS = (*KINDS, "with images", "timm")
+ALL_KINDS = (*KINDS, "with images", *CASES, "timm")
+OF_IMAGES = ("vision", *CASES, "timm")
 SECONDS = 120
-SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
-OUTCOMES = ("right", "left out", "refused", "late", "error", "wrong", "not run")
-# One timm model of each kind of block, small ones; the rest of a module is built alike.
-TIMM = [
-    "vit_tiny_patch16_224",
-    "deit_tiny_patch16_224",
-    "deit3_small_patch16_224",
-    "vit_small_patch16_dinov3",
-    "vit_small_patch14_reg4_dinov2",
-    "eva02_tiny_patch14_224",
-    "beit_base_patch16_224",
-    "beitv2_base_patch16_224",
-    "vit_relpos_small_patch16_224",
-    "vit_small_patch16_18x2_224",
-    "vit_tiny_r_s16_p8_224",
-    "vitamin_small_224",
-    "naflexvit_base_patch16_gap",
-    "vit_dlittle_patch16_reg1_gap_256",
-    "flexivit_small",
-    "vit_betwixt_patch16_reg4_gap_256",
-    "cait_xxs24_224",
-    "convit_tiny",
-    "crossvit_tiny_240",
-    "davit_tiny",
-    "efficientformer_l1",
-    "gcvit_xxtiny",
-    "hiera_tiny_224",
-    "levit_128",
-    "maxvit_tiny_tf_224",
-    "mvitv2_tiny",
-    "nest_tiny",
-    "pit_ti_224",
-    "pvt_v2_b0",
-    "samvit_base_patch16_224",
-    "swin_tiny_patch4_window7_224",
-    "swinv2_tiny_window8_256",
-    "tnt_s_patch16_224",
-    "twins_svt_small",
-    "visformer_tiny",
-    "volo_d1_224",
-    "xcit_nano_12_p16_224",
-    "resnet18",
-]
 
 
 def parse_args(given: list[str] | None = None) -> argparse.Namespace:
@@ -90,13 +51,19 @@ def parse_args(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="*", choices=ALL_KINDS, default=ALL_KINDS)
     parser.add_argument("--only", nargs="*", help="model types to run, whether they are in the results or not")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--others", action="store_true", help="only what PEFT's methods reach of types in the results")
     parser.add_argument("--table", action="store_true", help="write the table from the results, and no more")
     return parser.parse_args(given)
 
 
 def main(args: argparse.Namespace) -> None:
     found = {key(r): r for r in json.loads(args.results.read_text())["records"]} if args.results.exists() else {}
-    if not args.table:
+    if args.others:
+        for (kind, name), record in found.items():
+            if kind in args.kinds and kind != "timm" and record["outcome"] != "not run" and "lora" not in record:
+                record |= {field: value for field, value in in_a_process(kind, name, True).items() if field in OTHERS}
+                write(args.results, provenance(), sorted(found.values(), key=key))
+    elif not args.table:
         for kind in args.kinds:
             for name in names(kind):
                 if name in args.only if args.only else (kind, name) not in found:
@@ -105,7 +72,8 @@ def main(args: argparse.Namespace) -> None:
                     print(
                         kind, name, found[kind, name]["outcome"], found[kind, name].get("says", "")[:150], flush=True
                     )
-    write_table(list(found.values()))
+    records = list(found.values())
+    TABLE.write_text(table(records, [kind for kind in ALL_KINDS if any(kind == each["kind"] for each in records)]))
 
 
 def key(record: dict[str, Any]) -> tuple[str, str]:
@@ -113,13 +81,15 @@ def key(record: dict[str, Any]) -> tuple[str, str]:
 
 
 def names(kind: str) -> list[str]:
+    if kind in CASES:
+        return list(CASES[kind])
     return list(TIMM) if kind == "timm" else list(IMAGES) if kind == "with images" else model_types(kind)
 
 
-def in_a_process(kind: str, name: str) -> dict[str, Any]:
+def in_a_process(kind: str, name: str, others: bool = False) -> dict[str, Any]:
     """The record of one model, from a process that may crash or hang."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_report, args=(kind, name, theirs))
+    process = multiprocessing.get_context("fork").Process(target=_report, args=(kind, name, others, theirs))
     process.start()
     theirs.close()
     record: dict[str, Any] = {"kind": kind, "type": name}
@@ -132,39 +102,62 @@ def in_a_process(kind: str, name: str) -> dict[str, Any]:
     return record
 
 
-def _report(kind: str, name: str, pipe: Any) -> None:
+def _report(kind: str, name: str, others: bool, pipe: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.alarm(SECONDS + 20)
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    pipe.send(judge(kind, name))
+    pipe.send(compare(kind, name) if others else judge(kind, name))
 
 
 def judge(kind: str, name: str) -> dict[str, Any]:
-    """Outcome of one model, and what was said."""
+    """Outcome of one model under each method, and what was said."""
     try:
         base, inputs = prepare(kind, name)
     except Exception as error:  # whatever stands in the way of a tiny model and its input
         return {"outcome": "not run", "says": _line(error)}
-    config = MEPTConfig(task_type=TASKS.get(kind))
-    record: dict[str, Any] = {"model": type(base).__name__}
+    task = TASKS.get(kind)
     base.requires_grad_(False)  # as PEFT leaves it; some layers of torch take another path then
+    record: dict[str, Any] = {"model": type(base).__name__} | verdict(base, MEPTConfig(task_type=task), kind, inputs)
+    if kind in OF_IMAGES:
+        found = verdict(base, VAPTConfig(), kind, inputs)
+        if "image_size" in found["says"]:  # which some models do not say
+            found = verdict(base, VAPTConfig(image_size=_side_of(inputs)), kind, inputs)
+        record |= {"vapt": found["outcome"], "vapt_says": found["says"]}
+    return record | reached_by_others(base, kind, task, inputs)
+
+
+def compare(kind: str, name: str) -> dict[str, Any]:
+    """What PEFT's own methods reach of one model."""
+    base, inputs = prepare(kind, name)
+    base.requires_grad_(False)
+    return reached_by_others(base, kind, TASKS.get(kind), inputs)
+
+
+def _side_of(inputs: Inputs) -> int:
+    return next(
+        int(value.shape[-1]) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim > 3
+    )
+
+
+def verdict(base: Any, config: Any, kind: str, inputs: Inputs) -> dict[str, Any]:
+    """Outcome of one model under one adapter, and what was said."""
     try:
         model, said = attach(base, config)
     except Exception as error:
-        return record | {"outcome": "refused" if _is_clear(error) else "error", "says": _line(error)}
+        return {"outcome": "refused" if _is_clear(error) else "error", "says": _line(error)}
     try:
         run(model, inputs)
     except Exception as error:
-        return record | {"outcome": "late" if _is_clear(error) else "error", "says": _line(error)}
+        return {"outcome": "late" if _is_clear(error) else "error", "says": _line(error)}
     try:
         wrong = faults(base, model, kind, inputs)
     except Exception as error:
-        return record | {"outcome": "error", "says": _line(error)}
+        return {"outcome": "error", "says": _line(error)}
     if wrong:
-        return record | {"outcome": "wrong", "says": "; ".join(wrong)}
+        return {"outcome": "wrong", "says": "; ".join(wrong)}
     left_out = [each for each in said if "leave out" in each]
-    return record | {"outcome": "left out" if left_out else "right", "says": " ".join(said)}
+    return {"outcome": "left out" if left_out else "right", "says": " ".join(said)}
 
 
 def prepare(kind: str, name: str) -> tuple[Any, Inputs]:
@@ -173,6 +166,11 @@ def prepare(kind: str, name: str) -> tuple[Any, Inputs]:
         model = timm.create_model(name, pretrained=False, num_classes=10).eval()
         enliven(model)
         return model, {"x": torch.randn(2, *model.pretrained_cfg["input_size"])}
+    if kind in CASES:
+        model, inputs = build_case(kind, name)
+        enliven(model)
+        run(model, inputs)
+        return model, inputs
     model = build("vision-language" if kind == "with images" else kind, name)
     enliven(model)
     _settle(model, kind)
@@ -204,7 +202,7 @@ def _settle(model: Any, kind: str) -> None:
             and getattr(config, "pad_token_id", None) is None
         ):
             config.pad_token_id = 0
-    if kind in ("classification", "seq2seq") and getattr(model.config, "decoder_start_token_id", 0) is None:
+    if kind in ("classification", "seq2seq") and getattr(model.config, "decoder_start_token_id", None) is None:
         model.config.decoder_start_token_id = 0
     if model.config.model_type == "xmod":
         model.set_default_language("en_XX")
@@ -232,35 +230,6 @@ def _is_clear(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
-
-
-def write_table(records: list[dict[str, Any]]) -> None:
-    """The page of families: counts by kind, then each type with what is to be said of it."""
-    lines = [
-        "# Which models prompts can join",
-        "",
-        "Made by `make reach` from `benchmarks/results/reach.json`: one tiny random model of every",
-        "type of transformers and of every kind of timm's blocks, under a default `MEPTConfig`. *Right* means that",
-        "prompts move the output and learn, disabling and unloading give the base model back bit for bit, no later",
-        "token reaches an earlier output, and padding, the rest of the batch and the cache change nothing. *Left",
-        "out* is right, too, with layers that have no prompts, of which `get_peft_model` says which. All other",
-        "models are refused by `get_peft_model`.",
-        "",
-        f"| kind | {' | '.join(OUTCOMES)} |",
-        f"| --- |{' ---: |' * len(OUTCOMES)}",
-    ]
-    kinds = [kind for kind in ALL_KINDS if any(record["kind"] == kind for record in records)]
-    for kind in kinds:
-        counts = Counter(record["outcome"] for record in records if record["kind"] == kind)
-        lines.append(f"| {kind} | {' | '.join(str(counts[outcome]) for outcome in OUTCOMES)} |")
-    for kind in kinds:
-        lines += ["", f"## {kind.capitalize()}", ""]
-        for outcome in OUTCOMES:
-            here = sorted(r["type"] for r in records if r["kind"] == kind and r["outcome"] == outcome)
-            if here:
-                lines.append(f"- {outcome} ({len(here)}): {', '.join(f'`{name}`' for name in here)}")
-    TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

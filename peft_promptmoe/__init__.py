@@ -2,7 +2,8 @@
 """Mixture-of-prompt-experts tuners for Hugging Face PEFT. Importing this package registers them."""
 
 from .engine.given_query import given_query
-from .engine.model_hooks import last_aux_losses
+from .engine.model_hooks import auxiliary_loss, last_aux_losses
+from .engine.prefix_export import export_prefix
 from .engine.static_rows import cached_prompts
 from .mept import MEPTConfig, MEPTModel
 from .motion import DepthModel, FlowModel, MotionModel
@@ -37,7 +38,9 @@ __all__ = [
     "VAPTModel",
     "__version__",
     "assignment_report",
+    "auxiliary_loss",
     "cached_prompts",
+    "export_prefix",
     "given_query",
     "last_aux_losses",
     "parameter_report",

@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter_state import PROMPT_CHILD
 from .config import PromptConfig
@@ -129,6 +129,31 @@ def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site
                     f"every module whose path ends so, also {path!r}. Leave it out of modules_to_save, write more of "
                     "the path that you mean, or leave that layer out by exclude_modules."
                 )
+
+
+def check_tokens(model: nn.Module, config: PromptConfig) -> None:
+    """Refuse tokens to train that the model's embeddings do not have."""
+    tokens = config.trainable_token_indices
+    if tokens is None:
+        return
+    if not isinstance(tokens, dict):
+        ask = getattr(model, "get_input_embeddings", None)
+        own: Any = ask() if ask is not None else None
+        tokens = {next((path for path, module in model.named_modules() if module is own), "input embeddings"): tokens}
+    for name, ids in tokens.items():
+        found = [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
+        weights = [weight for module in found if isinstance(weight := getattr(module, "weight", None), Tensor)]
+        rows = [weight.shape[0] for weight in weights if weight.ndim == 2]
+        if not rows:
+            raise ValueError(
+                f"trainable_token_indices trains rows of {name!r}, and {type(model).__name__} has no such embeddings "
+                "of tokens. Name modules that hold one row for each token, or leave it unset."
+            )
+        if max(ids) >= min(rows):
+            raise ValueError(
+                f"trainable_token_indices names token {max(ids)}, and {name!r} has {min(rows)} rows. Call "
+                "resize_token_embeddings on the base model first."
+            )
 
 
 def check_attention(site: Site) -> None:

@@ -36,6 +36,8 @@ class PromptConfig(PeftConfig):
             these blocks only.
         layers_pattern: name of the module list that holds the blocks, where the first number in a path is another one.
         modules_to_save: modules to train and save besides the prompts, usually a head.
+        trainable_token_indices: tokens of the vocabulary whose embeddings train and are saved, as in PEFT: a list of
+            token ids, or a dict from names of embeddings to such lists. Tied output embeddings follow.
         init_weights: True for the method's initialisation, False for large random values (tests).
         check_base_weights: whether to keep a cheap hash of the base model's weights with the adapter, and to warn when
             it is loaded onto a model of the same shape with other weights.
@@ -62,6 +64,9 @@ class PromptConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save besides the prompts, usually a head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings train and are saved along, as ids or by embedding."}
     )
     init_weights: bool = field(
         default=True, metadata={"help": "True for the method's initialisation, False for large random values."}
@@ -96,6 +101,7 @@ class PromptConfig(PeftConfig):
         check_record(self.base_record)
         check_names("modules_to_save", self.modules_to_save)
         check_patterns("modules_to_save", self.modules_to_save)
+        check_token_ids("trainable_token_indices", self.trainable_token_indices)
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
             check_names(name, value, alone=True)
@@ -239,3 +245,17 @@ def check_patterns(name: str, value: Any) -> None:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{name} holds {pattern!r:.200}, which is no regular expression: {error}.") from error
+
+
+def check_token_ids(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is None, a list of integers or a dict of such lists; ValueError for bad ids."""
+    lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must name embeddings by strings, got {value!r:.200}.")
+    for ids in lists:
+        if not isinstance(ids, list) or any(isinstance(each, bool) or not isinstance(each, int) for each in ids):
+            raise TypeError(
+                f"{name} must be a list of token ids, or a dict from embeddings to lists, got {ids!r:.200}."
+            )
+        if not ids or len(set(ids)) < len(ids) or not 0 <= min(ids) <= max(ids) < MAX_INTEGER:
+            raise ValueError(f"{name} must list each token once, by a number that is not negative, got {ids!r:.200}.")

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from peft import PeftModel
@@ -17,6 +16,7 @@ from .checks import (
     check_attention,
     check_layers,
     check_saved_modules,
+    check_tokens,
     is_target,
     no_match,
     warn_of_frozen_head,
@@ -24,19 +24,19 @@ from .checks import (
 from .config import PromptConfig
 from .engine.choice import join_all, join_what_can_be
 from .engine.key_value import KeyValueLayer
+from .engine.mixed_batch import mixed_batch
 from .engine.model_hooks import ModelHooks, prompt_layers
 from .engine.prompt_layer import PromptLayer
-from .engine.rehearsal import rehearse
+from .engine.rehearsal import try_generic
 from .engine.token_form import TokenForm
-from .models.families import FAMILIES, VISION_FAMILIES
 from .models.heads import apart, vision_heads
 from .models.patches import Patches
 from .models.sites import Site
-from .models.targets import check_at_hand, default_targets, is_encoder_decoder, model_type
+from .models.targets import check_at_hand, default_targets, is_encoder_decoder
 from .sharing.adapter_names import check_adapter_name, check_apart
 from .sharing.base_model import base_model_card
-from .sharing.base_record import check_type, describe_base, hash_weights, remark, warn_of_other_weights
-from .sharing.rollback import Unread, running_load
+from .sharing.base_record import check_base, note_base
+from .sharing.rollback import Unread
 from .sharing.saved_modules import saved_modules, take_saved_modules_out
 
 # Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
@@ -108,7 +108,7 @@ class PromptTuner(BaseTuner):
             config = self.peft_config[adapter_name]
             # An adapter that is loaded for inference gets its values from a file.
             layers = prompt_layers(model)
-            self._rehearse(model, layers)
+            try_generic(model, layers)
             if not config.inference_mode and not any(p.is_meta for layer in layers for p in layer.parameters()):
                 self.initialize(config, adapter_name)
         except BaseException:
@@ -117,21 +117,8 @@ class PromptTuner(BaseTuner):
         hooks: Any = getattr(model, PROMPT_CHILD)
         hooks.watch(model, unread)
 
-    def _rehearse(self, model: nn.Module, layers: list[PromptLayer]) -> None:
-        """See that layers which only the generic rule found are what it takes them for; say where it is not seen."""
-        generic = {layer.site.name for layer in layers if layer.site.family is None}
-        if not generic or generic <= rehearse(model):
-            return
-        tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
-        warnings.warn(
-            f"{model_type(model) or type(model).__name__} is not among the architectures peft_promptmoe is tested "
-            f"with ({tested}); its attention layers were found by a generic rule, and this model could not be run "
-            "to check them. Compare some outputs with and without the adapter.",
-            stacklevel=3,
-        )
-
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PromptConfig:
-        self._check_base(peft_config)
+        check_base(peft_config, self.model)
         if peft_config.modules_to_save:
             peft_config.modules_to_save = apart(self.model, peft_config.modules_to_save, self._own_names())
         chosen = peft_config.target_modules is None
@@ -160,27 +147,13 @@ class PromptTuner(BaseTuner):
         self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
         warn_of_frozen_head(self.model, peft_config, sites)
         check_saved_modules(self.model, peft_config, sites)
+        check_tokens(self.model, peft_config)
         self.resolve(peft_config, sites)
         for site in sites:
             self.check_site(peft_config, site)
-        self._note_base(peft_config, [site.name for site in sites])
+        note_base(peft_config, self.model, [site.name for site in sites])
         self._sites = {site.name: site for site in sites}
         return peft_config
-
-    def _check_base(self, config: PromptConfig) -> None:
-        """Refuse a file that was made for a model of another type; of other differences the checks of tensors tell."""
-        if (load := running_load()) is not None:
-            check_type(config.base_record, self.model, config.base_model_name_or_path)
-            if said := remark(config.base_record, self.model, config.base_model_name_or_path):
-                load.remarks.append(said)
-
-    def _note_base(self, config: PromptConfig, paths: list[str]) -> None:
-        """Keep what the base model is with a new adapter; of a loaded one, compare the weights."""
-        if running_load() is None:
-            weights = hash_weights(self.model, paths) if config.check_base_weights else None
-            config.base_record = describe_base(self.model) | {"weights": weights}
-        elif config.check_base_weights:
-            warn_of_other_weights(config.base_record, self.model, config.base_model_name_or_path)
 
     def _save_heads(self, config: PromptConfig, patches: Patches | None) -> None:
         """Train and save the heads that PEFT's task wrappers do not know; `modules_to_save=[]` keeps an image head."""
@@ -312,9 +285,6 @@ class PromptTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"{self.method} does not mix adapters within a batch (adapter_names). Run one batch per adapter with "
-                "set_adapter()."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        with mixed_batch(self.model, names, self.method) if names is not None else nullcontext():
+            yield

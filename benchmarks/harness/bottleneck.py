@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .remembered import blocks_of
+
 WIDTH = 32  # a ProMotion unit's default
 
 
@@ -23,9 +25,7 @@ class Bottleneck(nn.Module):
 
 def add_bottlenecks(model: Any, blocks: list[int], inner: int = WIDTH) -> nn.Module:
     """Put one behind each of the blocks of a DINOv2 in a `FlowModel` or `DepthModel`; all else of it is as it was."""
-    layers = next(
-        module.layer for module in model.modules() if isinstance(getattr(module, "layer", None), nn.ModuleList)
-    )
+    layers = blocks_of(model)
     model.bottlenecks = nn.ModuleList(Bottleneck(model.backbone.config.hidden_size, inner) for _ in blocks)
     for block, adapter in zip(blocks, model.bottlenecks, strict=True):
         layers[block].register_forward_hook(lambda module, args, output, adapter=adapter: _through(adapter, output))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..models.call_arguments import attention_mask, given_cache
 from ..models.inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
 from ..models.query import query_of, refuse_packed_rows, warn_of_no_query
-from ..routing.auxiliary_loss import add_losses
+from ..routing.auxiliary_loss import add_losses, add_losses_to_tokens
 from ..routing.prompt_call import CallBook, PromptCall
 from .prompt_layer import PROMPT_CALL, PromptLayer
 
@@ -117,9 +117,16 @@ class CalledModule:
                 return None
             loss = add_losses(loss, self.whole.calls, call, self._share(bound))
             return type(output)(loss, *output[1:]) if hasattr(output, "_fields") else (loss, *output[1:])
-        loss = output.get("loss") if hasattr(output, "get") else None
-        if loss is not None:
+        if not hasattr(output, "get"):
+            return output
+        terms = list(call.terms)
+        if (loss := output.get("loss")) is not None:
             output["loss"] = add_losses(loss, self.whole.calls, call, self._share(bound))
+        if is_of_supervised_trl(output):
+            call.terms = terms
+            labelled, log_probs = output["label_mask"], output["log_probs"]
+            output["log_probs"] = add_losses_to_tokens(log_probs, labelled, self.whole.calls, call)
+            call.terms = []
         return output
 
     def _share(self, bound: dict[str, Any]) -> Tensor | float:
@@ -132,6 +139,16 @@ class CalledModule:
         if total is None or labels is None or not self.divides:
             return 1.0
         return (labels != -100).sum() / total
+
+
+def is_of_supervised_trl(output: Any) -> bool:
+    """Whether TRL's SFTTrainer is going to make its loss of an output's log-probabilities.
+
+    It asks for a field that trainers of rewards do not ask for (is_top1), and for none of those that trainers of
+    preferences add (mean_logits). Of theirs, the sum over tokens says nothing of a loss's weight.
+    """
+    given = {name for name in ("log_probs", "label_mask", "is_top1", "mean_logits") if output.get(name) is not None}
+    return given == {"log_probs", "label_mask", "is_top1"} and output["log_probs"].requires_grad
 
 
 def holders(model: nn.Module, layers: list[PromptLayer]) -> list[nn.Module]:

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from ..routing.prompt_call import GivenQuery
+from ..models.query import refuse_unknown_query, warn_of_whole_rows
+from ..routing.prompt_call import GivenQuery, PromptCall
 from .model_hooks import find_hooks, prompt_layers
 
 
@@ -42,3 +44,14 @@ def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]
         yield
     finally:
         hooks.calls.give(before)
+
+
+def look_for_query(call: PromptCall, training: bool) -> None:
+    """Refuse, or say, that a router will read a text with its answer."""
+    if call.knows_query:
+        return
+    if training and call.learns:
+        refuse_unknown_query()
+    if not (call.cached or call.warned or torch.compiler.is_compiling()):
+        call.warned = True
+        warn_of_whole_rows()

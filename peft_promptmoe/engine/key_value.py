@@ -11,27 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptConfig
-from ..models.call_arguments import first_real
+from ..models.call_arguments import first_real, packs_texts
 from ..models.inspection import parameter_names
-from ..models.query import refuse_unknown_query, warn_of_whole_rows
 from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
 from .columns import Columns, MaskWithRows, Overheard, merge_columns
+from .given_query import look_for_query
 from .kernels import find_kernel
 from .kernels.dense import SDPA
 from .kernels.kernel import Kernel
 from .positions import first_position, relative_bias, row_positions, slot_offsets
 from .projection import project_experts, project_rows
-from .prompt_layer import PROMPT_CALL, PromptLayer
+from .prompt_layer import PROMPT_CALL, PromptLayer, no_call
 from .row_cache import cached_rows, note_keys
 from .rows import Rows, columns_of, decoding_table, gated_columns
+from .samples import Given, close_to_others, merge_choices, samples_by_adapter, spread_choice, spread_rows
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, config_view
 
-LAYER_INPUT = "_promptmoe_layer_input"
-BLOCK_INPUT = "_promptmoe_block_input"
 NOTED_INPUT = "promptmoe_layer_input"  # where a factor behind the norm makes a new tensor of what carries the note
 MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 
@@ -39,11 +38,14 @@ MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
 class KeyValueLayer(PromptLayer):
     """Prompts that join attention as further keys and values; a method says how its rows come about."""
 
+    note_name = "_promptmoe_layer_input"  # left by the norm, its input; where there is none, the block leaves itself
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.has_token_form = False  # whether a `TokenForm` stands by for adapters that ask for it
         self.kept: dict[Any, Rows] | None = None  # rows that `cached_prompts` makes once
         self._names = parameter_names(site.attention)
+        self.notes_arrive = site.family is not None  # whether norm and block are known to be what leaves notes
 
     # -- what a method defines ----------------------------------------------------------------------------------------
 
@@ -65,8 +67,12 @@ class KeyValueLayer(PromptLayer):
         return None
 
     def reads_input(self, adapter: str) -> bool:
-        """Whether the rows depend on the layer's input."""
+        """Whether the rows depend on what the layer's input is, and not on its shape alone."""
         return True
+
+    def needs_input(self, adapter: str) -> bool:
+        """Whether anything the adapter does depends on what the layer's input is."""
+        return self.reads_input(adapter) or self.has_router(adapter)
 
     # -- in and out of the model --------------------------------------------------------------------------------------
 
@@ -115,19 +121,16 @@ class KeyValueLayer(PromptLayer):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _after_norm(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Let the norm's output carry its input to the attention layer.
-
-        A note on the tensor itself cannot be picked up by another thread or another call, unlike one on a module.
-        """
+        """Let the norm's output carry its input to the attention layer."""
         layer_input = args[0] if args else next(iter(kwargs.values()))
         if isinstance(output, Tensor) and output is not layer_input:
-            setattr(output, LAYER_INPUT, layer_input)
+            self.notes.leave(output, layer_input, self.calls)
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Mark the block's input, so that a norm which the generic rule has overlooked cannot go unnoticed."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
-            setattr(hidden, BLOCK_INPUT, id(block))
+            self.notes.leave(hidden, block, self.calls)
 
     def _hand_on_block_input(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -138,28 +141,39 @@ class KeyValueLayer(PromptLayer):
     def _before_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        adapters = [name for name in self.working_adapters() if not self.as_tokens(name)]
+        call = kwargs.get(PROMPT_CALL) or self.calls.call
+        adapters = [name for name in self.adapters_of(call) if not self.as_tokens(name)]
         if not adapters:
             return None
-        kwargs = dict(kwargs)
-        call = kwargs.pop(PROMPT_CALL, None) or self.calls.call
+        kwargs = {name: value for name, value in kwargs.items() if name != PROMPT_CALL}
         kernel = SDPA if self.site.is_called else find_kernel(attention.config.real._attn_implementation)  # type: ignore
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         kwargs.pop(NOTED_INPUT, None)
-        x = self.layer_input(bound[self._names[0]], bound.pop(NOTED_INPUT, None))
+        x = self._input_for(adapters, bound[self._names[0]], bound.pop(NOTED_INPUT, None))
         for name in adapters:
             if call is None and self.needs_call(name):
                 raise ValueError(no_call(attention))
         cached, past = cached_rows(self.site, bound, x.shape[1])
         if call is not None and not past and any(map(self.reads_query, adapters)):
-            self._look_for_query(call)
+            look_for_query(call, self.training)
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
-        # Images have no padding; what BEiT passes as a mask are its relative positions.
-        real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None
-        parts = [self._columns(name, x, real, bound, call, cached, past, kernel) for name in adapters]
+        # Images have no padding; what BEiT passes as a mask are its relative positions. Of a row of many texts the
+        # mask tells them apart.
+        padded = not past and self.site.patches is None and not packs_texts(bound)
+        real = kernel.real(mask, x.shape[1]) if padded else None
+        whose: dict[str, Tensor] | None = None
+        if call is not None and call.names is not None:
+            whose = samples_by_adapter(call.names, x.shape[0], x.device)
+        given = Given(x, real, bound, call)
+        parts = [
+            self._columns(name, given, cached, past, kernel, None if whose is None else whose[name])
+            for name in adapters
+        ]
         columns = merge_columns(parts)
+        if whose is not None:
+            columns.chosen = merge_choices(columns.chosen)
         columns.calls = self.site.calls
         return self.carry(args, kwargs, columns)
 
@@ -172,19 +186,10 @@ class KeyValueLayer(PromptLayer):
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         return (), {**bound, "attention_mask": MaskWithRows(bound.get("attention_mask"), columns)}
 
-    def _look_for_query(self, call: PromptCall) -> None:
-        """Refuse, or say, that a router will read a text with its answer."""
-        if call.knows_query:
-            return
-        if self.training and call.learns:
-            refuse_unknown_query()
-        if not (call.cached or call.warned or torch.compiler.is_compiling()):
-            call.warned = True
-            warn_of_whole_rows()
-
     def _after_attention(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        self.notes.forget()
         mask = kwargs.get("attention_mask")
         columns = mask.columns if isinstance(mask, MaskWithRows) else kwargs.get(COLUMNS)
         if isinstance(columns, Columns) and columns.arrived != columns.calls:
@@ -199,38 +204,47 @@ class KeyValueLayer(PromptLayer):
     def _takes_block_input(self) -> bool:
         return self.site.norm is None or isinstance(self.site.norm, nn.Identity)
 
+    def _input_for(self, adapters: list[str], hidden: Tensor, noted: Tensor | None) -> Tensor:
+        """(B, T, D) the layer's input; where no adapter looks at it, a tensor of its shape will do."""
+        note = self.notes.on(hidden) if noted is None else noted
+        if note is None and self.notes_arrive and not any(map(self.needs_input, adapters)):
+            return hidden
+        return self.layer_input(hidden, noted)
+
     def layer_input(self, hidden: Tensor, noted: Tensor | None = None) -> Tensor:
         """(B, T, D) what the attention layer's input (B, T, D) was before the norm; `noted` if the block says it."""
-        name = self.site.name
         if noted is not None:
             return noted
-        if self._takes_block_input():
-            check = self.site.family is None and not torch.compiler.is_compiling()
-            if check and getattr(hidden, BLOCK_INPUT, None) != id(self.site.block):
-                reason = "its input is not its block's, and no norm was found that stands between the two"
-                raise CannotJoin(name, self.site.attention, reason)
+        if self._takes_block_input() and (self.site.family is not None or torch.compiler.is_compiling()):
             return hidden
-        layer_input: Tensor | None = getattr(hidden, LAYER_INPUT, None)
-        if layer_input is None or layer_input.shape != hidden.shape:
+        note = self.notes.on(hidden)
+        if note is None and self.notes_arrive:
+            note = self.notes.beside(hidden, self.calls)
+        if self._takes_block_input():
+            if note is self.site.block:
+                return hidden
+            reason = "its input is not its block's, and no norm was found that stands between the two"
+        elif isinstance(note, Tensor) and note.shape == hidden.shape:
+            return note
+        else:
             norm = type(self.site.norm).__name__
             reason = f"its input is not the output of {norm}, through which prompts pass"
-            raise CannotJoin(name, self.site.attention, reason)
-        return layer_input
+        raise CannotJoin(self.site.name, self.site.attention, reason)
 
     def _columns(
         self,
         adapter: str,
-        x: Tensor,
-        real: Tensor | None,
-        bound: dict[str, Any],
-        call: PromptCall | None,
+        given: Given,
         cached: dict[str, Rows] | None,
         past: bool,
         kernel: Kernel,
+        samples: Tensor | None,
     ) -> Columns:
-        config = self.prompt_config[adapter]
+        """The columns of one adapter, closed to all samples but its own where it has but some."""
+        config, x, real = self.prompt_config[adapter], given.x, given.real
+        own = given if samples is None else given.of(samples)
         before = self.last_routing.get(adapter, []) if past else []
-        choice, first = self.choice(adapter, x, real, call), first_real(real)
+        choice, first = self.choice(adapter, own.x, own.real, own.call), first_real(real)
         if choice is not None and before and not torch.compiler.is_compiling():
             self.note_step(adapter, before)
         if past:
@@ -241,7 +255,9 @@ class KeyValueLayer(PromptLayer):
                 )
             rows = cached[adapter]
         else:
-            rows = self._project(adapter, x, real, bound, call, 0 if choice is None else choice.of)
+            rows = self._project(adapter, own, 0 if choice is None else choice.of)
+            if samples is not None:
+                rows = spread_rows(rows, samples, x.shape[0])
             if self.site.own is not None:
                 rows = replace(rows, first=first)  # a copy: kept rows serve other texts as well
             if cached is not None:
@@ -250,33 +266,29 @@ class KeyValueLayer(PromptLayer):
                 decodes = kernel.adds_mask and self.site.own is None and not torch.is_grad_enabled()
                 if rows.experts is not None and decodes:
                     rows.experts.table = decoding_table(rows.experts)
+        if samples is not None:
+            choice = spread_choice(choice, samples, x.shape[0])
         slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
         if self.site.own is not None:
             columns = gated_columns(rows, choice)
             offsets = slot_offsets(columns.rows, slots, x.device)
             columns.offsets, columns.first = (offsets if prefix else offsets * 0), rows.first
-            return columns
-        columns = columns_of(rows, choice, kernel.adds_mask)
-        if self.site.bias_owner is not None:
-            offsets = slot_offsets(slots, slots, x.device)
-            bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
-            assert bias is not None
-            columns.bias = bias.repeat(1, 1, 1, columns.rows // slots)
-            for chosen in columns.chosen:
-                chosen.bias = bias
+        else:
+            columns = columns_of(rows, choice, kernel.adds_mask)
+            if self.site.bias_owner is not None:
+                offsets = slot_offsets(slots, slots, x.device)
+                bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
+                assert bias is not None
+                columns.bias = bias.repeat(1, 1, 1, columns.rows // slots)
+                for chosen in columns.chosen:
+                    chosen.bias = bias
+        if samples is not None:
+            close_to_others(columns, samples, x.shape[0], x.shape[1])
         return columns
 
-    def _project(
-        self,
-        adapter: str,
-        x: Tensor,
-        real: Tensor | None,
-        bound: dict[str, Any],
-        call: PromptCall | None,
-        experts: int,
-    ) -> Rows:
+    def _project(self, adapter: str, given: Given, experts: int) -> Rows:
         """The adapter's key and value rows, or those kept from the last time where they would be the same."""
-        config = self.prompt_config[adapter]
+        config, (x, real, bound, call) = self.prompt_config[adapter], given
         turned = self.site.is_rotary and self.site.patches is None  # by angles that each call brings along
         anew = turned or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         kept = None if anew or self.reads_input(adapter) else self.kept
@@ -295,12 +307,3 @@ class KeyValueLayer(PromptLayer):
         if kept is not None:
             kept[key] = found
         return found
-
-
-def no_call(attention: nn.Module) -> str:
-    return (
-        f"{type(attention).__name__} was called outside a forward of the model that holds its block, or is run again "
-        "by checkpointing in a model that does not pass keyword arguments on. So its prompt layer cannot learn which "
-        "tokens belong to the query or keep a router's centre. Call the model or its encoder and not its blocks, do "
-        "not checkpoint, or use routing='token' (causal models) and router_centering=False."
-    )

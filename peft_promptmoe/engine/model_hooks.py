@@ -13,10 +13,12 @@ from ..adapter_state import PROMPT_CHILD, SharedLayer
 from ..config import PromptConfig
 from ..models.patches import Patches
 from ..models.sites import Site
+from ..routing.auxiliary_loss import own_losses
 from ..routing.balance_loss import BALANCE
 from ..routing.prompt_call import CallBook, PromptCall
 from ..sharing.load_checks import check_read, check_strangers, check_tensors
 from ..sharing.rollback import Unread, note_made, running_load
+from . import continuous_batching
 from .called_module import CalledModule, holders
 from .grid_book import GridBook
 from .image_size import image_size_checks
@@ -42,6 +44,7 @@ class ModelHooks(nn.Module):
 
     def attach(self, model: nn.Module) -> None:
         model.add_module(PROMPT_CHILD, self)
+        continuous_batching.guard(model, self)
         self._handles = [
             *CalledModule(self, model).attach(model),
             model.register_load_state_dict_pre_hook(self._before_load),
@@ -53,7 +56,13 @@ class ModelHooks(nn.Module):
         for book in self._grid_books:
             book.detach()
         self._release()
+        continuous_batching.release(model)
         delattr(model, PROMPT_CHILD)
+
+    @property
+    def layers(self) -> list[PromptLayer]:
+        """The prompt layers of the model as they now are."""
+        return self._layers
 
     def grid_book(self, patches: Patches) -> GridBook:
         """The book of the grids that come through a patch embedding, one per embedding."""
@@ -148,7 +157,7 @@ class ModelHooks(nn.Module):
                 self.hold()  # another adapter may have been switched to since
         call = self.calls.begin()
         for layer in self._layers:
-            for name in layer.working_adapters():
+            for name in layer.adapters_of(call):
                 # timm's models hand nothing on to their layers, and would refuse what they do not know.
                 call.asks |= layer.needs_call(name) and not layer.site.is_timm
                 call.reads_query |= layer.reads_query(name)
@@ -162,6 +171,9 @@ class ModelHooks(nn.Module):
     def end(self, call: PromptCall, done: bool) -> None:
         """A forward has come to its end, or failed."""
         self.calls.end(call)
+        if not torch.compiler.is_compiling():
+            for layer in self._layers:
+                layer.notes.forget()
         if done and call.leaves_word:
             for method, layers in self._with_word().items():
                 method.after_training(layers)
@@ -212,6 +224,39 @@ def last_aux_losses(model: nn.Module) -> dict[str, float]:
     for (_, _, name), value in hooks.last_losses.items() if hooks is not None else ():
         found.setdefault(name, []).append(float(value))
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """The auxiliary losses of this thread's last training forward, weighted and summed, to add to a loss of your own.
+
+    The model's own `outputs.loss` has them in its gradient already, and so has the loss of TRL's `SFTTrainer`. Other
+    trainers make a loss of logits or log-probabilities (DPO, KTO, GRPO) and leave them out; there add this in
+    `compute_loss`. It replaces the share that they have in the gradient of `outputs.loss`: they never count twice.
+
+    Args:
+        model: a model with an adapter of this package.
+
+    Returns:
+        A scalar; 0 in evaluation and within `torch.no_grad`. Its gradient reaches the layers under both kinds of
+        checkpointing.
+
+    Raises:
+        ValueError: the model has no such adapter, or its forward was compiled, where `outputs.loss` alone has them.
+
+    Example:
+
+        ```py
+        >>> class Trainer(DPOTrainer):
+        ...     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        ...         loss = super().compute_loss(model, inputs, **kwargs)
+        ...         return loss + auxiliary_loss(model)  # GRPO, RLOO: / self.current_gradient_accumulation_steps
+        ```
+    """
+    hooks = find_hooks(model)
+    if hooks is None:
+        raise ValueError("The model has no adapter of peft_promptmoe, so there are no auxiliary losses.")
+    total = own_losses(hooks.calls) if model.training else None
+    return total if total is not None else torch.zeros((), device=next(model.parameters()).device)
 
 
 def set_frozen_eval(module: nn.Module) -> list[nn.Module]:

@@ -9,6 +9,7 @@ dropout stay its own.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .columns import Columns, gates_of, join_rows
 
 PRODUCTS = (torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.__matmul__, torch.einsum)
 ADDED_PRODUCTS = (torch.baddbmm, torch.Tensor.baddbmm)
+HEADS = inspect.signature(F.multi_head_attention_forward)
 SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
 
@@ -54,6 +56,8 @@ class OwnSteps(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._attend_with_projections(HEADS.bind(*args, **kwargs).arguments)
         if self.weights is None and func in PRODUCTS + ADDED_PRODUCTS:
             left, right = _factors(func, args, kwargs)
             if left.ndim >= 3 and right.ndim >= 3:  # Falcon's linear layers multiply with a matrix
@@ -70,6 +74,30 @@ class OwnSteps(TorchFunctionMode):
             self.columns.arrived += 1
             return text + rows.reshape(text.shape)
         return func(*args, **kwargs)
+
+    def _attend_with_projections(self, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """torch's function of a whole layer, (T, B, D) and weights (B, T, S), over rows and text."""
+        number, dropout = given["num_heads"], given["dropout_p"] if given["training"] else 0.0
+        biases = given["in_proj_bias"].chunk(3)
+        query, key, value = (
+            F.linear(given[name], given[f"{name[0]}_proj_weight"], bias)
+            .unflatten(-1, (number, -1))
+            .permute(1, 2, 0, 3)
+            for name, bias in zip(("query", "key", "value"), biases, strict=True)
+        )
+        scores = query @ key.transpose(-1, -2) * self.own.scale(self.site.attention)
+        if (mask := given.get("attn_mask")) is not None:
+            scores = scores + self._by_head(mask)
+        if (padded := given.get("key_padding_mask")) is not None:
+            scores = scores.masked_fill(padded[:, None, None], torch.finfo(scores.dtype).min)
+        self.lefts = [query]
+        text = F.dropout(self._softmax(F.softmax, scores, dim=-1), dropout)
+        assert self.weights is not None
+        rows = F.dropout(self.weights, dropout) @ self._of_slots([slots.value for slots in self.columns.slots])
+        self.lefts, self.weights = [], None
+        self.columns.arrived += 1
+        output = (text @ value + rows.to(value.dtype)).permute(2, 0, 1, 3).flatten(-2)
+        return F.linear(output, given["out_proj_weight"], given["out_proj_bias"]), text.mean(1)
 
     def _by_head(self, tensor: Tensor) -> Tensor:
         """(B, H, T, d) of a tensor that may have batch and heads in one dimension."""

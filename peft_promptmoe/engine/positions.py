@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapter_state import put_away
+from ..models.call_arguments import packs_texts
 from ..models.sites import Site
 
 # Types of rotary embeddings whose frequencies follow from the length of the text.
@@ -60,17 +61,21 @@ def first_position(site: Site, bound: dict[str, Any], first: Tensor | None) -> P
         first: (B,) column of the first real token, None for column 0 of all.
 
     Returns:
-        Nothing for models without rotary embedding, and for vision models, which turn patches only.
+        Position 0 where the row is many texts that all start there (continuous batching); nothing for models without
+        rotary embedding, and for vision models, which turn patches only.
     """
     if not site.is_rotary or site.patches is not None:
         return Positions()
     given = bound.get("position_embeddings")
     if given is None:
-        return Positions(ids=_column(bound.get("position_ids"), first))
+        ids = _column(bound.get("position_ids"), first)
+        return Positions(ids=torch.zeros_like(ids) if packs_texts(bound) and ids is not None else ids)
     pair = as_pair(given, site.sine_first)
     if pair is None:
         raise ValueError(unknown_form(site))
     cos, sin = (_column(table, first) for table in pair)
+    if packs_texts(bound):
+        cos, sin = torch.full_like(cos, rotary_scaling(site)), torch.zeros_like(sin)
     return Positions(cos, sin, is_complex=isinstance(given, Tensor))
 
 

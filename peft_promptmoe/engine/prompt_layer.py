@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState, SharedLayer
 from ..models.sites import Site
-from ..routing.prompt_call import CallBook
+from ..routing.prompt_call import CallBook, PromptCall
 from ..routing.record import Chosen, Observer, RoutingRecord, joined
 from .grid_book import GridBook
+from .notes import Notes
 
 PROMPT_CALL = "promptmoe_call"
 STEPS = 32  # records of a generation that are kept apart before they are joined
@@ -34,6 +35,8 @@ class PromptLayer(AdapterState):
     unrouted: ClassVar[str] = "has no router"
     # What it is to the model, in the words of a refusal to merge.
     joins_as: ClassVar[str] = "its prompts are extra attention rows"
+    # The attribute under which what it hands on lies on tensors.
+    note_name: ClassVar[str] = "_promptmoe_note"
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -44,6 +47,7 @@ class PromptLayer(AdapterState):
         self.grids: GridBook | None = None
         self.calls = CallBook()  # the model's own, once it knows of the layer
         self.shared: tuple[SharedLayer, ...] = ()  # a tuple, so that the root's module is no child of this one
+        self.notes = Notes(self.note_name)
         self._handles: list[Any] = []
 
     # -- what a form defines ------------------------------------------------------------------------------------------
@@ -57,6 +61,12 @@ class PromptLayer(AdapterState):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def adapters_of(self, call: PromptCall | None) -> list[str]:
+        """The adapters that work in a forward: those that its samples are named with, or else the active ones."""
+        if call is None or call.names is None or self.disable_adapters:
+            return self.working_adapters()
+        return [name for name in dict.fromkeys(call.names) if name in self.prompt_config]
 
     # -- what a method defines ----------------------------------------------------------------------------------------
 
@@ -135,3 +145,12 @@ class PromptLayer(AdapterState):
         self.last_routing[adapter] = [record]
         for observer in self.observers:
             observer(self.site.name, adapter, record)
+
+
+def no_call(attention: nn.Module) -> str:
+    return (
+        f"{type(attention).__name__} was called outside a forward of the model that holds its block, or is run again "
+        "by checkpointing in a model that does not pass keyword arguments on. So its prompt layer cannot learn which "
+        "tokens belong to the query or keep a router's centre. Call the model or its encoder and not its blocks, do "
+        "not checkpoint, or use routing='token' (causal models) and router_centering=False."
+    )

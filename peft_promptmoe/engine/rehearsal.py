@@ -14,9 +14,11 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..models.families import FAMILIES, VISION_FAMILIES
 from ..models.inspection import parameter_names
 from ..models.reachable import TROUBLE, CannotJoin
 from ..models.reader import text_reader
+from ..models.targets import model_type
 from .columns import Overheard
 from .eval_mode import eval_mode
 from .kernels import known_kernel
@@ -24,6 +26,7 @@ from .key_value import NOTED_INPUT, KeyValueLayer
 from .model_hooks import prompt_layers
 from .positions import can_stand_before, first_position, row_positions
 from .projection import project_rows
+from .prompt_layer import PromptLayer
 
 TOKENS = 3
 CLOSE = 0.1  # of a key's size, which half precision and quantisers stay within and a wrong place or norm does not
@@ -107,11 +110,26 @@ def _listen(layer: KeyValueLayer, heard: dict[str, list[Heard]]) -> Any:
     def hear(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bound = dict(zip(names, args, strict=False)) | kwargs
         x = layer.layer_input(bound[names[0]], bound.get(NOTED_INPUT))
+        layer.notes_arrive = True
         run = Heard(x.detach(), bound, Overheard())
         heard.setdefault(layer.site.name, []).append(run)
         return layer.carry(args, kwargs, run.kernel) if layer.site.own is None else None
 
     return layer.site.attention.register_forward_pre_hook(hear, with_kwargs=True)
+
+
+def try_generic(model: nn.Module, layers: list[PromptLayer]) -> None:
+    """See that layers which only the generic rule found are what it takes them for; say where it is not seen."""
+    generic = {layer.site.name for layer in layers if layer.site.family is None}
+    if not generic or generic <= rehearse(model):
+        return
+    tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
+    warnings.warn(
+        f"{model_type(model) or type(model).__name__} is not among the architectures peft_promptmoe is tested "
+        f"with ({tested}); its attention layers were found by a generic rule, and this model could not be run "
+        "to check them. Compare some outputs with and without the adapter.",
+        stacklevel=4,
+    )
 
 
 def rehearse(model: nn.Module) -> set[str]:

@@ -7,7 +7,6 @@ They live in the cache's layer, beside the keys and values of the text, and go w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -121,21 +120,10 @@ def _follow(layer: Any, change: Callable[[Tensor], Tensor] | None = None) -> Non
     """Let a layer's rows follow a change of its batch, and belong to the keys that it has now."""
     if change is not None:
         layer.__dict__[ROWS] = {
-            site: {adapter: _changed(kept, change) for adapter, kept in own.items()}
+            site: {adapter: kept.changed(change) for adapter, kept in own.items()}
             for site, own in layer.__dict__.get(ROWS, {}).items()
         }
     layer.__dict__[KEYS] = getattr(layer, "keys", None)
-
-
-def _changed(kept: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Kept rows with a change of the batch; what is the same for all samples, of batch 1, stays."""
-    if isinstance(kept, Tensor):
-        return change(kept) if kept.shape[0] > 1 else kept
-    if is_dataclass(kept) and not isinstance(kept, type):
-        return replace(kept, **{part.name: _changed(getattr(kept, part.name), change) for part in fields(kept)})
-    if isinstance(kept, tuple) and hasattr(kept, "_replace"):
-        return type(kept)(*(_changed(part, change) for part in kept))
-    return kept
 
 
 def _of_several_samples(own: dict[str, Rows]) -> bool:
@@ -146,7 +134,7 @@ def _of_several_samples(own: dict[str, Rows]) -> bool:
         return rows
 
     for kept in own.values():
-        _changed(kept, see)
+        kept.changed(see)
     return bool(found)
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,21 @@ class Rows:
     value: Tensor
     experts: Experts | None = None
     first: Tensor | None = None
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """The rows with a change of the batch; what is the same for all samples, of batch 1, stays."""
+        found: Rows = _changed(self, change)
+        return found
+
+
+def _changed(kept: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(kept, Tensor):
+        return change(kept) if kept.shape[0] > 1 else kept
+    if is_dataclass(kept) and not isinstance(kept, type):
+        return replace(kept, **{part.name: _changed(getattr(kept, part.name), change) for part in fields(kept)})
+    if isinstance(kept, tuple) and hasattr(kept, "_replace"):
+        return type(kept)(*(_changed(part, change) for part in kept))
+    return kept
 
 
 def columns_of(rows: Rows, choice: Chosen | None, gathers: bool = True) -> Columns:

@@ -19,9 +19,9 @@ from ..models.call_arguments import first_real, real_tokens
 from ..models.inspection import parameter_names
 from ..models.sites import Site
 from ..models.targets import model_type
-from .key_value import KeyValueLayer, no_call
+from .key_value import KeyValueLayer
 from .positions import as_pair, bias_at, first_position, relative_bias, row_positions
-from .prompt_layer import PROMPT_CALL
+from .prompt_layer import PROMPT_CALL, no_call
 
 
 class TokenForm:

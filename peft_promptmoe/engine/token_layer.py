@@ -17,13 +17,12 @@ from ..models.inspection import parameter_names
 from ..models.sites import Site
 from .block_layer import BlockLayer
 
-CARRIED = "_promptmoe_carried"
-
 
 class TokenLayer(BlockLayer):
     """Prompts that pass through the whole block of a vision transformer as real tokens behind its prefix tokens."""
 
     joins_as = "its prompts are tokens of whole blocks"
+    note_name = "_promptmoe_carried"  # left by the block, what it has made of its prompts
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -42,8 +41,8 @@ class TokenLayer(BlockLayer):
         """
 
     @abstractmethod
-    def takes_over(self, adapter: str) -> bool:
-        """Whether the prompts that come out of the block before are read here."""
+    def takes_over(self, adapter: str) -> TokenLayer | None:
+        """The layer of the block before whose prompts are read here; None where none are."""
 
     def hook(self) -> list[Any]:
         return [
@@ -74,9 +73,12 @@ class TokenLayer(BlockLayer):
             return None
         x = args[0] if args else kwargs[self._names[0]]
         carried = None
-        if self.takes_over(adapter):
-            # A note on the tensor itself: another thread or another call cannot pick it up, unlike one on a module.
-            carried = getattr(x, CARRIED, None)
+        before = self.takes_over(adapter)
+        if before is not None:
+            carried = before.notes.on(x)
+            if carried is None and not self._is_checkpointed():
+                carried = before.notes.beside(x, self.calls)
+            before.notes.forget()
             if carried is None:
                 raise RuntimeError(
                     f"The input of {self.site.name!r} is not what the block before it put out, so its prompts cannot "
@@ -88,6 +90,11 @@ class TokenLayer(BlockLayer):
         x = torch.cat([x[:, :prefix], prompts, x[:, prefix:]], dim=1)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, self._names[0]: x})
 
+    def _is_checkpointed(self) -> bool:
+        """Whether the block runs again alone, or will, so that the last note is of another block's run."""
+        call = self.calls.call
+        return call is None or call.learns != torch.is_grad_enabled()
+
     def behind(self, x: Tensor) -> Tensor | None:
         adapter = self.working_adapter()
         if adapter is None:
@@ -95,7 +102,7 @@ class TokenLayer(BlockLayer):
         start = self.patches.prefix
         stop = start + self.prompt_config[adapter].num_virtual_tokens
         kept = torch.cat([x[:, :start], x[:, stop:]], dim=1)
-        setattr(kept, CARRIED, x[:, start:stop])
+        self.notes.leave(kept, x[:, start:stop], self.calls)
         return kept
 
     def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

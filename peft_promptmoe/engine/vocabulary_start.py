@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.reachable import TROUBLE, CannotJoin
 from .rehearsal import listening, saved_modules_of
 
 
@@ -35,7 +36,9 @@ def _vocabulary(reader: Any) -> int:
     return int(getattr(embeddings, "num_embeddings", rows))
 
 
-def vocabulary_inputs(model: nn.Module, reader: nn.Module, adapter: str, rows: int, length: int) -> dict[str, Tensor]:
+def vocabulary_inputs(
+    model: nn.Module, reader: nn.Module, adapter: str, rows: int, length: int
+) -> tuple[dict[str, Tensor], str | None]:
     """Layer inputs on random vocabulary tokens at every prompted attention layer that text reaches, without prompts.
 
     Each row is a sequence of its own, so its first slot has what a model keeps in the first position of a text; causal
@@ -49,10 +52,18 @@ def vocabulary_inputs(model: nn.Module, reader: nn.Module, adapter: str, rows: i
         length: tokens per sequence P.
 
     Returns:
-        (N, P, D) by path of the attention layer.
+        (N, P, D) by path of the attention layer, and why there are none: where the model wants more than token ids.
+
+    Raises:
+        CannotJoin: an attention layer's input is not what it was taken for.
     """
     device = next(reader.parameters()).device
     ids = torch.randint(_vocabulary(reader), (rows, length)).to(device)
     with listening(model) as heard, saved_modules_of(model, adapter):
-        reader(input_ids=ids)
-    return {name: runs[-1].layer_input for name, runs in heard.items()}
+        try:
+            reader(input_ids=ids)
+        except CannotJoin:
+            raise
+        except TROUBLE as error:
+            return {}, f"run on token ids alone it ends in {type(error).__name__} ({str(error).rstrip('.')})"
+    return {name: runs[-1].layer_input for name, runs in heard.items()}, None

@@ -76,8 +76,10 @@ class MEPTModel(PromptTuner):
         layers = [m for m in prompt_layers(self.model) if isinstance(m, MEPTLayer) and adapter_name in m.prompt_config]
         inputs: dict[str, Tensor] = {}
         if reader is not None and reason is None:
-            inputs = vocabulary_inputs(self.model, reader, adapter_name, experts_to_start(config), length)
-            if unheard := [layer.site.name for layer in layers if layer.site.name not in inputs]:
+            rows = experts_to_start(config)
+            inputs, reason = vocabulary_inputs(self.model, reader, adapter_name, rows, length)
+            unheard = [layer.site.name for layer in layers if layer.site.name not in inputs]
+            if unheard and reason is None:
                 reason = f"text alone does not reach {len(unheard)} of the prompted layers, such as {unheard[0]!r}"
         if reason is not None:
             self._say_why(config, reason)

@@ -17,6 +17,15 @@ def given_cache(bound: dict[str, Any]) -> Any | None:
     return next((bound[name] for name in CACHE_ARGUMENTS if bound.get(name) is not None), None)
 
 
+def packs_texts(bound: dict[str, Any]) -> bool:
+    """Whether a call's one row is many texts, as in continuous batching, whose paged cache counts no tokens.
+
+    Each of them starts at position 0, wherever the row's own columns are in their texts.
+    """
+    cache = given_cache(bound)
+    return cache is not None and not hasattr(cache, "get_seq_length")
+
+
 # What closes a column of an additive mask: at most this. Relative positions, which T5-like models add, are smaller.
 SHUT = -1e3
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .alibi import BLOOM, FALCON, MPT
 from .disentangled import DEBERTA, DEBERTA_V2
 from .own_attention import OwnAttention
+from .relative import CONFORMER, PARAKEET, ROFORMER, WAVLM
 from .written_out import (
     BART_LIKE,
     BERT_LIKE,
@@ -122,6 +123,7 @@ FAMILIES: dict[str, Family] = {
     "mvp": Family(r"(.*\.)?(?:en|de)coder\.layers\.\d+\.self_attn", own=BART_LIKE),
     "trocr": Family(r"(.*\.)?decoder\.layers\.\d+\.self_attn", own=BART_LIKE),
     "prophetnet": Family(r"(.*\.)?encoder\.layers\.\d+\.self_attn", own=PROPHETNET),
+    "roformer": _post_norm(ROFORMER),
     "mpnet": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attn", own=MPNET),
 }
 
@@ -140,8 +142,26 @@ VISION_FAMILIES: dict[str, Family] = {
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": Family(r"(.*\.)?layer\.\d+\.attention", norm="norm1"),
     "videomae": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attention", norm=FOUND, own=VIDEOMAE),
+    "data2vec-vision": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attention", norm=FOUND, own=VIDEOMAE),
     "clip_vision_model": Family(_CLIP_PATH, norm="layer_norm1"),
     "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1", rows_by_mask=True),
+}
+
+# By the class of the attention layer, which several models and parts of models have; their adapters between encoder
+# and decoder, which shorten the sound before they attend, have another path.
+_SPEECH_PATH = r"(?!(?:.*\.)?adapter\.)(.*\.)?layers\.\d+\.self_attn"
+LAYER_FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(
+        (
+            "Wav2Vec2BertSelfAttention",
+            "Wav2Vec2ConformerSelfAttention",
+            "SeamlessM4TConformerSelfAttention",
+            "SeamlessM4Tv2ConformerSelfAttention",
+        ),
+        Family(_SPEECH_PATH, norm="self_attn_layer_norm", own=CONFORMER),
+    ),
+    "ParakeetEncoderAttention": Family(_SPEECH_PATH, norm=FOUND, own=PARAKEET),
+    "WavLMAttention": Family(r"(.*\.)?layers\.\d+\.attention", norm=FOUND, own=WAVLM),
 }
 
 TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.(?:attns\.\d+\.)?attn"

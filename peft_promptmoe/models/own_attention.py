@@ -53,7 +53,13 @@ class Asked:
 
 def scale_by_width(attention: Any) -> float:
     """1 / sqrt(d) of the head width."""
-    return 1.0 / math.sqrt(getattr(attention, "attention_head_size", None) or attention.head_dim)
+    return 1.0 / math.sqrt(head_width(attention))
+
+
+def head_width(attention: Any) -> int:
+    """Width d of one head, under any of its names."""
+    names = ("attention_head_size", "head_size", "head_dim")
+    return next(width for name in names if (width := getattr(attention, name, None)) is not None)
 
 
 def not_scaled(attention: Any) -> float:
@@ -86,6 +92,11 @@ def first_of(lefts: list[Tensor]) -> Tensor:
     return lefts[0]
 
 
+def last_of(lefts: list[Tensor]) -> Tensor:
+    """The last left factor, in layers that multiply queries with positions before."""
+    return lefts[-1]
+
+
 def if_decoder(attention: Any) -> bool:
     """Whether the config makes a decoder of what is an encoder otherwise."""
     return bool(getattr(attention, "is_decoder", False))
@@ -114,7 +125,7 @@ class TwoProjections:
     value: str
 
     def __call__(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        width = getattr(attention, "attention_head_size", None) or attention.head_dim
+        width = head_width(attention)
         names = (self.key, self.value)
         made = (getattr(attention, name)(x).unflatten(-1, (-1, width)).transpose(1, 2) for name in names)
         return next(made), next(made)
@@ -132,6 +143,7 @@ class OwnAttention:
         opens: makes of the layer's mask one that is True, or near zero, where attention is open.
         turns: whether the layer turns its keys by the rotary tables it is given, and
         turned: how many features of a head it turns; None for all.
+        table: attribute of the module that holds the model's relative positions, which `bias` is handed as the owner.
         query: gives what multiplies the rows, of all left factors up to the softmax (B, H, T, d) in their order.
         why_not: says why an option of the model rules prompts out; None where nothing does.
     """
@@ -143,5 +155,6 @@ class OwnAttention:
     opens: Callable[[Tensor], Tensor] = as_it_is
     turns: Callable[[Any], bool] = never
     turned: Callable[[Any], int | None] = nothing
+    table: str = "relative_attention_bias"
     query: Callable[[list[Tensor]], Tensor] = first_of
     why_not: Callable[[Any], str | None] = nothing

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from torch import nn
@@ -48,7 +49,12 @@ def check_reachable(
         CannotJoin: with the reason.
     """
     attention: Any = model.get_submodule(path)
-    reason = _inputs(attention) or _order_of_tokens(model, path) or _positions(attention, patches, rotary, biases)
+    reason = (
+        _inputs(attention)
+        or _order_of_tokens(model, path)
+        or _positions(attention, patches, rotary, biases)
+        or _biases_of_the_stack(model, path, attention)
+    )
     if reason is not None:
         raise CannotJoin(path, attention, reason)
 
@@ -76,6 +82,9 @@ def _order_of_tokens(model: nn.Module, path: str) -> str | None:
     config = attention.config
     if hasattr(config, "depths") or hasattr(config, "hidden_sizes") or hasattr(parent, "window_size"):
         return "it attends within windows or over several resolutions, and not over all tokens of its block"
+    convolutions = (part for part in parent.children() if isinstance(part, nn.Conv1d))
+    if any(stride > 1 for part in convolutions for stride in part.stride):
+        return "a convolution before it makes fewer tokens of its block's"
     return None
 
 
@@ -91,6 +100,17 @@ def _positions(
         return "it turns its patches by a rotary embedding, in which prompts have no place"
     if rotary is None and not turns_keys(attention):
         return "it takes position embeddings that come from no rotary embedding that can be found"
+    return None
+
+
+def _biases_of_the_stack(model: nn.Module, path: str, attention: Any) -> str | None:
+    """Why a layer's own table of relative positions is not what it adds: its stack makes other biases (UDOP)."""
+    if not hasattr(attention, "has_relative_attention_bias"):
+        return None
+    stack = model.get_submodule(re.sub(r"\.?[^.]+\.\d+\..*$", "", path))
+    others = (part for part in stack.children() if not isinstance(part, nn.ModuleList))
+    if any(hasattr(module, "relative_attention_bias") for part in others for module in part.modules()):
+        return "it adds a relative position bias of a form that prompts cannot be given"
     return None
 
 

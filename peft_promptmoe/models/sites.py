@@ -124,7 +124,7 @@ def find_site(model: nn.Module, path: str) -> Site:
     width = input_width(attention)
     patches = find_patches(model, path, width)
     rotary = rotary_embedding(model, path) if patches is None and not timm else None
-    biases = bias_owner(model, path, attention, own is not None)
+    biases = bias_owner(model, path, attention, own.table if own is not None else None)
     if family is None and not timm:
         check_reachable(model, path, patches, rotary, biases)
     by_mask = family.rows_by_mask if family is not None else not timm and hands_on_its_mask_only(attention)

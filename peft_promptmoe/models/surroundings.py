@@ -96,16 +96,17 @@ def rotary_type(rotary: nn.Module | None, attention: nn.Module, block: nn.Module
     return types[attention.layer_idx] if types is not None else None
 
 
-def bias_owner(model: nn.Module, path: str, attention: nn.Module, above: bool) -> nn.Module | None:
+def bias_owner(model: nn.Module, path: str, attention: nn.Module, table: str | None) -> nn.Module | None:
     """The module with the table of relative position biases that an attention layer adds.
 
-    T5 keeps one in the first layer of a stack, UMT5 one in each layer. With `above` it is looked for in what holds the
-    layer, as MPNet has it.
+    T5 keeps one in the first layer of a stack, UMT5 one in each layer. With the name of a `table` it is looked for in
+    what holds the layer, from near to far: MPNet's stack has it, and of WavLM's layers the first.
     """
-    if above:
-        owners = (model.get_submodule(path.rsplit(".", steps)[0]) for steps in range(1, path.count(".") + 1))
-        return next((module for module in owners if hasattr(module, "relative_attention_bias")), None)
-    if not hasattr(attention, "has_relative_attention_bias"):
+    while table is not None and path:
+        path = path.rpartition(".")[0]
+        if (found := next((m for m in model.get_submodule(path).modules() if hasattr(m, table)), None)) is not None:
+            return found
+    if table is not None or not hasattr(attention, "has_relative_attention_bias"):
         return None
     if attention.has_relative_attention_bias:
         return attention

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .families import FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION_FAMILIES, Family
+from .families import FAMILIES, LAYER_FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION_FAMILIES, Family
 from .inspection import calls_attention_interface, calls_sdpa
 from .patches import find_patches
 
@@ -125,7 +125,7 @@ def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         elif (
             id(module) not in inside_decoder
             and not is_cross_attention_layer(path, module)
-            and calls_attention_interface(module)
+            and (calls_attention_interface(module) or type(module).__name__ in LAYER_FAMILIES)
         ):
             yield path, module
 
@@ -135,7 +135,8 @@ def family_of(model: nn.Module, attention: nn.Module, path: str) -> Family | Non
     if is_timm_attention(attention, path):
         return TIMM_FAMILIES.get(f"{type(attention).__module__}.{type(attention).__qualname__}")
     own = getattr(getattr(attention, "config", None), "model_type", "")
-    family = FAMILIES.get(model_type(model) or "") or VISION_FAMILIES.get(own)
+    of_layer = LAYER_FAMILIES.get(type(attention).__name__)
+    family = of_layer or FAMILIES.get(model_type(model) or "") or VISION_FAMILIES.get(own)
     return family if family is not None and re.fullmatch(family.attention, path) else None
 
 

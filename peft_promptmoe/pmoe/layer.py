@@ -108,9 +108,10 @@ class PMoELayer(TokenLayer):
     def wants_shared(self, adapter: str) -> bool:
         return True
 
-    def takes_over(self, adapter: str) -> bool:
+    def takes_over(self, adapter: str) -> PMoELayer | None:
         before = self._shared().find(self.expert, self.site.index - 1)
-        return self.prompt_config[adapter].carry_prompts and before is not None and adapter in before.prompt_config
+        takes = self.prompt_config[adapter].carry_prompts and before is not None and adapter in before.prompt_config
+        return before if takes else None
 
     def tokens(self, adapter: str, patches: Tensor, carried: Tensor | None) -> Tensor:
         config: PMoEConfig = self.prompt_config[adapter]

@@ -134,7 +134,8 @@ def pool_proposals(u: Tensor, grid: tuple[int, int], count: int) -> Tensor:
     Returns:
         (B, K, d).
     """
-    maps = u.transpose(1, 2).unflatten(2, grid)
+    # Contiguous, because pooling adds up in another order where one image alone could pass for channels last.
+    maps = u.transpose(1, 2).unflatten(2, grid).contiguous()
     return unit_rows(F.adaptive_avg_pool2d(maps, math.isqrt(count)).flatten(2).transpose(1, 2))
 
 

@@ -26,9 +26,10 @@ class _TermGradient(torch.autograd.Function):
         if gradient is None:
             warnings.warn(
                 "The adapter's auxiliary losses have no effect in this step: the loss that was differentiated is not "
-                "the model's own outputs.loss (label smoothing, compute_loss_func or a loss of your own replace it). "
-                "Let the model compute the loss, or set the weights of the auxiliary losses (balance_loss_weight, "
-                "denoise_weight, margin_weight, compact_weight) to 0.",
+                "the model's own outputs.loss (label smoothing, compute_loss_func, TRL's trainers of preferences and "
+                "rewards or a loss of your own replace it). Add peft_promptmoe.auxiliary_loss(model) to that loss, in "
+                "compute_loss of a subclass of the trainer; or set the weights of the auxiliary losses "
+                "(balance_loss_weight, denoise_weight, margin_weight, compact_weight) to 0.",
                 stacklevel=2,
             )
         # Layers of a model that is spread over devices need not be where its loss is.
@@ -45,9 +46,46 @@ class _LossGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.call.loss_gradient = gradients[0] * ctx.share
-        ctx.book.differentiate(ctx.call)
+        _note(ctx.book, ctx.call, gradients[0] * ctx.share)
         return gradients[0], None, None, None
+
+
+class _TokenGradient(torch.autograd.Function):
+    """Identity on log-probabilities of labels; notes what each token's loss weighs in the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, labelled: Tensor, book: CallBook, call: PromptCall) -> Tensor:
+        ctx.book, ctx.call = book, call
+        ctx.save_for_backward(labelled)
+        return log_probs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        _note(ctx.book, ctx.call, -(gradients[0] * ctx.saved_tensors[0]).sum())
+        return gradients[0], None, None, None
+
+
+class _OwnGradient(torch.autograd.Function):
+    """The sum of a forward's auxiliary losses; notes its gradient before any layer's backward pass runs."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, book: CallBook, call: PromptCall) -> Tensor:
+        ctx.book, ctx.call = book, call
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.call.by_hand = False
+        _note(ctx.book, ctx.call, gradients[0])
+        ctx.call.by_hand = True
+        return None, None, None
+
+
+def _note(book: CallBook, call: PromptCall, gradient: Tensor) -> None:
+    """Let the layers of a forward find what its loss's gradient is, unless that of their own losses is known."""
+    if not call.by_hand:
+        call.loss_gradient = gradient
+    book.differentiate(call)
 
 
 def carry_loss(
@@ -75,6 +113,9 @@ def carry_loss(
     if call is not None:
         for name, value in values.items():
             call.losses[site, adapter, name] = value.detach()
+        if book.call is call:  # and not a block that is run again
+            value = term.detach()
+            call.total = value if call.total is None else call.total.to(value.device) + value
     if not torch.is_grad_enabled():
         if call is None and not torch.compiler.is_compiling():
             book.recompute()  # of what is run again within a block that is run again
@@ -104,3 +145,33 @@ def add_losses(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | f
     if torch.compiler.is_compiling():
         return loss
     return _LossGradient.apply(loss, book, call, share)
+
+
+def add_losses_to_tokens(log_probs: Tensor, labelled: Tensor, book: CallBook, call: PromptCall) -> Tensor:
+    """Log-probabilities of labels, unchanged, with the auxiliary losses in the gradient of their mean.
+
+    For trainers that make the loss of them. Where that is the mean of the tokens' losses, auxiliary losses have the
+    gradient that `add_losses` would give them; where tokens have weights, they weigh as much as these do together.
+
+    Args:
+        log_probs: (B, T).
+        labelled: (B, T) which tokens have a label.
+        book: of the base model.
+        call: of this forward.
+    """
+    for term in call.terms:
+        log_probs = log_probs - labelled * (term - term.detach()).to(log_probs.dtype)
+    if torch.compiler.is_compiling():
+        return log_probs
+    return _TokenGradient.apply(log_probs, labelled, book, call)
+
+
+def own_losses(book: CallBook) -> Tensor | None:
+    """The weighted auxiliary losses of this thread's last training forward, as a scalar; None without any.
+
+    Its gradient is theirs, and takes the place of that of the model's own loss.
+    """
+    call = book.last
+    if call is None or call.total is None or not torch.is_grad_enabled():
+        return None
+    return _OwnGradient.apply(call.total.clone().requires_grad_(), book, call)

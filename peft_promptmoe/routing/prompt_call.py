@@ -50,10 +50,13 @@ class PromptCall:
         learns: whether a gradient is asked for; checkpointing switches it off for the layers.
         within: what is being called, from the outside in.
         given: the query as a user has said it; None if none has.
+        names: of the adapter of each sample, where several share a batch; None where the active ones are all samples'.
         query: (B or 1, T) the tokens that routers of a causal language model may read; None while nobody knows.
         leaves_word: whether any layer leaves word of what it saw, for its method to act on when the forward is over.
         losses: auxiliary losses to report, detached, by path of the attention layer, adapter and name.
         loss_gradient: gradient of the model's loss, known once its backward pass has begun.
+        by_hand: whether that is of the auxiliary losses themselves, which somebody has added to a loss of his own.
+        total: sum of the weighted auxiliary losses, detached; None without.
         terms: auxiliary losses with their graph, for compiled code (see `carry_loss`).
         centers: router centres as this forward's first pass saw them, by layer and adapter.
         cached: whether the caller brought a cache, as generation does, whose texts are all query. Models make one of
@@ -61,14 +64,17 @@ class PromptCall:
         warned: whether somebody was told that routers read the whole row.
     """
 
-    def __init__(self, given: GivenQuery | None = None) -> None:
+    def __init__(self, given: GivenQuery | None = None, names: tuple[str, ...] | None = None) -> None:
         self.asks = self.reads_query = self.pools_rows = self.leaves_word = False
         self.learns = torch.is_grad_enabled()
         self.within: list[Any] = []
         self.given = given
+        self.names = names
         self.query: Tensor | None = None
         self.losses: dict[tuple[str, str, str], Tensor] = {}
         self.loss_gradient: Tensor | None = None
+        self.by_hand = False
+        self.total: Tensor | None = None
         self.terms: list[Tensor] = []
         self.centers: dict[tuple[str, str], Tensor] = {}
         self.cached = self.warned = False
@@ -117,27 +123,44 @@ class CallBook:
         self._differentiated: WeakValueDictionary[int, PromptCall] = WeakValueDictionary()
         self._recomputed: WeakValueDictionary[int, PromptCall] = WeakValueDictionary()
         self._given: dict[int, GivenQuery] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
+        self._last: dict[int, PromptCall] = {}
+
+    @property
+    def last(self) -> PromptCall | None:
+        """Of this thread's last forward that asked for gradients, if it had auxiliary losses.
+
+        Those of a reference model, with adapters off and without gradients, may come in between.
+        """
+        return self._last.get(this_thread())
 
     @property
     def call(self) -> PromptCall | None:
         """Of the forward that this thread is in; None outside, as in a block that is run again."""
         if torch.compiler.is_compiling():  # what is around it may not be compiled
             return next(iter(self._calls.values())) if len(self._calls) == 1 else None
-        return self._calls.get(_thread())
+        return self._calls.get(this_thread())
 
     def begin(self) -> PromptCall:
         """The call of a forward that begins in this thread."""
         compiled = torch.compiler.is_compiling()  # it cannot ask for the thread
-        call = PromptCall(next(iter(self._given.values()), None) if compiled else self._given.get(_thread()))
-        self._calls[_thread()] = call
-        if not compiled:
-            self._recomputed.pop(_thread(), None)
+        given, names = self._given, self._names
+        if compiled:
+            call = PromptCall(next(iter(given.values()), None), next(iter(names.values()), None))
+        else:
+            call = PromptCall(given.get(this_thread()), names.get(this_thread()))
+            self._recomputed.pop(this_thread(), None)
+        self._calls[this_thread()] = call
+        if call.learns:
+            self._last.pop(this_thread(), None)
         return call
 
     def end(self, call: PromptCall) -> None:
         """Forget a call whose forward is over."""
         if self.call is call:
-            del self._calls[_thread()]
+            del self._calls[this_thread()]
+        if call.total is not None and call.learns and not torch.compiler.is_compiling():
+            self._last[this_thread()] = call
 
     def differentiate(self, call: PromptCall) -> None:
         """Note that the running backward pass has come to the loss of a call."""
@@ -149,15 +172,22 @@ class CallBook:
         if task < 0:
             return None
         if (call := self._differentiated.get(task)) is not None:
-            self._recomputed[_thread()] = call
+            self._recomputed[this_thread()] = call
             return call
-        return self._recomputed.get(_thread())  # checkpointing within checkpointing
+        return self._recomputed.get(this_thread())  # checkpointing within checkpointing
 
     def give(self, query: GivenQuery | None) -> GivenQuery | None:
         """Let a query be that of all rows in this thread from now on, and return the one before; None for none."""
-        before = self._given.pop(_thread(), None)
+        before = self._given.pop(this_thread(), None)
         if query is not None:
-            self._given[_thread()] = query
+            self._given[this_thread()] = query
+        return before
+
+    def mix(self, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        """Let the samples of this thread's batches have the adapters of these names, and return those before."""
+        before = self._names.pop(this_thread(), None)
+        if names is not None:
+            self._names[this_thread()] = names
         return before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallBook:
@@ -167,6 +197,7 @@ class CallBook:
         return CallBook, ()
 
 
-def _thread() -> int:
+def this_thread() -> int:
+    """Number of the thread; 0 in compiled code."""
     # Compiled code cannot ask, and is one forward from end to end.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()

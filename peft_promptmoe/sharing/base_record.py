@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD
 from .load_checks import classes_differ
+from .rollback import running_load
 
 Record = dict[str, Any]
 
@@ -21,6 +22,29 @@ SAMPLES = 32  # values of a tensor
 MAX_TENSORS = 8
 TOLERANCE = 2.0**-6  # relative, twice what bfloat16 rounds away
 NUMBERS = {"width": "hidden size", "depth": "layers", "num_labels": "num_labels"}
+
+
+def check_base(config: Any, model: nn.Module) -> None:
+    """While an adapter is loaded, refuse a model of another type; of other differences the checks of tensors tell."""
+    if (load := running_load()) is not None:
+        check_type(config.base_record, model, config.base_model_name_or_path)
+        if said := remark(config.base_record, model, config.base_model_name_or_path):
+            load.remarks.append(said)
+
+
+def note_base(config: Any, model: nn.Module, paths: list[str]) -> None:
+    """Keep what the base model is with a new adapter; of a loaded one, compare the weights.
+
+    Args:
+        config: the adapter's.
+        model: the base model.
+        paths: of its prompted attention layers.
+    """
+    if running_load() is None:
+        weights = hash_weights(model, paths) if config.check_base_weights else None
+        config.base_record = describe_base(model) | {"weights": weights}
+    elif config.check_base_weights:
+        warn_of_other_weights(config.base_record, model, config.base_model_name_or_path)
 
 
 def describe_base(model: Any) -> Record:

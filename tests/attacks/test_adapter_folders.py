@@ -251,6 +251,7 @@ ELSEWHERE = {
     "mept": Case("mept", "bert", "sample", "sdpa"),
     "vapt": Case("vapt", "vit", "adaptive", "sdpa"),
     "pmoe": Case("pmoe", "vit", "dinov2", "sdpa"),
+    "promotion": Case("promotion", "vit", "units", "sdpa"),
 }
 
 

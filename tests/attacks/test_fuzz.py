@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
-from peft_promptmoe import MEPTConfig, PMoEConfig, VAPTConfig
+from peft_promptmoe import MEPTConfig, PMoEConfig, ProMotionConfig, VAPTConfig
 from peft_promptmoe.config import PromptConfig
 
 LIMIT = 64 * 2**20  # bytes
@@ -49,7 +49,7 @@ def vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, **SHAPE))
 
 
-BASES = {MEPTConfig: bert, VAPTConfig: vit, PMoEConfig: vit}
+BASES = {MEPTConfig: bert, VAPTConfig: vit, PMoEConfig: vit, ProMotionConfig: vit}
 
 
 class TensorWatch(TorchDispatchMode):
@@ -209,7 +209,7 @@ def made(build: Any, *args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
 def test_configs(cls: type[PromptConfig], tmp_path: Path) -> None:
-    """10,000 in all: by call, from a dict and from a file. Some of those that pass are put into a model."""
+    """More than 13,000 in all: by call, from a dict and from a file. Some of those that pass are put into a model."""
     source = random.Random(cls.__name__)
     kind = str(cls().peft_type.value)
     file = tmp_path / "adapter_config.json"
@@ -329,6 +329,7 @@ CASES = [
     Case("mept", "llama", "token", "sdpa"),
     Case("vapt", "vit", "adaptive", "sdpa"),
     Case("pmoe", "vit", "dinov2", "sdpa"),
+    Case("promotion", "vit", "units", "sdpa"),
 ]
 
 

@@ -353,7 +353,8 @@ ARCHITECTURES: dict[str, Arch] = {
     ),
     "rembert": Arch(EXACT, _CLASSIFIER, _BERT | {"input_embedding_size": 32}),
     "rembert_causal": Arch(EXACT, _CAUSAL, _BERT | {"input_embedding_size": 32, "is_decoder": True}, "rembert"),
-    "roformer": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
+    "roformer": Arch(EXACT, _CLASSIFIER, _BERT, tolerance=1e-6),  # its angles are float32
+    "roformer_causal": Arch(EXACT, _CAUSAL, _BERT | {"is_decoder": True}, "roformer", tolerance=1e-6),
     "megatron-bert": Arch(EXACT, _CLASSIFIER, _BERT),
     "tapas": Arch(EXACT, _CLASSIFIER, _BERT | {"type_vocab_sizes": [3] * 7}),
     "convbert": Arch(NOT_ON_INTERFACE, _CLASSIFIER, _BERT),
@@ -393,11 +394,14 @@ ARCHITECTURES: dict[str, Arch] = {
     "yolos": Arch(EXACT, _ANY, _VIT | {"image_size": [16, 16], "num_detection_tokens": 3}),
     "clip_vision_model": Arch(EXACT, _ANY, _VIT),
     "wav2vec2": Arch(EXACT, _ANY, _BERT | _WAV2VEC),
+    "wavlm": Arch(EXACT, _ANY, _BERT | _WAV2VEC | {"num_buckets": 8, "max_bucket_distance": 16}),
+    "wavlm_pre_norm": Arch(EXACT, _ANY, _BERT | _WAV2VEC | {"do_stable_layer_norm": True, "num_buckets": 8}, "wavlm"),
     "dinov3_vit": Arch(WORKS, _ANY, _VIT | {"num_register_tokens": 2}),
     "siglip_vision_model": Arch(EXACT, _ANY, _VIT),
     "videomae": Arch(EXACT, _ANY, _VIT | {"num_frames": 2}),
     "swin": Arch(WINDOWS, _ANY, _SWIN),
-    "data2vec-vision": Arch(NOT_ON_INTERFACE, _ANY, _VIT),
+    "data2vec-vision": Arch(EXACT, _ANY, _VIT),
+    "data2vec-vision_relative_bias": Arch(WORKS, _ANY, _VIT | {"use_relative_position_bias": True}, "data2vec-vision"),
     "convnext": Arch(NOT_ON_INTERFACE, _ANY, {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}),
 }
 
@@ -421,6 +425,8 @@ def make_model(name: str) -> nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
+            if not parameter.requires_grad:  # RoFormer's sines
+                continue
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.3 if parameter.ndim == 1 else 0.15))
     return (model if arch.single else model.double()).eval()

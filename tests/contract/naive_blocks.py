@@ -92,6 +92,8 @@ def _prepend(site: Any, rows: Tensor | Rows, count: int, slots: int, gates: Rows
             columns = torch.arange(count + length)
             buckets = owner.relative_position_bucket(columns[None, :] - columns[:, None])
             given["position_bias"] = owner.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+        if given.get("sinusoidal_pos") is not None:  # RoFormer's, of a text that is longer
+            given["sinusoidal_pos"] = _sinusoids(count + length, given["sinusoidal_pos"])
         if given.get("alibi") is not None:
             given["alibi"] = _steeper(given["alibi"], offsets)
         if given.get("relative_pos") is not None:  # DeBERTa's, query minus key: those of a text that is longer
@@ -121,6 +123,13 @@ def _gated(mask: Tensor, gates: Tensor) -> Tensor:
     mask = mask.expand(batch, -1, count + length, -1).clone()
     mask[:, :, count:, :count] += gates[:, None]
     return mask
+
+
+def _sinusoids(length: int, like: Tensor) -> Tensor:
+    """(1, 1, length, d) sines and cosines, side by side."""
+    pairs = like.shape[-1] // 2
+    angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(pairs) / pairs)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(like.dtype)[None, None]
 
 
 def _steeper(alibi: Tensor, offsets: Tensor) -> Tensor:

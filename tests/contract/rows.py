@@ -291,12 +291,23 @@ ROWS = [
     ),
     Row(
         31,
-        "merging, and several adapters in one batch: one error",
-        refusals=(
-            "test_merging_is_refused",
-            "test_mixed_batches_are_refused",
-            "test_what_only_some_methods_can_is_refused",
+        "merging: one error",
+        refusals=("test_merging_is_refused", "test_what_only_some_methods_can_is_refused"),
+    ),
+    Row(
+        32,
+        "several adapters in one batch: each sample as in a batch of its own adapter",
+        (
+            "test_each_sample_gets_its_own_adapter",
+            "test_each_sample_gets_its_own_adapter_of_one_shape",
+            "test_each_sample_generates_by_its_own_adapter",
         ),
+        refusals=("test_wrong_names_are_refused", "test_mixed_batches_are_refused"),
+    ),
+    Row(
+        33,
+        "hooks that hand other tensors on, as DeepSpeed ZeRO-3 has them, change nothing",
+        ("test_hooks_that_hand_other_tensors_on_change_nothing",),
     ),
 ]
 

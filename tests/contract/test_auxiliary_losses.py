@@ -31,10 +31,10 @@ def adapted(case: Case, factor: float = 1.0) -> nn.Module:
     return case.model(case.base().double(), **weighted(case, factor)).double()
 
 
-def seeded(model: nn.Module, batch: Batch, scale: float = 1.0, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def seeded(model: nn.Module, batch: Batch, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """With the same random lessons each time."""
     torch.manual_seed(5)
-    return gradients(model, batch, scale, **kwargs)
+    return gradients(model, batch, **kwargs)
 
 
 def by_hand(case: Case, batch: Batch, patch: pytest.MonkeyPatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,8 +83,30 @@ def test_own_losses_survive_accumulation_and_scaling(case: Case) -> None:
         (model(**batch).loss / 4).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert_same_gradients(found, expected, 1e-9)
-    _, scaled = seeded(adapted(case), batch, scale=2.0**14)
-    assert_same_gradients(scaled, expected, 1e-9)
+    for scale in (2.0**14, float("inf")):
+        scaled, before, after = scaled_step(adapted(case).train(), batch, scale)
+        if scale < float("inf"):
+            assert_same_gradients(scaled, expected, 1e-9)
+            moved = {name: before[name] - 0.1 * expected[name] for name in expected}
+            assert_same_gradients({name: after[name] for name in expected}, moved, 1e-9)
+        else:  # the step is left out
+            assert_same_gradients(after, before, 0.0)
+
+
+def scaled_step(
+    model: nn.Module, batch: Batch, scale: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients, and what trains before and after a step, of torch's own scaler of losses."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    torch.manual_seed(5)
+    scaler.scale(model(**batch).loss).backward()
+    scaler.unscale_(optimizer)
+    found = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+    scaler.step(optimizer)
+    return found, before, {name: p.detach() for name, p in trained.items()}
 
 
 @each_case(has_own)

@@ -272,18 +272,6 @@ def test_merging_is_refused(case: Case) -> None:
     assert_equal(predict(model, batch), expected, "logits after a refused merge")
 
 
-@each_case(one_per_column)
-def test_mixed_batches_are_refused(case: Case) -> None:
-    model, batch = case.model(), case.batch()
-    expected = predict(model, batch)
-    with pytest.raises(ValueError, match="does not mix adapters within a batch"):
-        model(**batch, adapter_names=["default"] * len(next(iter(batch.values()))))
-    if case.architecture.generates:
-        with pytest.raises(ValueError, match="does not mix adapters within a batch"):
-            model.generate(**case.prompt_only(batch), adapter_names=["default"] * 3, max_new_tokens=2)
-    assert_equal(predict(model, batch), expected, "logits after a refused mixed batch")
-
-
 REFUSALS = [
     pytest.param(case, settings, pattern, id=f"{case}-{number}")
     for case in CASES

@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from peft import get_peft_model
+from transformers import Dinov2Config, Dinov2Model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import plots
 import times
+from harness.bottleneck import add_bottlenecks
 from harness.claims import WITHIN, claims, scores, sizes, verdict
+from harness.remembered import remember
 from harness.search import admitted, spread
 from harness.targets import Target, targets
 from harness.training import Results
+from peft_promptmoe import FlowModel, ProMotionConfig
 
 
 @pytest.fixture
@@ -145,3 +151,44 @@ def test_names_in_a_picture_touch_nothing() -> None:
     marks = {point.name: plots.mark(axes, point) for point in crowd}
     for text, name in zip(axes.texts, names, strict=True):
         assert not [other for other, mark in marks.items() if name.overlaps(mark) and other != text.get_text()]
+
+
+def small_flow(method: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=7, layer_norm_eps=1e-6
+    )
+    model = FlowModel(Dinov2Model(config), levels=[1, 2], freeze_backbone=True, refinements=1)
+    if method == "bottleneck":
+        return add_bottlenecks(model, [1, 2], inner=4)
+    config = ProMotionConfig(bottleneck_dim=4, num_prototypes=4, modules_to_save=model.head_names)
+    return get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "promotion"])
+def test_remembered_blocks_train_what_the_blocks_themselves_train(method: str) -> None:
+    """Other mates than when an image was first seen, and a step in between, change neither loss nor gradients."""
+    frames = torch.randn(5, 2, 3, 56, 56)
+    found = []
+    for count in (0, 2):
+        model, known = small_flow(method), [{}, {}]
+        remember(model, count, known)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for chosen in ([0, 1, 2], [4, 2, 0], [0, 4, 3]):
+            optimizer.zero_grad()
+            torch.manual_seed(1)
+            flow = torch.ones(3, 2, 56, 56)
+            first, second = frames[chosen].unbind(1)
+            loss = model(pixel_values=first, next_pixel_values=second, flow_labels=flow).loss
+            loss.backward()
+            optimizer.step()
+        found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert [len(of) for of in known] == [10, 10]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert any("promotion_up" in name or "bottlenecks" in name for name in found[0][1])
+
+
+def test_a_block_that_trains_is_not_remembered() -> None:
+    model = small_flow("bottleneck").requires_grad_(True)
+    with pytest.raises(ValueError, match="trains cannot be remembered"):
+        remember(model, 1, [{}])

@@ -31,6 +31,10 @@ COMMON: dict[str, tuple[Any, ...]] = {
     ),
     "target_modules": (3, True, 1.5, [1], ["a", None], b"a", "(", "a{2,1}", "a{99999999999}"),
     "exclude_modules": (3, True, 1.5, [1], ["a", None], b"a", "["),
+    "trainable_token_indices": (
+        *(3, True, "3", [], [1.0], [True], ["1"], [-1], [2, 2], (1, 2), [2**63]),
+        *({"embed_tokens": 3}, {"embed_tokens": []}, {1: [3]}, {"embed_tokens": [None]}),
+    ),
     "modules_to_save": (3, True, "classifier", [1], [None], ["ok", "(?P<x"]),
     "layers_pattern": (3, True, [1], {"a": 1}, "*", ["("]),
     "inference_mode": (0, 1, None, "True", [True]),

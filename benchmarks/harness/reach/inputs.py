@@ -26,7 +26,8 @@ def _tokens() -> Tensor:
     return torch.randint(5, VOCABULARY - 60, (2, LENGTH), generator=torch.Generator().manual_seed(3))
 
 
-def _noise(*shape: int) -> Tensor:
+def noise(*shape: int) -> Tensor:
+    """Normal values, the same ones for a shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
 
 
@@ -55,31 +56,46 @@ def _texts(model: Any, kind: str) -> Iterator[Inputs]:
         inputs["labels"] = torch.tensor([0, 1])
         if getattr(model.config, "is_encoder_decoder", False) and isinstance(model.config.eos_token_id, int):
             ids[:, -1] = model.config.eos_token_id
+    elif getattr(model.config, "is_encoder_decoder", False):
+        inputs["labels"] = ids[:, :6].clone()
     if kind == "seq2seq":
-        if getattr(model.config, "is_encoder_decoder", False):
-            inputs["labels"] = ids[:, :6].clone()
         yield inputs | decoder
     yield inputs
     if decoder:
         yield inputs | decoder
+    if "input_features" in taken:
+        yield inputs | {"input_features": _frames(model)}
     if "pixel_values" in taken:
         side = _side(model)
-        pixels = {"pixel_values": _noise(2, 3, side, side)}
+        pixels = {"pixel_values": noise(2, 3, side, side)}
         yield inputs | pixels
         yield inputs | pixels | decoder
         yield pixels | decoder | {"labels": ids[:, :6].clone()}
 
 
+def _bins(model: Any) -> int:
+    """Features of a frame of sound."""
+    configs = (model.config, getattr(model.config, "audio_config", None))
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_size")
+    return next((getattr(config, name) for config in configs for name in names if getattr(config, name, None)), 80)
+
+
+def _frames(model: Any) -> Tensor:
+    """(2, bins, 8 * LENGTH) of sound, of which Voxtral Realtime makes as many tokens as the text has."""
+    return noise(2, _bins(model), 8 * LENGTH)
+
+
 def _images(model: Any, kind: str) -> Iterator[Inputs]:
     labels = {"labels": torch.tensor([0, 1])}
     for side in (_side(model), 32, 64, 224):
-        yield {"pixel_values": _noise(2, 3, side, side)} | labels
+        yield {"pixel_values": noise(2, 3, side, side)} | labels
     patches = {
         "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
         "spatial_shapes": torch.tensor([[4, 4]] * 2),
     }
-    yield {"pixel_values": _noise(2, 16, 3 * 8 * 8)} | patches | labels  # SigLIP 2
+    yield {"pixel_values": noise(2, 16, 3 * 8 * 8)} | patches | labels  # SigLIP 2
     yield {"input_ids": _tokens() % 30} | labels  # ImageGPT
+    yield from _texts(model, "classification")  # what reads text as well
 
 
 def _sounds(model: Any, kind: str) -> Iterator[Inputs]:
@@ -87,14 +103,21 @@ def _sounds(model: Any, kind: str) -> Iterator[Inputs]:
     more: Inputs = {"labels": ids[:, :6].clone() if kind == "speech" else torch.tensor([0, 1])}
     if "decoder_input_ids" in taken:
         more["decoder_input_ids"] = ids[:, :6].clone()
-    names = ("num_mel_bins", "input_feat_per_channel", "feature_size")
-    bins = next((getattr(model.config, name) for name in names if getattr(model.config, name, None)), 80)
+    channels = getattr(getattr(model.config, "decoder_config", None), "num_channels", None)
+    if channels is not None:  # Dia writes several codes at a time
+        yield {"input_ids": ids, "decoder_input_ids": ids[:, :6, None].repeat(1, 1, channels)}
+    bins, codes = _bins(model), getattr(model.config, "num_codebooks", None)
+    if codes is not None:  # Kyutai reads a token and its codes of sound
+        several = torch.cat([ids[..., None], ids[..., None].repeat(1, 1, codes) % 60], dim=-1)
+        yield {"input_ids": several, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     if "input_values" in taken:
         for shape in ((2, 8000), (2, 1024, bins), (2, 64, bins), (2, 1024, 128), (2, 64, 80), (2, 16000)):
-            yield {"input_values": _noise(*shape) * 0.5} | more
+            yield {"input_values": noise(*shape) * 0.5} | more
     if "input_features" in taken:
         for shape in ((2, bins, 512), (2, 64, bins), (2, 64, 160), (2, bins, 64), (2, bins, 1024)):
-            yield {"input_features": _noise(*shape)} | more
+            yield {"input_features": noise(*shape)} | more
+        if "input_ids" in taken:  # Voxtral Realtime adds a frame to each token
+            yield {"input_ids": ids, "input_features": _frames(model), "labels": ids.clone()}
     if "input_ids" in taken:
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | more | {"labels": ids.clone()}
 
@@ -107,15 +130,15 @@ def _packed(model: Any) -> Inputs:
     first = lambda value: value if isinstance(value, int) else value[0]  # noqa: E731
     patch, frames = first(config.patch_size), first(getattr(config, "temporal_patch_size", 2))
     channels = getattr(config, "in_channels", None) or getattr(config, "in_chans", 3)
-    return {"pixel_values": _noise(32, channels * frames * patch**2), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    return {"pixel_values": noise(32, channels * frames * patch**2), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
 
 
 def _plain(model: Any) -> Inputs:
-    return {"pixel_values": _noise(2, 3, _side(model), _side(model))}
+    return {"pixel_values": noise(2, 3, _side(model), _side(model))}
 
 
 def _several(model: Any) -> Inputs:
-    return {"pixel_values": _noise(2, 1, 3, _side(model), _side(model))}
+    return {"pixel_values": noise(2, 1, 3, _side(model), _side(model))}
 
 
 def _with_sizes(model: Any) -> Inputs:
@@ -128,7 +151,7 @@ def _with_shapes(model: Any) -> Inputs:
         "spatial_shapes": torch.tensor([[4, 4]] * 2),
         "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
     }
-    return {"pixel_values": _noise(2, 16, 3 * patch**2)} | shapes
+    return {"pixel_values": noise(2, 16, 3 * patch**2)} | shapes
 
 
 IMAGES: dict[str, Callable[[Any], Inputs]] = {

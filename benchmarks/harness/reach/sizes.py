@@ -144,6 +144,23 @@ GROUPED_HEADS = [
     "num_global_key_value_heads",
 ]
 
+# What models of two others are made of here.
+PARTS: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+}
+BERT = PARTS | {"model_type": "bert", "vocab_size": VOCABULARY}
+DECODER = BERT | {"add_cross_attention": True, "is_decoder": True}
+VIT = PARTS | {"model_type": "vit", "image_size": 32, "patch_size": 8}
+WAV2VEC2 = PARTS | {
+    "conv_dim": [32] * 7,
+    "model_type": "wav2vec2",
+    "num_conv_pos_embedding_groups": 4,
+    "num_conv_pos_embeddings": 16,
+}
+
 # By model type, of the config itself or of one inside another.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"linear_attn_head_dim": 16},
@@ -177,6 +194,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         },
     },
     "deepseek_v2": {"n_group": 1, "num_experts_per_tok": 2, "topk_group": 1},
+    "dia_decoder": {
+        "cross_head_dim": 16,
+        "cross_hidden_size": 64,
+        "cross_num_attention_heads": 4,
+        "cross_num_key_value_heads": 4,
+    },
+    "donut-swin": {"depths": [1, 1], "embed_dim": 16, "image_size": 64, "num_heads": [2, 2], "window_size": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "efficientnet": {"depth_coefficient": 0.25, "hidden_dim": 320, "width_coefficient": 0.25},
     "emu3": {
@@ -216,6 +240,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "<|visual token 000031|>": 51,
         }
     },
+    "encoder-decoder": {"decoder": DECODER, "encoder": BERT},
     "esm": {"mask_token_id": 4, "pad_token_id": 1, "vocab_size": 256},
     "exaone4_5_text": {"rope_parameters": {"mrope_section": [2, 3, 3], "rope_theta": 10000.0, "rope_type": "default"}},
     "falcon_h1": {"mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_n_heads": 8},
@@ -283,6 +308,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8,
         "num_hidden_layers": 2,
     },
+    "hgnet_v2": {"hidden_sizes": "__drop__"},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl_text": {"head_dim": 16},
@@ -309,6 +335,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
         "num_hidden_layers": 3,
     },
+    "lilt": {"hidden_size": 96},
     "llama4_text": {
         "attention_chunk_size": 8,
         "interleave_moe_layer_step": 2,
@@ -318,10 +345,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "longformer": {"attention_window": [4, 4], "sep_token_id": 2},
     "mamba2": {"head_dim": 16, "n_groups": 1, "num_heads": 8},
+    "mimi": {"upsample_groups": 64},
     "ministral": {"head_dim": 16},
     "mistral": {"sliding_window": 8},
+    "mistral4": {"head_dim": 32},
     "mllama_vision_model": {"num_channels": 3},
     "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "moonshine": {"decoder_num_key_value_heads": 4, "encoder_num_key_value_heads": 4},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "moonshine_streaming_encoder": {"num_key_value_heads": 4},
     "moshi": {"audio_vocab_size": 64},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "nemotron_h": {"num_hidden_layers": 4},
@@ -401,7 +433,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
         "num_buckets": 4,
     },
+    "speech-encoder-decoder": {"decoder": DECODER, "encoder": WAV2VEC2},
     "swin": {"depths": [1, 1], "embed_dim": 16, "image_size": 64, "num_heads": [2, 2], "window_size": 4},
+    "textnet": {"hidden_sizes": "__drop__"},
+    "vibevoice_acoustic_tokenizer": {"num_filters": 2},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
+    "vision-encoder-decoder": {"decoder": DECODER, "encoder": VIT},
     "zamba": {
         "attention_head_dim": 32,
         "attention_hidden_size": 128,

@@ -78,7 +78,10 @@ def build(kind: str, model_type: str) -> Any:
     for plain_heads in (False, True):
         try:
             config = transformers.CONFIG_MAPPING[model_type]
-            made = config(**_settings(config, plain_heads) | _role(kind, model_type))
+            made = config(**settings_of(config, plain_heads) | _role(kind, model_type))
+            of_several = getattr(modeling_auto, KINDS[kind][1])[model_type]
+            if made.architectures is None and isinstance(of_several, (list, tuple)):
+                made.architectures = [of_several[0]]
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in make(made).parameters())
             if size > LARGEST:
@@ -99,7 +102,7 @@ def _role(kind: str, model_type: str) -> dict[str, Any]:
     return {}
 
 
-def _settings(cls: type[PreTrainedConfig], plain_heads: bool) -> dict[str, Any]:
+def settings_of(cls: type[PreTrainedConfig], plain_heads: bool = False) -> dict[str, Any]:
     """Arguments that make a config of the class small."""
     default = cls()
     fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
@@ -110,7 +113,7 @@ def _settings(cls: type[PreTrainedConfig], plain_heads: bool) -> dict[str, Any]:
     layers, special, settings = max(2, len(kinds)), 3, {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            settings[name] = _settings(type(value), plain_heads) | {"model_type": type(value).model_type}
+            settings[name] = settings_of(type(value), plain_heads) | {"model_type": type(value).model_type}
         elif name.endswith(("_token_id", "_token_index")) and _outside(value):
             special += 1
             number = VOCABULARY - special

@@ -20,6 +20,7 @@ from .kernel import CAPPED_TWICE, Kernel, caps_unsaid, check_width
 KERNELS: dict[str, Kernel] = {
     "sdpa": dense.SDPA,
     "eager": dense.EAGER,
+    "paged|eager": dense.EAGER,  # of continuous batching
     "flash_attention_2": flash.FLASH,
     "flash_attention_3": flash.FLASH,
     "flash_attention_4": flash.FLASH,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...models.call_arguments import real_tokens
 from ...models.sites import caps_scores
-from ..columns import Columns, join_rows
+from ..columns import Columns, gates_of, join_rows
 from .kernel import Function, Kernel, caps_unsaid, with_bias_of_rows
 
 
@@ -34,7 +34,7 @@ def _attend(
     if mask is None and is_causal and length > 1 and cuts_keys:
         # The stock kernel would now cut the keys to as many as there are queries, prompts included.
         key, value = key[:, :, :length], value[:, :, :length]
-        if columns.number <= length and bias is None:
+        if columns.number <= length and bias is None and gates_of(columns.slots) is None:
             # A blank query for every prompt column makes them as many again, so the kernel stays causal without a
             # mask: with one it would leave its fast path, and transformers repeat grouped keys and values.
             lead = columns.number

@@ -14,11 +14,25 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
 from .records import ExpertRecord, Pixels, known_pixels, pixels_in
 
+# What transformers, timm and safetensors raise of files that are damaged or do not fit together.
+DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json"]
 HAND_OVER = (
     "hand the model over: config = PMoEConfig.from_pretrained(adapter); config.experts = [module]; "
@@ -178,7 +192,5 @@ def explained(source: Source) -> Iterator[None]:
     """Whatever a library says of a folder it cannot use, as one ValueError that names the expert."""
     try:
         yield
-    except ImportError:
-        raise
-    except Exception as error:
+    except DAMAGE as error:
         raise ValueError(f"Expert {source.name!r} cannot be loaded from {str(source.folder)!r}: {error}") from error

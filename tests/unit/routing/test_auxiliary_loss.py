@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_promptmoe.routing.auxiliary_loss import add_losses, carry_loss
+from peft_promptmoe import auxiliary_loss
+from peft_promptmoe.routing.auxiliary_loss import add_losses, add_losses_to_tokens, carry_loss, own_losses
 from peft_promptmoe.routing.prompt_call import CallBook
 
 KINDS = [None, True, False]
@@ -52,13 +53,26 @@ class Model(nn.Module):
         return add_losses(loss, self.book, call) if own else loss
 
 
+class TokenModel(Model):
+    """Puts out the losses of tokens, of which a trainer makes a loss; two have no label."""
+
+    labelled = torch.tensor([[True, True, False], [True, True, True], [True, True, False], [True, True, True]])
+
+    def forward(self, x: Tensor, own: bool = True) -> Tensor:
+        call = self.book.begin()
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        self.book.end(call)
+        return add_losses_to_tokens(-x.sin() * self.labelled, self.labelled, self.book, call)
+
+
 def batch(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, 3, dtype=torch.float64, generator=generator).requires_grad_()
 
 
-def expected(*batches: tuple[Tensor, float]) -> list[Tensor]:
-    """Gradients of the sum of (task + auxiliary losses) * factor, written out."""
+def expected(*batches: tuple[Tensor, float], tokens: Tensor | None = None) -> list[Tensor]:
+    """Gradients of the sum of (task + auxiliary losses) * factor, written out; with a mean over `tokens`."""
     weights = [block.weight.detach().clone().requires_grad_() for block in Model().blocks]
     total = torch.zeros((), dtype=torch.float64)
     for x, factor in batches:
@@ -67,7 +81,8 @@ def expected(*batches: tuple[Tensor, float]) -> list[Tensor]:
         for weight in weights:
             y = y * weight
             terms = terms + WEIGHT * y.square().mean()
-        total = total + factor * (y.sin().sum() + terms)
+        task = y.sin().sum() if tokens is None else y.sin()[tokens].mean()
+        total = total + factor * (task + terms)
     return list(torch.autograd.grad(total, weights))
 
 
@@ -178,3 +193,90 @@ def test_compiled_code_gives_the_same() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     (compiled(x) * 2.0).backward()
     assert_close(found(model), expected((x, 2.0)))
+
+
+# -- trainers that make the loss themselves ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "compiled"), [*[(kind, False) for kind in KINDS], (None, True)], ids=[*KIND_IDS, "compiled"]
+)
+def test_a_mean_of_tokens_losses_is_the_models_loss(reentrant: bool | None, compiled: bool) -> None:
+    model, x, labelled = TokenModel(reentrant), batch(1), TokenModel.labelled
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    (-forward(x).sum() / labelled.sum() / 4).backward()
+    assert_close(found(model), expected((x, 0.25), tokens=labelled))
+
+
+@pytest.mark.parametrize("reentrant", KINDS, ids=KIND_IDS)
+@pytest.mark.parametrize("own", [True, False], ids=["with-the-models-loss", "with-another-loss"])
+def test_auxiliary_losses_can_be_added_by_hand_and_count_once(reentrant: bool | None, own: bool) -> None:
+    model, x = Model(reentrant), batch(1)
+    task = model(x, own=own)
+    with torch.no_grad():
+        model(batch(2))  # a reference, in between
+    total = own_losses(model.book)
+    assert total is not None
+    torch.testing.assert_close(total.item(), sum(value.item() for value in model_terms(model, x)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ((task + total) * 0.25).backward()
+    assert_close(found(model), expected((x, 0.25)))
+
+
+def model_terms(model: Model, x: Tensor) -> list[Tensor]:
+    terms = []
+    for block in model.blocks:
+        x = x * block.weight.detach()
+        terms.append(WEIGHT * x.square().mean())
+    return terms
+
+
+def test_nothing_is_left_to_add_of_an_earlier_forward() -> None:
+    model = Model()
+    model(batch(1))
+    with torch.no_grad():
+        assert own_losses(model.book) is None
+    assert own_losses(model.book) is not None
+    model.book.end(model.book.begin())
+    assert own_losses(model.book) is None
+
+
+TRL_FIELDS = {"sft": ("log_probs", "entropy", "is_top1"), "dpo": ("log_probs", "mean_logits", "is_top1")}
+
+
+@pytest.mark.filterwarnings("ignore:.*auxiliary losses have no effect")
+def test_heads_of_trl_have_the_gradient_of_the_models_own_loss() -> None:
+    from cases import Case, adapter_parameters
+    from trl.trainer.utils import add_fused_lm_head
+
+    case = Case("mept", "llama", "token", "sdpa")
+    ids, labels = case.batch()["input_ids"], case.batch()["labels"]
+    routers = {}
+    for kind in ("own", "sft", "dpo", "dpo by hand"):
+        model = case.model(balance_loss_weight=10.0).train()
+        if kind == "own":
+            loss = model(input_ids=ids, labels=labels).loss
+        else:
+            add_fused_lm_head(model.get_base_model(), outputs=TRL_FIELDS[kind.split()[0]])
+            output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+            loss = -output.log_probs.sum() / (labels[:, 1:] != -100).sum()
+            loss = loss + auxiliary_loss(model) if "hand" in kind else loss
+        loss.backward()
+        named = adapter_parameters(case, model).items()
+        routers[kind] = torch.cat([p.grad.flatten() for name, p in named if "router" in name])
+    torch.testing.assert_close(routers["sft"], routers["own"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(routers["dpo by hand"], routers["own"], rtol=1e-5, atol=1e-6)
+    assert (routers["dpo"] - routers["own"]).abs().max() > 0.1
+
+
+def test_auxiliary_loss_is_zero_in_evaluation_and_refused_without_an_adapter() -> None:
+    from cases import Case
+
+    case = Case("mept", "llama", "token", "sdpa")
+    model = case.model(balance_loss_weight=1.0).eval()
+    model(**case.batch())
+    assert float(auxiliary_loss(model)) == 0.0
+    with pytest.raises(ValueError, match="no adapter of peft_promptmoe"):
+        auxiliary_loss(case.base())

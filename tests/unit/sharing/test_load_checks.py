@@ -373,3 +373,55 @@ def test_transformers_loader_leaves_centres_frozen(trained: PeftModel, tmp_path:
     flags = {p.requires_grad for name, p in base.named_parameters() if "center" in name}
     assert flags == {False}
     assert any(p.requires_grad for name, p in base.named_parameters() if "mept_router." in name)
+
+
+# -- tokens of a vocabulary -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["ids", "by-embedding"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_tokens_that_train_are_saved_alone_and_load_again(tied: bool, by_name: bool, tmp_path: Path) -> None:
+    """As LoRA's; new chat tokens come so from TRL."""
+    tokens = {"embed_tokens": [3, 4]} if by_name else [3, 4]
+    config = MEPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, trainable_token_indices=tokens)
+    model, ids = get_peft_model(llama(tied), config).train(), torch.tensor([[3, 4, 5, 6]])
+    embeddings = model.get_input_embeddings().weight.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    merged = model.get_input_embeddings().token_adapter.get_merged_weights(["default"])
+    changed_rows = (merged != embeddings).any(dim=1).nonzero().flatten().tolist()
+    assert changed_rows == [3, 4]
+    if tied:
+        torch.testing.assert_close(model.get_output_embeddings().token_adapter.get_merged_weights(["default"]), merged)
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert [name.split("model.")[-1] for name in names if "prompt" not in name and "router" not in name] == [
+        "embed_tokens.token_adapter.trainable_tokens_delta"
+    ]
+    loaded = PeftModel.from_pretrained(llama(tied), tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    other = tmp_path / "again"
+    loaded.save_pretrained(other)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (other / file).read_bytes() == (tmp_path / file).read_bytes()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), logits(llama(tied), ids))
+    assert torch.equal(logits(model.unload(), ids), logits(llama(tied), ids))
+
+
+@pytest.mark.parametrize(
+    ("make", "tokens", "message"),
+    [
+        (llama, [10**6], "names token 1000000"),
+        (llama, {"lm_head": [10**6]}, "'lm_head' has"),
+        (llama, {"nothing": [1]}, "has no such embeddings"),
+        (vit, [1], "has no such embeddings"),
+    ],
+    ids=["too-large", "too-large-by-name", "no-module", "images"],
+)
+def test_tokens_that_there_are_not_are_refused(make: Callable[[], Any], tokens: Any, message: str) -> None:
+    base = make()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(base, MEPTConfig(num_virtual_tokens=2, trainable_token_indices=tokens))
+    assert not any("promptmoe" in name for name, _ in base.named_modules())
