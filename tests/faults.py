@@ -49,7 +49,7 @@ FAULTS = [
     Fault(
         "the padding mask is dropped",
         "engine/key_value.py",
-        "real = kernel.real(mask, x.shape[1]) if not past and self.site.patches is None else None",
+        "real = kernel.real(mask, x.shape[1]) if padded else None",
         "real = None",
         (INVARIANCE, "-k", "padding and mept-bert"),
     ),
