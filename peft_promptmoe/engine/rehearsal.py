@@ -126,8 +126,8 @@ def try_generic(model: nn.Module, layers: list[PromptLayer]) -> None:
     tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
     warnings.warn(
         f"{model_type(model) or type(model).__name__} is not among the architectures peft_promptmoe is tested "
-        f"with ({tested}); its attention layers were found by a generic rule, and what that makes of them could "
-        "not be tried out.",
+        f"with ({tested}); its attention layers were found by a generic rule, and this model could not be run "
+        "to check them. Compare some outputs with and without the adapter.",
         stacklevel=4,
     )
 
