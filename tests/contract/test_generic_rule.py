@@ -45,6 +45,7 @@ def attach(name: str, model: nn.Module, **settings: Any) -> tuple[Any, list[str]
     settings = ARCHITECTURES[name].mept | settings
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "The head of .* stays frozen")  # no task type is given here
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks by the old name
         warnings.filterwarnings("ignore", "The head of .* stays frozen")  # which is meant here
         torch.manual_seed(1)
