@@ -51,7 +51,8 @@ class MEPTModel(PromptTuner):
     prompt_layer_cls = MEPTLayer
 
     def resolve(self, config: MEPTConfig, sites: list[Site]) -> None:
-        if all(site.patches is not None for site in sites):
+        reads_images_only = getattr(self.model, "main_input_name", "pixel_values") == "pixel_values"
+        if reads_images_only and all(site.patches is not None for site in sites):
             refuse_task_type(config)
         if config.routing == "auto":
             config.routing = "token" if any(site.by_token for site in sites) else "sample"

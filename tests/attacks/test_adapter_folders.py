@@ -359,7 +359,8 @@ def test_hostile_settings(field: str, value: Any, good: Path, tmp_path: Path) ->
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert field in str(caught.value) or "num_virtual_tokens" in str(caught.value)
+    named = (field, "num_virtual_tokens", f"does not have ({value!r})")
+    assert any(name in str(caught.value) for name in named)
     assert peak < 64 * 2**20
     assert_untouched(base, before)
 
@@ -420,7 +421,7 @@ def test_names_from_a_file_put_no_code_into_the_card(tmp_path: Path) -> None:
 def test_config_that_names_a_module_to_import(library: str, good: Path, tmp_path: Path) -> None:
     mapping = {"base_model_class": "system", "parent_library": library}
     folder = spoil(good, tmp_path / "bad", auto_mapping=mapping, task_type=None, base_model_name_or_path="x")
-    with pytest.raises((ValueError, ImportError, KeyError, TypeError), match=r"(?i)import|allow|library|task"):
+    with pytest.raises((ValueError, ImportError, KeyError, TypeError), match=rf"base model is one of {library}\."):
         AutoPeftModelForCausalLM.from_pretrained(folder)
 
 
@@ -522,7 +523,7 @@ def test_adapter_names(name: str, entry: str, good: Path) -> None:
         assert list(model.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize("kernel", ["paged|eager", "paged|sdpa", "somebody/else"])
+@pytest.mark.parametrize("kernel", ["paged|sdpa", "somebody/else"])
 def test_kernels_that_are_not_supported(kernel: str, good: Path) -> None:
     for attempt in (
         lambda base: get_peft_model(base, MEPTConfig(num_virtual_tokens=2)),

@@ -306,7 +306,7 @@ def test_an_untested_kernel_is_refused(case: Case) -> None:
     for config in {
         id(module.config): module.config for module in base.modules() if hasattr(module, "config")
     }.values():
-        config._attn_implementation = "paged|eager"
+        config._attn_implementation = "paged|sdpa"
     before = census(base)
     with pytest.raises(ValueError, match=r"Load it with attn_implementation='sdpa'"):
         case.model(base)

@@ -208,7 +208,7 @@ def test_masks_of_four_dimensions() -> None:
         flash(input_ids=text("none", causal=True)["input_ids"], attention_mask=mask)
 
 
-@pytest.mark.parametrize("name", ["paged|eager", "mine"])
+@pytest.mark.parametrize("name", ["paged|sdpa", "mine"])
 def test_other_kernels_are_refused_before_their_masks_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At attach, and when a kernel is switched to later; without prompts they run."""
 

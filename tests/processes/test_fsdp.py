@@ -184,7 +184,7 @@ def test_a_sharded_model_saves_the_whole_adapter(case: Case, tmp_path: Path) -> 
 
 REFUSED = {
     PMOE: [
-        ("fsdp2", {}, "if FSDP shards it, train with DDP"),
+        ("fsdp2", {}, "FSDP holds those of"),
         ("fsdp2", {"carry_prompts": False}, "FSDP holds those of"),
         ("fsdp1", {}, "FSDP holds those of"),
     ],
