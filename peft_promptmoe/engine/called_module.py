@@ -104,6 +104,8 @@ class CalledModule:
         if not call.within:
             self.whole.end(call, done=output is not None)
         if not call.losses or output is None:
+            if call.adds_losses and output is not None and torch.compiler.is_compiling() and torch.is_grad_enabled():
+                _refuse_lost_losses()
             return None
         self.whole.last_losses = call.losses
         if not torch.is_grad_enabled():
@@ -140,6 +142,15 @@ class CalledModule:
         if total is None or labels is None or not self.divides:
             return 1.0
         return (labels != -100).sum() / total
+
+
+@torch._dynamo.disable(reason="auxiliary losses are lost where compiled code checkpoints blocks")
+def _refuse_lost_losses() -> None:
+    raise ValueError(
+        "The adapter's auxiliary losses are lost where torch.compile checkpoints blocks (gradient_checkpointing), and "
+        "routers would train without them. Switch one of the two off, or set the weights of the auxiliary losses "
+        "(balance_loss_weight, denoise_weight, margin_weight, compact_weight) to 0."
+    )
 
 
 def is_of_supervised_trl(output: Any) -> bool:

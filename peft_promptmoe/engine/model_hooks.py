@@ -165,6 +165,7 @@ class ModelHooks(nn.Module):
                 call.pools_rows |= pools
                 call.pools_causal |= pools and layer.site.causal
                 call.leaves_word |= layer.leaves_word(name)
+                call.adds_losses |= layer.adds_losses(name)
         if call.leaves_word:
             for method, layers in self._with_word().items():
                 method.before_training(layers)

@@ -94,6 +94,10 @@ class PromptLayer(AdapterState):
         """Whether rows and columns of the patch grid matter to the adapter."""
         return False
 
+    def adds_losses(self, adapter: str) -> bool:
+        """Whether the layer adds auxiliary losses to forwards of the current mode."""
+        return False
+
     def leaves_word(self, adapter: str) -> bool:
         """Whether the layer leaves word of what it saw, in forwards of the current mode, for the method to act on."""
         return False

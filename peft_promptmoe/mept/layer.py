@@ -197,6 +197,9 @@ class MEPTLayer(KeyValueLayer):
         learns = self.training and config.num_experts > 1 and config.router_centering
         return self.reads_query(adapter) or learns
 
+    def adds_losses(self, adapter: str) -> bool:
+        return self._balances(self.prompt_config[adapter])
+
     def _balances(self, config: MEPTConfig) -> bool:
         return self.training and config.num_experts > 1 and config.balance_loss_weight > 0.0
 

@@ -93,6 +93,11 @@ class ProMotionLayer(BlockLayer):
 
     # -- the unit -----------------------------------------------------------------------------------------------------
 
+    def adds_losses(self, adapter: str) -> bool:
+        config = self.prompt_config[adapter]
+        weights = (config.denoise_weight, config.margin_weight, config.compact_weight)
+        return self.leaves_word(adapter) and any(weights)
+
     def behind(self, x: Tensor) -> Tensor | None:
         adapters = self.working_adapters()
         if not adapters:

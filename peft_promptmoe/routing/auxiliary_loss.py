@@ -139,12 +139,19 @@ def add_losses(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | f
         call: of this forward.
         share: of this forward in its optimiser step, where the loss already accounts for it.
     """
+    compiled = torch.compiler.is_compiling()
+    if compiled and not call.terms and not call.added:  # blocks that ran eagerly: their losses ride on their outputs
+        return _noted(loss, book, call, share)
     for term in call.terms:
         loss = loss + (share * (term - term.detach())).to(loss.dtype)
-    call.terms = []  # a model around this one may put out the same loss
-    if torch.compiler.is_compiling():
-        return loss
-    return _LossGradient.apply(loss, book, call, share)
+    call.terms, call.added = [], True  # a model around this one may put out the same loss
+    return loss if compiled else _noted(loss, book, call, share)
+
+
+@torch._dynamo.disable(reason="the gradient of a loss is noted outside of compiled code")
+def _noted(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | float) -> Tensor:
+    found: Tensor = _LossGradient.apply(loss, book, call, share)
+    return found
 
 
 def add_losses_to_tokens(log_probs: Tensor, labelled: Tensor, book: CallBook, call: PromptCall) -> Tensor:

@@ -53,12 +53,14 @@ class PromptCall:
         given: the query as a user has said it; None if none has.
         names: of the adapter of each sample, where several share a batch; None where the active ones are all samples'.
         query: (B or 1, T) the tokens that routers of a causal language model may read; None while nobody knows.
+        adds_losses: whether any layer is to add auxiliary losses.
         leaves_word: whether any layer leaves word of what it saw, for its method to act on when the forward is over.
         losses: auxiliary losses to report, detached, by path of the attention layer, adapter and name.
         loss_gradient: gradient of the model's loss, known once its backward pass has begun.
         by_hand: whether that is of the auxiliary losses themselves, which somebody has added to a loss of his own.
         total: sum of the weighted auxiliary losses, detached; None without.
-        terms: auxiliary losses with their graph, for compiled code (see `carry_loss`).
+        terms: auxiliary losses with their graph, for compiled code (see `carry_loss`), and
+        added: whether they are in a loss by now.
         centers: router centres as this forward's first pass saw them, by layer and adapter.
         cached: whether the caller brought a cache, as generation does, whose texts are all query. Models make one of
             their own otherwise.
@@ -67,6 +69,7 @@ class PromptCall:
 
     def __init__(self, given: GivenQuery | None = None, names: tuple[str, ...] | None = None) -> None:
         self.asks = self.reads_query = self.pools_rows = self.pools_causal = self.leaves_word = False
+        self.adds_losses = self.added = False
         self.learns = torch.is_grad_enabled()
         self.within: list[Any] = []
         self.given = given

@@ -263,3 +263,26 @@ def test_a_block_that_is_called_by_itself_is_told_what_to_call() -> None:
     bert = model.get_base_model().bert
     with pytest.raises(ValueError, match=r"Call the model or its encoder"):
         bert.encoder.layer[0](bert.embeddings(IDS))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_losses_that_compiled_checkpoints_would_lose_are_refused(reentrant: bool) -> None:
+    """Without balance loss the two go together; and so do compiled code and the loss without checkpoints."""
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+
+    def backward(weight: float, checkpointed: bool) -> None:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+        config = MEPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, routing="token", balance_loss_weight=weight)
+        model = get_peft_model(base, config).train()
+        if checkpointed:
+            base.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.compile(model, backend="aot_eager")(input_ids=ids, labels=ids).loss.backward()
+
+    backward(0.0, checkpointed=True)
+    backward(1.0, checkpointed=False)
+    with pytest.raises(ValueError, match=r"lost where torch\.compile checkpoints blocks"):
+        backward(1.0, checkpointed=True)
