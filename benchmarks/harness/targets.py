@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .reading import exact_records, exact_row, time_ratio, times
+from .reading import FOLDER, exact_records, exact_row, time_ratio, times
 
 IMAGE_MODELS = ("vit-b16-hf", "vit-b16-timm")
 MODELS = ("bert-base", "t5-base", "llama-1b", *IMAGE_MODELS)
@@ -68,6 +69,7 @@ def targets() -> Iterator[Target]:
     yield from compilation()
     yield from several_backbones()
     yield from many_experts()
+    yield from mixed_batches()
     yield from decoding()
     yield from long_texts()
 
@@ -237,6 +239,12 @@ def many_experts() -> Iterator[Target]:
         yield Target("P10", f"{NAMED[figure]} over LoRA r8, 64 experts by token", limit, found)
     found = against("saved_bytes", "lora_r8", ("bert-base",), ("mept_token",), (10, 20))
     yield Target("P10", "saved bytes over LoRA r8, 4 experts by token, BERT-base", 1.10, found)
+
+
+def mixed_batches() -> Iterator[Target]:
+    cells = json.loads((FOLDER / "mixed_batch.json").read_text())["cells"]
+    found = [(cell["flops_ratio"], name) for name, cell in cells.items()]
+    yield Target("P14", "forward FLOPs of a batch with eight adapters over one with one", 1.05, found)
 
 
 def decoding() -> Iterator[Target]:
