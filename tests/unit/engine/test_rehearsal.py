@@ -49,7 +49,7 @@ def test_a_prompt_that_gets_another_key_than_a_token_is_refused(
         return rows
 
     monkeypatch.setattr(rehearsal, "project_rows", wrong)
-    with pytest.raises(ValueError, match="gets another key or value than the token"):
+    with pytest.raises(ValueError, match="gets another key or value than that token"):
         attach(model)
     assert [path for path, _ in model.named_modules()] == names
 

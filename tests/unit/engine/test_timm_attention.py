@@ -130,11 +130,6 @@ def test_attention_switched_to_by_hand_later_is_noticed() -> None:
         model(images())
 
 
-def test_what_needs_an_argument_handed_on_is_refused() -> None:
-    with pytest.raises(ValueError, match="Set router_centering=False"):
-        get_peft_model(tiny(), MEPTConfig(num_virtual_tokens=3, routing="sample", router_centering=True))
-
-
 def test_rows_join_both_attentions_of_a_differential_layer() -> None:
     """As tokens would that stand in front and whose outputs are dropped: the layer knows no positions."""
     model = tiny("vit_dlittle_patch16_reg1_gap_256").double()
