@@ -72,6 +72,7 @@ reach: $(VENV)/.installed-benchmarks
 bench-full: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/times.py
 	$(BIN)/python benchmarks/learning_text.py
+	$(BIN)/python benchmarks/learning_text.py --sizes
 	$(BIN)/python benchmarks/learning_text.py --task mixture
 	$(BIN)/python benchmarks/learning_text.py --task mixture --pathways mept-centered
 	$(BIN)/python benchmarks/learning_vision.py --low-data
