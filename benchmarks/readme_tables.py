@@ -257,8 +257,8 @@ def target_table() -> str:
 
 
 def claim_table() -> str:
-    rows = [[claim.paper, claim.says, claim.task, claim.found, claim.verdict] for claim in claims()]
-    return table(["paper", "says", "here, on", "found", "verdict"], rows)
+    rows = [[each.paper, each.says, each.task, each.budget, each.found, each.verdict] for each in claims()]
+    return table(["paper", "says", "here, on", "trained on", "found", "verdict"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
