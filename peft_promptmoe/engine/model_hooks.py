@@ -252,7 +252,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         >>> class Trainer(DPOTrainer):
         ...     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         ...         loss = super().compute_loss(model, inputs, **kwargs)
-        ...         return loss + auxiliary_loss(model)  # GRPO, RLOO: / self.current_gradient_accumulation_steps
+        ...         return loss + auxiliary_loss(model)  # GRPO: / self.current_gradient_accumulation_steps
         ```
     """
     hooks = find_hooks(model)
