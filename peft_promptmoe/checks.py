@@ -16,6 +16,7 @@ from .config import PromptConfig
 from .engine.kernels import find_kernel
 from .engine.timm_attention import check_fused
 from .models.heads import takes, text_heads
+from .models.patches import hides_patches, says_hidden
 from .models.sites import Site
 from .sharing.rollback import running_load
 
@@ -228,6 +229,8 @@ def check_has_patches(site: Site, method: str) -> None:
 def check_whole_grid(model: nn.Module, config: PromptConfig, site: Site, method: str) -> None:
     """Refuse settings by which patches get lost, or the patch embedding is not the one that the engine watches."""
     assert site.patches is not None
+    if hides_patches(site.patches.owner):
+        raise ValueError(says_hidden(site.patches.owner))
     dropped = getattr(site.patches.owner, "patch_drop", None)
     if not config.backbone_eval and getattr(dropped, "prob", 0.0) > 0.0:
         raise ValueError(
