@@ -727,7 +727,7 @@ METHODS: dict[str, Method] = {
         settings={"num_virtual_tokens": 3, "init_weights": False},
         variants=_pmoe_variants(),
         refusals=(
-            ("vit", {"exclude_modules": ["layers.1.attention"]}, "layers_to_transform"),
+            ("vit", {"exclude_modules": ["layers.1.attention"]}, "exclude_modules=.* leaves some of the base model"),
             ("timm_vit", {"fusion": "mean"}, "fusion='mean' averages features of one width"),
         ),
         other={"num_virtual_tokens": 2, "dispatcher": "none"},
@@ -741,7 +741,7 @@ METHODS: dict[str, Method] = {
         variants=_promotion_variants(),
         refusals=(
             ("vit", {"modules_to_save": ["projection"]}, "would copy the patch embedding"),
-            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "layers_to_transform names layer 1, not among"),
+            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "names layer 1, which exclude_modules=.* leaves out"),
         ),
         noisy={"noisy_features": True, "denoise_weight": 1.0},
         other={"num_prototypes": 2, "denoiser": "tokens"},
