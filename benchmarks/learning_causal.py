@@ -4,11 +4,11 @@
     python benchmarks/learning_causal.py
     python benchmarks/learning_causal.py --methods lora mept-token    # some methods only
 
-The task, its prompt and its score are those of `examples/causal_lm.py`: SmolLM2-135M-Instruct is asked whether a
-sentence of a review is positive or negative, and a greedy answer counts if it is exactly that word. Texts are split by
-movie. Every method gets the same texts, epochs, batches and number of learning rates; the rate is chosen on the
-development split with seed 0, and the test split is scored at that rate only, with seeds 1 to 3. Finished cells are
-kept in the JSON file and not run again. A cell takes two to three minutes on one core.
+The task, its prompt and its score are those of `examples/advanced/causal_lm.py`: SmolLM2-135M-Instruct is asked
+whether a sentence of a review is positive or negative, and a greedy answer counts if it is exactly that word. Texts
+are split by movie. Every method gets the same texts, epochs, batches and number of learning rates; the rate is chosen
+on the development split with seed 0, and the test split is scored at that rate only, with seeds 1 to 3. Finished cells
+are kept in the JSON file and not run again. A cell takes two to three minutes on one core.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from peft_promptmoe import record_routing
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "advanced"))
 
 import assets
 import causal_lm
