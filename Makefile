@@ -72,11 +72,14 @@ reach: $(VENV)/.installed-benchmarks
 bench-full: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/times.py
 	$(BIN)/python benchmarks/learning_text.py
+	$(BIN)/python benchmarks/learning_text.py --sizes
 	$(BIN)/python benchmarks/learning_text.py --task mixture
 	$(BIN)/python benchmarks/learning_text.py --task mixture --pathways mept-centered
 	$(BIN)/python benchmarks/learning_vision.py --low-data
 	$(BIN)/python benchmarks/learning_vision.py --task mnist --low-data
 	$(BIN)/python benchmarks/learning_causal.py
+	$(BIN)/python benchmarks/learning_mixture.py
+	$(BIN)/python benchmarks/learning_mixture.py --sequence
 	$(BIN)/python benchmarks/learning_experts.py
 	$(BIN)/python benchmarks/motion_levels.py
 	$(BIN)/python benchmarks/learning_motion.py

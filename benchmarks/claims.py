@@ -9,7 +9,7 @@ from harness.claims import claims
 
 def main() -> None:
     for claim in claims():
-        print(f"{claim.paper}: {claim.says}; {claim.task}: {claim.found or '-'}: {claim.verdict}")
+        print(f"{claim.paper}: {claim.says}; {claim.task} ({claim.budget}): {claim.found or '-'}: {claim.verdict}")
 
 
 if __name__ == "__main__":

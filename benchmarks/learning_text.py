@@ -5,7 +5,8 @@
     python benchmarks/learning_text.py --task mixture           # four tasks in one training set, 2 to 16 experts
     python benchmarks/learning_text.py --methods lora head      # some methods only
     python benchmarks/learning_text.py --task mixture --pathways mept-centered    # draws each task's way
-    python benchmarks/learning_text.py --sizes --epochs 10      # every method in several sizes, on a longer budget
+    python benchmarks/learning_text.py --sizes                  # every method in several sizes
+    python benchmarks/learning_text.py --sizes --epochs 10      # the same on a longer budget
     python benchmarks/learning_text.py --sizes --epochs 10 --device cuda --workers 12    # the same on a GPU
 
 Every method gets the same texts, epochs, batches and number of learning rates. The rate is chosen on the development
@@ -124,7 +125,7 @@ CURVES = {
         for slots in (2, 5, 20)
     },
 }
-IN_SIZES = ["head", "lora", "prompt", "prefix", "static", "static-50", "mept-sample", "mept-centered", "mept-token"]
+IN_SIZES = ["head", "lora", "prompt", "prefix", "static", "mept-sample", "mept-centered", "mept-token"]
 DEFAULTS = {"sentiment": list(METHODS), "mixture": [*METHODS, *SIZES_OF_MEPT]}
 METHODS |= SIZES_OF_MEPT | CURVES
 
@@ -206,6 +207,11 @@ class Bench:
         return row
 
 
+def in_sizes(epochs: int) -> list[str]:
+    """What `--sizes` runs: on the usual budget without the methods that the results without `--sizes` have."""
+    return [*(IN_SIZES if epochs != Budget.epochs else []), "static-50", *CURVES]
+
+
 def print_table(results: Results) -> None:
     print(f"\n{HEADINGS}  load entropy by layer")
     for name, row in ranking(results):
@@ -251,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
     suffix = "" if args.task == "sentiment" else f"_{args.task}"
     suffix += f"_sizes_{args.epochs}_epochs" if args.sizes else ""
     results = Results(args.results or FOLDER / f"learning_text{suffix}.json", settings)
-    methods = args.methods or ([*IN_SIZES, *CURVES] if args.sizes else DEFAULTS[args.task])
+    methods = args.methods or (in_sizes(args.epochs) if args.sizes else DEFAULTS[args.task])
     if args.times:
         time_steps(bench, results, methods)
         return

@@ -5,7 +5,8 @@
 
 One picture for each learning benchmark that has results and step times (its `--times`): the score against the
 parameters that are trained, and against the seconds of a training step. Bars are standard deviations over seeds. The
-line joins the methods that no other method beats in both respects. Seconds compare within a picture only.
+line joins the methods that no other method beats in both respects. Seconds compare within a picture only. One picture
+more has every method in all sizes that were run (`learning_text.py --sizes`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from harness.reading import FOLDER, results
+from harness.size_curves import CURVES as SIZE_CURVES
+from harness.size_curves import sizes
 
 PICTURES = {
     "learning_text": ("Sentiment of review snippets, MiniLM", "test accuracy"),
@@ -49,6 +53,9 @@ NAMES = {
     "mept-sample": "MEPT by sample",
     "mept-centered": "MEPT by sample, centred",
     "mept-token": "MEPT by token",
+    "static-unit": "deep prompts, unit start",
+    "mept-token-unit": "MEPT by token, unit start",
+    "mept-sample-unit": "MEPT by sample, unit start",
     "vpt-deep dinov2": "VPT-Deep on DINOv2-S",
     "vapt dinov2": "VAPT on DINOv2-S",
     "head concat": "head on all features",
@@ -220,7 +227,39 @@ def picture(name: str) -> None:
     image.save(FOLDER / f"{name}.png", optimize=True)
 
 
+def size_picture(name: str) -> Path:
+    """Draw the score of each method against the parameters that it trains, in every size that has results."""
+    figure = Figure(figsize=(7.5, 4.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    found = sizes(name)
+    for number, (curve, methods) in enumerate(SIZE_CURVES.items()):
+        shown = [each for each in found if each.method in methods]
+        if shown:
+            axes.errorbar(
+                [each.trained for each in shown],
+                [each.score for each in shown],
+                [each.deviation or 0.0 for each in shown],
+                marker="osD^v<>P"[number],
+                color=f"C{number}",
+                ms=5,
+                lw=1,
+                elinewidth=1,
+                capsize=2,
+                label=curve,
+            )
+    axes.set(xscale="log", xlabel="trained parameters", ylabel=PICTURES[name][1])
+    axes.set_title(f"{PICTURES[name][0]}: size against score; bars over seeds, where there are several", fontsize=9)
+    axes.grid(color="0.93", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    path = FOLDER / f"{name}_sizes.png"
+    figure.savefig(path)
+    return path
+
+
 def main() -> None:
+    print(size_picture("learning_text"))
     for name in PICTURES:
         if results(name).get("summary") and results(name).get("step_seconds"):
             picture(name)

@@ -19,6 +19,8 @@ from harness.markdown import table
 from harness.motion_tables import learning_motion, motion_levels
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
 from harness.rows import Row
+from harness.size_curves import size_table
+from harness.start_scale import start_table
 from harness.targets import GPU, LENGTHS, targets
 
 HERE = Path(__file__).resolve().parent
@@ -256,13 +258,15 @@ def target_table() -> str:
 
 
 def claim_table() -> str:
-    rows = [[claim.paper, claim.says, claim.task, claim.found, claim.verdict] for claim in claims()]
-    return table(["paper", "says", "here, on", "found", "verdict"], rows)
+    rows = [[each.paper, each.says, each.task, each.budget, each.found, each.verdict] for each in claims()]
+    return table(["paper", "says", "here, on", "trained on", "found", "verdict"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "learning_text": lambda: learning("learning_text"),
+    "start_scale": start_table,
+    "sizes_text": lambda: size_table("learning_text"),
     "learning_text_mixture": lambda: learning("learning_text_mixture"),
     "learning_vision_cifar10": lambda: learning("learning_vision_cifar10"),
     "learning_vision_mnist": lambda: learning("learning_vision_mnist"),

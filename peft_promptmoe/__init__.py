@@ -14,6 +14,7 @@ from .reports.assignment_report import AssignmentReport, assignment_report
 from .reports.callback import RoutingCallback
 from .reports.recorder import RoutingRecorder, record_routing
 from .reports.routing_report import RoutingReport, routing_report
+from .reports.token_routing import TokenRouting, token_routing
 from .vapt import VAPTConfig, VAPTModel
 from .version import __version__
 
@@ -34,6 +35,7 @@ __all__ = [
     "RoutingCallback",
     "RoutingRecorder",
     "RoutingReport",
+    "TokenRouting",
     "VAPTConfig",
     "VAPTModel",
     "__version__",
@@ -47,4 +49,5 @@ __all__ = [
     "patch_maps",
     "record_routing",
     "routing_report",
+    "token_routing",
 ]

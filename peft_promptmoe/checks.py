@@ -16,8 +16,12 @@ from .config import PromptConfig
 from .engine.kernels import find_kernel
 from .engine.timm_attention import check_fused
 from .models.heads import takes, text_heads
+from .models.patches import hides_patches, says_hidden
 from .models.sites import Site
 from .sharing.rollback import running_load
+
+# Settings under which all blocks count.
+ALL_BLOCKS: dict[str, Any] = {"layers_to_transform": None, "layers_pattern": None}
 
 
 def is_target(config: Any, path: str) -> Any:
@@ -48,24 +52,25 @@ def no_match(model: nn.Module, config: PromptConfig, chosen: bool) -> str:
         chosen: whether `target_modules` was left to us.
     """
     name = type(model).__name__
-    if config.exclude_modules and _paths(model, config, exclude_modules=None):
-        return (
-            f"exclude_modules={config.exclude_modules!r} leaves out all attention layers of {name} that prompts would "
-            "join. Exclude fewer, or leave exclude_modules unset."
-        )
-    if config.modules_to_save and _paths(model, config, modules_to_save=None):
-        return (
-            f"modules_to_save={config.modules_to_save!r} holds all attention layers of {name} that prompts would "
-            "join, and prompts join none that is copied. Name heads only."
-        )
-    free = _paths(model, config, layers_to_transform=None, layers_pattern=None)
+    free = _paths(model, config, **ALL_BLOCKS)
     if config.layers_to_transform is not None and free:
         if config.layers_pattern and not any(_block(config, path) is not None for path in free):
             return (
                 f"layers_pattern={config.layers_pattern!r} names no list of blocks in the paths of {name}'s attention "
                 f"layers, such as {free[0]!r}. Leave it unset, or name the module that holds the blocks."
             )
-        return _no_such_layer(model, config, _several(config.layers_to_transform), free)
+        return _no_such_layer(model, config, _several(config.layers_to_transform), chosen)
+    field = left_out_by(model, config)
+    if field == "exclude_modules":
+        return (
+            f"exclude_modules={config.exclude_modules!r} leaves out all attention layers of {name} that prompts would "
+            "join. Exclude fewer, or leave exclude_modules unset."
+        )
+    if field == "modules_to_save":
+        return (
+            f"modules_to_save={config.modules_to_save!r} holds all attention layers of {name} that prompts would "
+            "join, and prompts join none that is copied. Name heads only."
+        )
     if running_load() is not None:
         made_for = f": {config.base_model_name_or_path!r:.200}." if config.base_model_name_or_path else "."
         return (
@@ -92,28 +97,75 @@ def _paths(model: nn.Module, config: PromptConfig, **changed: Any) -> list[str]:
     return [path for path in paths if is_target(other, path)]
 
 
-def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], paths: list[str]) -> str:
+def left_out_by(model: nn.Module, config: PromptConfig) -> str | None:
+    """Which of `exclude_modules` and `modules_to_save` keeps layers from being prompted; None if neither does."""
+    matched = _paths(model, config, **ALL_BLOCKS)
+    for fields in (["exclude_modules"], ["modules_to_save"], ["exclude_modules", "modules_to_save"]):
+        if len(_paths(model, config, **ALL_BLOCKS, **dict.fromkeys(fields))) > len(matched):
+            return fields[0]
+    return None
+
+
+def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], chosen: bool) -> str:
     """What to say of numbers in `layers_to_transform` that are those of no prompted layer."""
-    there = sorted({number for path in paths if (number := _block(config, path)) is not None})
+    there = _numbers(config, _paths(model, config, **ALL_BLOCKS))
+    all_there = _numbers(config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None, modules_to_save=None))
     whole = there == list(range(len(there)))
     known = f"{there[0]} to {there[-1]}" if whole and len(there) > 1 else ", ".join(map(str, there)) or "none"
-    subject = f"layers_to_transform={config.layers_to_transform!r} leaves no layer"
-    if missing:
-        names = ", ".join(map(str, sorted(missing)))
-        subject = f"layers_to_transform names layer{'s' if len(missing) > 1 else ''} {names}, not"
-        return f"{subject} among the layers of {type(model).__name__} that prompts can join: {known} (from 0 on)."
-    return f"{subject} of {type(model).__name__} to prompt. Leave it unset for all, or name some of {known}."
+    name = type(model).__name__
+    if not missing:
+        return (
+            f"layers_to_transform={config.layers_to_transform!r} leaves no layer of {name} to prompt. Leave it unset "
+            f"for all, or name some of {known}."
+        )
+    strange = missing - set(all_there)
+    subject = f"layers_to_transform names {_named(strange or missing)}"
+    if strange:
+        may = "that prompts can join" if chosen else f"that target_modules={config.target_modules!r} names"
+        return f"{subject}, not among the layers of {name} {may}: {known} (from 0 on).{_used_before(config)}"
+    without = _numbers(config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None))
+    if missing & set(without):
+        return (
+            f"layers_to_transform names {_named(missing & set(without))}, which exclude_modules="
+            f"{config.exclude_modules!r} leaves out. Take it out of one of the two."
+        )
+    return (
+        f"{subject}, of which modules_to_save={config.modules_to_save!r} makes a copy, and prompts join no copy. Name "
+        "heads only in modules_to_save."
+    )
 
 
-def check_layers(model: nn.Module, config: PromptConfig, sites: list[Site]) -> None:
-    """Refuse numbers of layers that there are not."""
+def _numbers(config: PromptConfig, paths: list[str]) -> list[int]:
+    return sorted({number for path in paths if (number := _block(config, path)) is not None})
+
+
+def _named(numbers: set[int]) -> str:
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}"
+
+
+def _used_before(config: PromptConfig) -> str:
+    if config.base_record is None:
+        return ""
+    if running_load() is not None:
+        return " Load the adapter onto the base model it was made for."
+    return (
+        " This config was used for another model before, which may have set layers_to_transform. Make a new config "
+        "for each model."
+    )
+
+
+def check_layers(model: nn.Module, config: PromptConfig, sites: list[Site], chosen: bool) -> None:
+    """Refuse numbers of layers that there are not, or that other settings leave out.
+
+    Args:
+        chosen: whether `target_modules` was left to us.
+    """
     asked = config.layers_to_transform
     if asked is None:
         return
     missing = _several(asked) - {_block(config, site.name) for site in sites}
     if missing:
-        paths = _paths(model, config, layers_to_transform=None, layers_pattern=None)
-        raise ValueError(_no_such_layer(model, config, missing, paths))
+        raise ValueError(_no_such_layer(model, config, missing, chosen))
 
 
 def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site]) -> None:
@@ -177,6 +229,8 @@ def check_has_patches(site: Site, method: str) -> None:
 def check_whole_grid(model: nn.Module, config: PromptConfig, site: Site, method: str) -> None:
     """Refuse settings by which patches get lost, or the patch embedding is not the one that the engine watches."""
     assert site.patches is not None
+    if hides_patches(site.patches.owner):
+        raise ValueError(says_hidden(site.patches.owner))
     dropped = getattr(site.patches.owner, "patch_drop", None)
     if not config.backbone_eval and getattr(dropped, "prob", 0.0) > 0.0:
         raise ValueError(

@@ -135,7 +135,7 @@ class PromptTuner(BaseTuner):
         sites = join(self.model, paths, issubclass(self.prompt_layer_cls, KeyValueLayer))
         if len(sites) < len(paths):
             peft_config.target_modules = {site.name for site in sites}
-        check_layers(self.model, peft_config, sites)
+        check_layers(self.model, peft_config, sites, chosen)
         for site in sites:
             if issubclass(self.prompt_layer_cls, KeyValueLayer):
                 check_attention(site)

@@ -89,6 +89,20 @@ FAULTS = [
         ("tests/contract/test_reference.py", "-k", "routed and gpt2"),
     ),
     Fault(
+        "rows that are real tokens start at another size than the stream that they join",
+        "mept/model.py",
+        'if config.start_scale == "unit" and not layer.as_tokens(adapter_name):',
+        'if config.start_scale == "unit":',
+        ("tests/unit/engine/test_vocabulary_start.py", "-k", "unit_scale and t5"),
+    ),
+    Fault(
+        "every norm is taken to remove scale",
+        "engine/vocabulary_start.py",
+        "return scaled if bool((after - before).norm() <= REMOVED * before.norm()) else inputs",
+        "return scaled",
+        ("tests/unit/engine/test_vocabulary_start.py", "-k", "unit_scale and lets"),
+    ),
+    Fault(
         "the balance loss never reaches the gradient",
         "routing/auxiliary_loss.py",
         "return gradients[0], None if gradient is None else gradient.to(ctx.device), None",
@@ -402,6 +416,13 @@ FAULTS = [
         "call is None or call.learns != torch.is_grad_enabled()",
         "False",
         ("tests/contract/test_handed_on.py", "-k", "carry"),
+    ),
+    Fault(
+        "rows are less open than the tokens under a mask that adds to what is open",
+        "models/written_out.py",
+        "mask.amax(dim=-1, keepdim=True)",
+        "mask.amax(dim=-1, keepdim=True) * 0",
+        ("tests/unit/engine/test_vision_layers.py", "-k", "eomt"),
     ),
 ]
 

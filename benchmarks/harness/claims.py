@@ -21,6 +21,7 @@ class Claim:
         paper: the method that the paper is about.
         says: what the paper says, with its own figure where it gives one.
         task: what was compared on.
+        budget: what every method was trained on there.
         found: both figures; empty where they were not measured.
         verdict: "holds", "does not hold", or that the difference is within the spread of seeds.
     """
@@ -28,6 +29,7 @@ class Claim:
     paper: str
     says: str
     task: str
+    budget: str
     found: str
     verdict: str
 
@@ -45,25 +47,35 @@ def verdict(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 def scores(paper: str, says: str, file: str, method: str, *others: str) -> Claim:
     """That a method scores more than the best of some others."""
-    found = results(file)
-    summary = found.get("summary", {})
-    task = TASKS[file]
+    summary, where = results(file).get("summary", {}), (TASKS[file], budget(file))
     if method not in summary or any(other not in summary for other in others):
-        return Claim(paper, says, task, "", "not measured yet")
+        return Claim(paper, says, *where, "", "not measured yet")
     best = max(others, key=lambda other: float(summary[other]["mean"]))
     one, other = summary[method], summary[best]
     shown = f"{_name(method)} {one['mean']:.3f}, {_name(best)} {other['mean']:.3f}"
-    return Claim(paper, says, task, shown, verdict(one, other))
+    return Claim(paper, says, *where, shown, verdict(one, other))
 
 
 def sizes(paper: str, says: str, file: str, method: str, other: str) -> Claim:
     """That a method trains fewer parameters than another, the head that both train left aside."""
-    summary = results(file).get("summary", {})
+    summary, where = results(file).get("summary", {}), (TASKS[file], budget(file))
     if any(name not in summary for name in (method, other, "head")):
-        return Claim(paper, says, TASKS[file], "", "not measured yet")
+        return Claim(paper, says, *where, "", "not measured yet")
     one, more = (summary[name]["trainable"] - summary["head"]["trainable"] for name in (method, other))
     shown = f"{_name(method)} {one:,}, {_name(other)} {more:,}"
-    return Claim(paper, says, TASKS[file], shown, "holds" if one < more else "does not hold")
+    return Claim(paper, says, *where, shown, "holds" if one < more else "does not hold")
+
+
+def budget(file: str) -> str:
+    """What each method was trained on in a results file: samples and epochs; empty where there are no results."""
+    settings = results(file).get("config")
+    if settings is None:
+        return ""
+    kind = "texts" if "texts" in settings else "images"
+    # Once a rate is chosen, images to choose by are there to train on.
+    samples = settings[kind].get("both", settings[kind]["train"])
+    epochs = settings["budget"]["epochs"]
+    return f"{samples:,} {kind}, {epochs} epoch{'s' * (epochs > 1)}"
 
 
 TASKS = {

@@ -28,7 +28,7 @@ class Method:
     """
 
     attach: Callable[[Any, list[int]], nn.Module]
-    lrs: tuple[float, ...] = (1e-3, 3e-3)
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     frozen: bool = True
     untouched: Callable[[list[int]], int] = lambda blocks: 0
     foreign: bool = False
@@ -45,7 +45,7 @@ def prompts(**settings: Any) -> Method:
         config = VAPTConfig(image_size=[SHOWN, SHOWN], modules_to_save=model.head_names, **settings)
         return get_peft_model(model, config)
 
-    return Method(attach, (3e-3, 1e-2))
+    return Method(attach, (1e-3, 3e-3, 1e-2))
 
 
 def promotion(first: int | None = None, foreign: bool = False, **settings: Any) -> Method:

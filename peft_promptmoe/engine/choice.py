@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -71,10 +72,8 @@ def _check_language_layers(model: Any, sites: list[Site]) -> None:
 
 def _say(left_out: dict[str, CannotJoin], joined: int) -> str:
     """One sentence for each kind of layer that is left out."""
-    kinds: dict[str, list[str]] = {}
-    for path in left_out:
-        kinds.setdefault(_pattern(path), []).append(path)
-    reasons = [f"{len(paths)} of {kind!r} ({left_out[paths[0]].reason})" for kind, paths in kinds.items()]
+    kinds = Counter((_pattern(path), error.reason) for path, error in left_out.items())
+    reasons = [f"{number} of {kind!r} ({reason})" for (kind, reason), number in kinds.items()]
     return (
         f"Prompts join {joined} attention layers and leave out {len(left_out)} that they cannot join: "
         f"{'; '.join(reasons)}."

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.inspection import parameter_names
-from ..models.patches import Grid, Patches
+from ..models.patches import Grid, Patches, hides_patches, says_hidden
 
 
 class GridBook:
@@ -45,13 +45,13 @@ class GridBook:
         for handle in self._handles:
             handle.remove()
 
-    def of(self, tokens: int) -> Grid:
-        """Grid of a sequence of `tokens` tokens, prefix included.
+    def of(self, patches: int) -> Grid:
+        """Grid of a number of patches.
 
         Raises:
             ValueError: no image of so many patches has come through the patch embedding: patches were dropped.
         """
-        count = _number(tokens) - self.patches.prefix
+        count = _number(patches)
         grid = self.grids.get(count)
         if grid is None:
             raise ValueError(
@@ -88,13 +88,8 @@ class GridBook:
         if "noise" not in self._names or not any(reader.needs_patches(name) for reader, name in self._readers()):
             return None
         bound = dict(zip(self._names, args, strict=False)) | kwargs
-        ratio = getattr(getattr(owner, "config", None), "mask_ratio", 0.0)
-        if ratio > 0.0 or bound.get("noise") is not None:
-            raise ValueError(
-                f"{type(owner).__name__} hides and shuffles patches, and the adapter works on the whole patch grid. "
-                "Load the weights into ViTModel or ViTForImageClassification, or set config.mask_ratio=0 and "
-                "pass no noise."
-            )
+        if hides_patches(owner) or bound.get("noise") is not None:
+            raise ValueError(says_hidden(owner))
         pixels = bound["pixel_values"]
         rows, columns = self.patches.grid(tuple(pixels.shape[-2:]))
         noise = torch.arange(rows * columns, device=pixels.device).expand(pixels.shape[0], -1)

@@ -49,7 +49,7 @@ class OwnSteps(TorchFunctionMode):
         assert site.own is not None
         self.columns, self.site, self.own, self.bound = columns, site, site.own, bound
         self.batch = next(iter(bound.values())).shape[0]
-        self.lefts: list[Tensor] = []  # (B, H, T, d) what was multiplied from the left until now, the query first
+        self.lefts: list[Tensor] = []  # what was multiplied from the left until now, the query first
         self.weights: Tensor | None = None  # (B, H, T, R) of the rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,7 @@ class OwnSteps(TorchFunctionMode):
         if self.weights is None and func in PRODUCTS + ADDED_PRODUCTS:
             left, right = _factors(func, args, kwargs)
             if left.ndim >= 3 and right.ndim >= 3:  # Falcon's linear layers multiply with a matrix
-                self.lefts.append(self._by_head(left))
+                self.lefts.append(left)
         elif self.lefts and self.weights is None and func in SOFTMAXES:
             return self._softmax(func, *args, **kwargs)
         elif self.weights is not None and func is F.dropout:
@@ -105,7 +105,7 @@ class OwnSteps(TorchFunctionMode):
 
     def _softmax(self, func: Any, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Weights of the text (…, T, S); those of the rows are kept."""
-        query = self.own.query(self.lefts)
+        query = self._by_head(self.own.query(self.lefts))
         key = self._of_slots([slots.key for slots in self.columns.slots]).to(query.dtype)
         rows = query @ key.transpose(-1, -2) * self.own.scale(self.site.attention)
         bias = self._bias(query, scores.shape[-1])

@@ -29,13 +29,13 @@ def project_rows(site: Site, rows: Tensor, positions: Positions) -> Rows:
         rows: (B or 1, R, D) in the place of layer inputs.
         positions: of the rows.
     """
-    normed = _normed(site, rows)
+    normed = normed_rows(site, rows)
     if site.family is None or not site.family.direct:
         return harvest(site, normed, positions)
     return project_directly(site, normed, positions)
 
 
-def _normed(site: Site, rows: Tensor) -> Tensor:
+def normed_rows(site: Site, rows: Tensor) -> Tensor:
     """What the attention layer would be given of rows in the place of its layer input."""
     normed: Tensor = site.norm(rows) if site.norm is not None else rows
     return normed if site.factor is None else normed * site.factor
@@ -104,7 +104,7 @@ def project_experts(
         found = project_rows(site, rows, row_positions(site, at, offsets))
         experts = Experts(found.key[:, :, :routed], found.value[:, :, :routed], slots)
         return Rows(found.key[:, :, routed:], found.value[:, :, routed:], experts)
-    found = project_directly(site, _normed(site, rows), Positions())
+    found = project_directly(site, normed_rows(site, rows), Positions())
     rotate, scale = rotation(site), rotary_scaling(site)
     by_offset = Turn(*offset_tables(site, angle[0], None if offsets is None else offsets[:routed]), rotate)
     experts = Experts(by_offset.there(found.key[:, :, :routed]), found.value[:, :, :routed], slots)

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from ..models.families import FAMILIES, VISION_FAMILIES
 from ..models.inspection import parameter_names
 from ..models.reachable import TROUBLE, CannotJoin
-from ..models.reader import text_reader
 from ..models.targets import model_type
 from .columns import Overheard
 from .eval_mode import eval_mode
+from .feeds import feed_of
 from .kernels import known_kernel
 from .key_value import NOTED_INPUT, KeyValueLayer
 from .model_hooks import prompt_layers
@@ -28,7 +27,6 @@ from .positions import can_stand_before, first_position, row_positions
 from .projection import project_rows
 from .prompt_layer import PromptLayer
 
-TOKENS = 3
 CLOSE = 0.1  # of a key's size, which half precision and quantisers stay within and a wrong place or norm does not
 
 
@@ -136,7 +134,7 @@ def rehearse(model: nn.Module) -> set[str]:
     """Run a model that only the generic rule knows once, and compare what it makes of prompt rows and of tokens.
 
     A row that is a token's layer input, at the token's position, must get the token's own key and value, in every
-    layer. Nothing is found out of models that want more than token ids or one image.
+    layer. Nothing is found out of models that want more than token ids, one image or one sound.
 
     Returns:
         Paths of the attention layers of which that is so.
@@ -144,7 +142,7 @@ def rehearse(model: nn.Module) -> set[str]:
     Raises:
         CannotJoin: of one it is not, or its input is not what the rule takes it for.
     """
-    feed = _feed(model)
+    feed = feed_of(model)
     if feed is None:
         return set()
     with listening(model) as heard, torch.random.fork_rng(devices=[]):
@@ -178,37 +176,6 @@ def _compare(layer: KeyValueLayer, run: Heard) -> bool:
                 reason = "a prompt with the input of a token gets another key or value than that token"
                 raise CannotJoin(site.name, site.attention, reason)
     return True
-
-
-def _feed(model: Any) -> Callable[[], Any] | None:
-    """What runs the model on a few tokens or on one image; None if it reads neither."""
-    if any(parameter.is_meta for name, parameter in model.named_parameters() if "promptmoe" not in name):
-        return None
-    reader = text_reader(model)
-    if reader is not None:
-        ids = torch.arange(5, 5 + TOKENS, device=next(reader.parameters()).device)[None]
-        return lambda: reader(input_ids=ids)
-    name = getattr(model, "main_input_name", None)
-    sizes = _image(model)
-    if sizes is None:
-        return None
-    image = torch.linspace(-1.0, 1.0, math.prod(sizes)).reshape(1, *sizes).to(next(model.parameters()))
-    return lambda: model(**{name: image}) if name else model(image)
-
-
-def _image(model: Any) -> tuple[int, ...] | None:
-    """Channels, rows and columns of the images that the model takes; None if it does not say."""
-    found = (layer.site.patches for layer in prompt_layers(model) if layer.site.patches is not None)
-    for patches in found:
-        if patches.image_size is not None:
-            return (patches.embedding.in_channels, *patches.image_size)
-    timm = getattr(model, "timm_model", model)
-    if size := getattr(timm, "pretrained_cfg", {}).get("input_size"):
-        return tuple(size)
-    side = getattr(getattr(model, "config", None), "image_size", None)
-    if getattr(model, "main_input_name", None) != "pixel_values" or side is None:
-        return None
-    return (getattr(model.config, "num_channels", 3), *([side, side] if isinstance(side, int) else side))
 
 
 def _say_what_repeats(heard: dict[str, list[Heard]]) -> None:

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models.reachable import TROUBLE, CannotJoin
+from ..models.sites import Site
+from .projection import normed_rows
 from .rehearsal import listening, saved_modules_of
+
+REMOVED = 0.05  # what a norm's epsilon may leave of a change of scale, of the size of its output
 
 
 def why_unread(model: nn.Module, reader: nn.Module | None, length: int) -> str | None:
@@ -67,3 +71,25 @@ def vocabulary_inputs(
         except TROUBLE as error:
             return {}, f"run on token ids alone it ends in {type(error).__name__} ({str(error).rstrip('.')})"
     return {name: runs[-1].layer_input for name, runs in heard.items()}, None
+
+
+@torch.no_grad()
+def at_unit_scale(site: Site, inputs: Tensor) -> Tensor:
+    """Layer inputs divided by one number, so that the root mean square of the middle one is 1.
+
+    One number and not one for each row: the rows that a model rests its attention on are a hundred times as large as
+    others, and have to move as little as they did for attention to stay where it is.
+
+    Args:
+        site: the attention layer.
+        inputs: (N, P, D).
+
+    Returns:
+        (N, P, D); `inputs` itself where there is no norm in front of attention, or one that lets scale through.
+    """
+    size = inputs.double().square().mean(dim=-1).sqrt().median()
+    if site.norm is None or not (torch.isfinite(size) and size > 0):
+        return inputs
+    scaled = (inputs / size.to(inputs.dtype)).to(inputs.dtype)
+    before, after = normed_rows(site, inputs).double(), normed_rows(site, scaled).double()
+    return scaled if bool((after - before).norm() <= REMOVED * before.norm()) else inputs

@@ -14,6 +14,7 @@ from ..registration import ensure_peft_type
 Routing = Literal["auto", "sample", "token"]
 Positions = Literal["auto", "prefix", "unrotated"]
 Start = Literal["auto", "sample_vocab", "random"]
+StartScale = Literal["unit", "inputs"]
 
 
 @dataclass
@@ -63,6 +64,11 @@ class MEPTConfig(VirtualTokensConfig):
             others, with one warning that says why; models that read no text start at random. Shared experts whose
             rows are added to those of routed ones (sample routing) start at a tenth of the random spread in either way
             (official code, in effect: at zero), so that experts differ at once.
+        start_scale: size of rows that start as layer inputs. "unit" divides all rows of a layer by one number, so that
+            the root mean square of the middle one is 1, where the norm in front of attention removes that number
+            again: rows of all layers then move alike at one learning rate, and shared experts that are added weigh a
+            tenth of routed ones. "inputs" leaves them as the model makes them, up to a hundred times as large in deep
+            layers as in the first. Where no norm removes the number, rows are left as they are.
         init_std: spread of randomly initialised rows; "match" takes the spread of the layer's input where a norm makes
             it (post-norm models) and 1 elsewhere, where the block's norm removes any scale.
         prompt_weights: how much the rows of each of several static prompts count in attention (the log of it is added
@@ -105,6 +111,9 @@ class MEPTConfig(VirtualTokensConfig):
     prompt_init: Start = field(
         default="auto", metadata={"help": "Start of the rows: 'sample_vocab', 'random', or 'auto' by the model."}
     )
+    start_scale: StartScale = field(
+        default="inputs", metadata={"help": "Size of rows that start as layer inputs: 'unit' or 'inputs'."}
+    )
     init_std: Spread = field(default="match", metadata={"help": "Spread of the initial rows, or 'match'."})
     prompt_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each prompt that add_weighted_adapter has put together."}
@@ -125,6 +134,7 @@ class MEPTConfig(VirtualTokensConfig):
         check_choice("routing", self.routing, Routing)
         check_choice("prompt_positions", self.prompt_positions, Positions)
         check_choice("prompt_init", self.prompt_init, Start)
+        check_choice("start_scale", self.start_scale, StartScale)
         for name in ("router_norm", "router_centering", "renormalize_top_k"):
             check_bool(name, getattr(self, name))
         if self.decoder_sees_prompts != "auto":

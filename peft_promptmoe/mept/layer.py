@@ -23,6 +23,7 @@ from ..routing.router import (
     top_k_log_gates,
     without_autocast,
 )
+from ..sharing.rollback import is_loading
 from .center import RouterCenter
 from .config import MEPTConfig
 
@@ -52,10 +53,10 @@ class MEPTLayer(KeyValueLayer):
         width, slots = self.site.width, config.num_virtual_tokens
         std = self._initial_std(config) / config.prompt_scale
         self.prompt_config[adapter] = config
-        self.mept_prompts[adapter] = PromptTable(torch.randn(config.num_experts, slots, width) * std)
+        self.mept_prompts[adapter] = PromptTable(random_rows(config.num_experts, slots, width, std))
         if config.num_shared_experts:
-            shared = torch.randn(config.num_shared_experts, slots, width) * std
-            self.mept_shared_prompts[adapter] = PromptTable(shared * (SHARED_START if shared_are_added(config) else 1))
+            std = std * SHARED_START if shared_are_added(config) else std
+            self.mept_shared_prompts[adapter] = PromptTable(random_rows(config.num_shared_experts, slots, width, std))
         if config.num_experts > 1:
             self.mept_router[adapter] = PromptTable(orthogonal_rows(config.num_experts, width))
             if config.router_centering:
@@ -223,6 +224,16 @@ def shared_are_added(config: MEPTConfig) -> bool:
 def experts_to_start(config: MEPTConfig) -> int:
     """How many experts start as layer inputs on vocabulary tokens."""
     return config.num_experts + (0 if shared_are_added(config) else config.num_shared_experts)
+
+
+def random_rows(experts: int, slots: int, width: int, std: float) -> Tensor:
+    """(E, P, D) normal numbers of spread `std`; while a file is loaded, nothing yet.
+
+    To draw the numbers of many experts takes longer than to read those that replace them, and a file that lacks any of
+    them is refused.
+    """
+    rows = torch.empty(experts, slots, width)
+    return rows if is_loading() else rows.normal_(std=std)
 
 
 def orthogonal_rows(rows: int, width: int) -> Tensor:

@@ -14,7 +14,7 @@ from ..engine.kernels import check_chosen
 from ..engine.model_hooks import prompt_layers
 from ..engine.positions import can_stand_before, no_angles
 from ..engine.token_form import why_decoder_cannot_see
-from ..engine.vocabulary_start import vocabulary_inputs, why_unread
+from ..engine.vocabulary_start import at_unit_scale, vocabulary_inputs, why_unread
 from ..models.reader import text_reader
 from ..models.sites import Site
 from ..models.targets import is_encoder_decoder
@@ -80,8 +80,8 @@ class MEPTModel(PromptTuner):
         layers = [m for m in prompt_layers(self.model) if isinstance(m, MEPTLayer) and adapter_name in m.prompt_config]
         inputs: dict[str, Tensor] = {}
         if reader is not None and reason is None:
-            rows = experts_to_start(config)
-            inputs, reason = vocabulary_inputs(self.model, reader, adapter_name, rows, length)
+            number = experts_to_start(config)
+            inputs, reason = vocabulary_inputs(self.model, reader, adapter_name, number, length)
             unheard = [layer.site.name for layer in layers if layer.site.name not in inputs]
             if unheard and reason is None:
                 reason = f"text alone does not reach {len(unheard)} of the prompted layers, such as {unheard[0]!r}"
@@ -89,7 +89,11 @@ class MEPTModel(PromptTuner):
             self._say_why(config, reason)
         for layer in layers:
             if layer.site.name in inputs:
-                layer.start_from(adapter_name, inputs[layer.site.name])
+                rows = inputs[layer.site.name]
+                # Real tokens keep their size behind the norm, in the block's residual stream.
+                if config.start_scale == "unit" and not layer.as_tokens(adapter_name):
+                    rows = at_unit_scale(layer.site, rows)
+                layer.start_from(adapter_name, rows)
 
     def _say_why(self, config: MEPTConfig, reason: str) -> None:
         """Refuse, or warn, where prompts cannot start as layer inputs on vocabulary tokens."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from .alibi import BLOOM, FALCON, MPT
 from .disentangled import DEBERTA, DEBERTA_V2
 from .own_attention import OwnAttention
-from .relative import CONFORMER, PARAKEET, ROFORMER, WAVLM
+from .relative import CONFORMER, PARAKEET, ROFORMER, SPEECHT5, WAVLM
 from .written_out import (
     BART_LIKE,
     BERT_LIKE,
     CTRL,
+    EOMT,
     GPT_NEO,
     GPT_NEOX_JAPANESE,
     LUKE,
@@ -20,6 +21,7 @@ from .written_out import (
     OPENAI_GPT,
     PROPHETNET,
     VIDEOMAE,
+    VJEPA2,
     XGLM,
 )
 
@@ -101,6 +103,7 @@ FAMILIES: dict[str, Family] = {
         input_norm="final_layer_norm",
         stem_norm="encoder.layernorm_embedding",
     ),
+    "whisper": Family(r"(.*\.)?layers\.\d+\.self_attn", norm="self_attn_layer_norm"),
     "gpt2": Family(r"(.*\.)?h\.\d+\.attn", norm="ln_1", fused="c_attn"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -143,6 +146,8 @@ VISION_FAMILIES: dict[str, Family] = {
     "dinov3_vit": Family(r"(.*\.)?layer\.\d+\.attention", norm="norm1"),
     "videomae": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attention", norm=FOUND, own=VIDEOMAE),
     "data2vec-vision": Family(r"(.*\.)?encoder\.layer\.\d+\.attention\.attention", norm=FOUND, own=VIDEOMAE),
+    "eomt": Family(r"(.*\.)?layers\.\d+\.attention", norm="norm1", own=EOMT),
+    "vjepa2": Family(r"(.*\.)?encoder\.layer\.\d+\.attention", norm="norm1", own=VJEPA2),
     "clip_vision_model": Family(_CLIP_PATH, norm="layer_norm1"),
     "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1", rows_by_mask=True),
 }
@@ -161,6 +166,12 @@ LAYER_FAMILIES: dict[str, Family] = {
         Family(_SPEECH_PATH, norm="self_attn_layer_norm", own=CONFORMER),
     ),
     "ParakeetEncoderAttention": Family(_SPEECH_PATH, norm=FOUND, own=PARAKEET),
+    "SpeechT5Attention": Family(
+        r"(.*\.)?layers\.\d+\.attention",
+        own=SPEECHT5,
+        input_norm="final_layer_norm",
+        stem_norm="encoder.layer_norm",
+    ),
     "WavLMAttention": Family(r"(.*\.)?layers\.\d+\.attention", norm=FOUND, own=WAVLM),
 }
 

@@ -144,7 +144,8 @@ class OwnAttention:
         turns: whether the layer turns its keys by the rotary tables it is given, and
         turned: how many features of a head it turns; None for all.
         table: attribute of the module that holds the model's relative positions, which `bias` is handed as the owner.
-        query: gives what multiplies the rows, of all left factors up to the softmax (B, H, T, d) in their order.
+        query: gives what multiplies the rows, (B, H, T, d) or (B * H, T, d), of all left factors up to the softmax
+            in their order.
         why_not: says why an option of the model rules prompts out; None where nothing does.
     """
 

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from .inspection import parameter_names
 
 PREFIX_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 
@@ -70,11 +73,34 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
     owner = next((module for module in owners if count_prefix(module) is not None), owners[0])
     return Patches(
         embedding=embedding,
-        prefix=count_prefix(owner) or 0,
+        prefix=(count_prefix(owner) or 0) + _queries_in_front(config, path),
         size=tuple(embedding.kernel_size),
         image_size=_image_size([*owners, config]),
         owner=owner,
         pads=any(getattr(module, "dynamic_img_pad", False) for module in owners),
+    )
+
+
+def _queries_in_front(config: Any, path: str) -> int:
+    """Queries that EoMT puts in front of all other tokens before the last blocks of its encoder."""
+    blocks, queries = getattr(config, "num_blocks", None), getattr(config, "num_queries", None)
+    number = re.search(r"(?<![^.])\d+(?![^.])", path)
+    if blocks is None or queries is None or number is None:
+        return 0
+    return int(queries) if int(number.group()) >= config.num_hidden_layers - blocks else 0
+
+
+def hides_patches(owner: nn.Module) -> bool:
+    """Whether a module that makes tokens of an image leaves some of them out (ViT-MAE)."""
+    config = getattr(owner, "config", None)
+    return "noise" in parameter_names(owner) and getattr(config, "mask_ratio", 0.0) > 0.0
+
+
+def says_hidden(owner: nn.Module) -> str:
+    """What a user is told of a module that hides patches."""
+    return (
+        f"{type(owner).__name__} hides and shuffles patches, and the adapter works on the whole patch grid. Load the "
+        "weights into ViTModel or ViTForImageClassification, or set config.mask_ratio=0 and pass no noise."
     )
 
 

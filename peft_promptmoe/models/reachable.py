@@ -114,6 +114,18 @@ def _biases_of_the_stack(model: nn.Module, path: str, attention: Any) -> str | N
     return None
 
 
+def check_timm(attention: Any, path: str) -> None:
+    """Refuse attention layers of timm whose queries are not one for each token of their block, or see but some.
+
+    Raises:
+        CannotJoin: with the reason.
+    """
+    if getattr(attention, "use_mask_unit_attn", False):
+        raise CannotJoin(path, attention, "it attends within windows, and not over all tokens of its block")
+    if getattr(attention, "q_stride", 1) > 1:
+        raise CannotJoin(path, attention, "it merges its queries, so that there are fewer of them than tokens")
+
+
 def turns_keys(attention: nn.Module) -> bool:
     """Whether the layer's own code turns queries and keys by rotary angles."""
     return any("rot" in name for name in unwrapped_forward(attention).__code__.co_names)

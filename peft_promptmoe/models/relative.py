@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of speech: conformers and WavLM, whose scores depend on how far query and key stand apart."""
+"""Encoders of speech: conformers, WavLM and SpeechT5, whose scores depend on how far query and key stand apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .own_attention import Asked, Attribute, OwnAttention, TwoProjections, if_decoder, last_of
+from .own_attention import Asked, Attribute, OwnAttention, TwoProjections, if_decoder, last_of, not_scaled
 
 
 def _of_sinusoids(asked: Asked, encoding: Any, weights: Any, content: Tensor, position: Tensor) -> Tensor:
@@ -83,6 +83,13 @@ def _wavlm_bias(asked: Asked) -> Tensor:
     return gate * bias
 
 
+def _speecht5_bias(asked: Asked) -> Tensor:
+    """Products of queries, which it scales before, with one entry for each distance (arXiv 1803.02155)."""
+    table, limit = asked.owner.pe_k.weight, asked.owner.max_length
+    entries = table[asked.distance().clamp(-limit, limit - 1) + limit].to(asked.query.dtype)
+    return (asked.query.transpose(1, 2) @ entries.transpose(-1, -2)).transpose(1, 2)
+
+
 def _turn(x: Tensor, columns: Tensor) -> Tensor:
     """Rows (B or 1, H, R, d) turned to positions (B or 1, R), neighbouring features by one angle each."""
     width = x.shape[-1]
@@ -125,6 +132,7 @@ WAVLM = OwnAttention(
     opens=_tokens,
     table="rel_attn_embed",
 )
+SPEECHT5 = OwnAttention(TwoProjections("k_proj", "v_proj"), scale=not_scaled, bias=_speecht5_bias, table="pe_k")
 ROFORMER = OwnAttention(
     TwoProjections("key", "value"),
     bias=_roformer_bias,

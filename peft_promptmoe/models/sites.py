@@ -13,7 +13,7 @@ from .families import Family
 from .inspection import calls_attention_interface, parameter_names, reads_into, unwrapped_forward
 from .own_attention import OwnAttention
 from .patches import Patches, find_patches
-from .reachable import CannotJoin, check_reachable, hands_on_its_mask_only, is_differential
+from .reachable import CannotJoin, check_reachable, check_timm, hands_on_its_mask_only, is_differential
 from .surroundings import bias_owner, block_of, input_norm, input_std, rotary_embedding, rotary_type, sine_first
 from .targets import (
     decoder_modules,
@@ -114,6 +114,8 @@ def find_site(model: nn.Module, path: str) -> Site:
         )
     if own is not None and (reason := own.why_not(attention)) is not None:
         raise CannotJoin(path, attention, reason)
+    if timm:
+        check_timm(attention, path)
     if getattr(attention, "reorder_and_upcast_attn", False):
         raise ValueError(
             f"{type(attention).__name__} with reorder_and_upcast_attn=True leaves out transformers' "

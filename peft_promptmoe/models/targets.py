@@ -13,6 +13,9 @@ from .families import FAMILIES, LAYER_FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION
 from .inspection import calls_attention_interface, calls_sdpa
 from .patches import find_patches
 
+# How models call the tokens that one looks at: Swin, Hiera, Twins; LED and Longformer; LongT5; BigBird and Pegasus-X.
+WINDOWS = ("window_size", "mask_unit_size", "ws", "one_sided_attn_window_size", "local_radius", "block_size")
+
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec|x_attn", re.IGNORECASE)
 
 
@@ -55,17 +58,24 @@ def _why_none(model: nn.Module) -> str:
             f"({next(iter(windowed))}), and a prompt is read by all tokens of a layer. Use a plain vision transformer "
             "of transformers or timm."
         )
+    named = [type(module).__name__ for module in model.modules() if _is_named_attention(module)]
+    own = f"{named[0]} computes attention in a way of its own" if named else "none of its modules computes attention"
     return (
-        f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: none of its modules computes "
-        "attention through transformers' AttentionInterface, or as timm's plain vision transformers do. Use a model "
-        "whose attention does (most architectures of transformers 5, vision transformers of timm), or name such "
-        "layers in `target_modules`."
+        f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: {own}, and not through "
+        "transformers' AttentionInterface or as timm's plain vision transformers do. Use a model whose attention does "
+        "(most architectures of transformers 5, vision transformers of timm)."
     )
+
+
+def _is_named_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention layer by its name, and none within it is."""
+    names = [re.search(r"Attention|Attn", type(part).__name__) is not None for part in module.modules()]
+    return names[0] and not any(names[1:])
 
 
 def attends_within_windows(module: nn.Module) -> bool:
     """Whether a module is an attention layer, or a block around one, that looks at one window at a time."""
-    size = getattr(module, "window_size", 0) or getattr(module, "mask_unit_size", 0) or getattr(module, "ws", 0)
+    size = next((found for name in WINDOWS if (found := getattr(module, name, 0))), 0)
     named = re.search(r"window|Attention|Attn|Block|Layer", type(module).__name__) is not None
     return named and (size > 0 if isinstance(size, int) else bool(size))
 

@@ -30,12 +30,20 @@ def _mpnet_bias(asked: Asked) -> Tensor:
     return bias
 
 
+def _eomt_bias(asked: Asked) -> Tensor:
+    """What its mask has where attention is open, which is 1 and not 0."""
+    mask = asked.bound.get("attention_mask")
+    return asked.query.new_zeros(1, 1, 1, 1) if mask is None else mask.amax(dim=-1, keepdim=True)
+
+
 GPT_NEO = OwnAttention(TwoProjections("k_proj", "v_proj"), scale=not_scaled, causal=always)
 XGLM = GPT_NEO  # scales its queries before
 OPENAI_GPT = OwnAttention(_openai_project, scale=_openai_scale, causal=always)
 BERT_LIKE = OwnAttention(TwoProjections("key", "value"), causal=if_decoder)
 MPNET = OwnAttention(TwoProjections("k", "v"), bias=_mpnet_bias)
 VIDEOMAE = OwnAttention(TwoProjections("key", "value"))
+EOMT = OwnAttention(TwoProjections("k_proj", "v_proj"), scale=Attribute("scale"), bias=_eomt_bias)
+VJEPA2 = VIDEOMAE  # turns patches by frame, row and column; prompts stand at none and are not turned
 
 
 def _neox_project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState
-from ..checks import refuse_task_type
+from ..checks import left_out_by, refuse_task_type
 from ..engine.prompt_layer import PromptLayer
 from ..models.heads import vision_heads
 from ..models.sites import Site, find_site
@@ -127,9 +127,10 @@ class PMoEModel(PromptTuner):
                 "tower. Leave target_modules unset."
             )
         if config.layers_to_transform is None and found != everything:
+            field = left_out_by(self.model, config) or "target_modules"
             raise ValueError(
-                "pMoE aligns its experts' blocks by depth, so some are named by layers_to_transform and not by "
-                "target_modules or exclude_modules. Leave these unset."
+                f"pMoE aligns its experts' blocks by depth, and {field}={getattr(config, field)!r} leaves some of the "
+                f"base model's out. Take them out of {field}; choose blocks by layers_to_transform."
             )
 
     def _classifier(self, tower: list[Site], experts: bool) -> str | None:

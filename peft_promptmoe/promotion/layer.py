@@ -177,7 +177,7 @@ class ProMotionLayer(BlockLayer):
         """(B or 1, K, d) the directions that prototypes start from."""
         if config.proposal == "pool":
             assert self.grids is not None
-            return pool_proposals(u, self.grids.of(u.shape[1] + self.patches.prefix), config.num_prototypes)
+            return pool_proposals(u, self.grids.of(u.shape[1]), config.num_prototypes)
         bank: Any = self.promotion_bank[adapter]
         if learns and bank.may_be_unstarted:
             return bank.start(u.flatten(0, 1))[None].to(u.dtype)

@@ -39,8 +39,8 @@ def draw_load(layers: Sequence[int], load: Tensor, entropy: Tensor, over: str) -
     figure = Picture(figsize=(min(2.6 + 0.6 * experts, SCREEN[0]), 1.9 + height), layout="constrained")
     axes, side = figure.subplots(1, 2, sharey=True, width_ratios=[max(experts, 3), 1.2])
     image = axes.imshow(load.numpy(), vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto", interpolation="nearest")
-    _thin(axes.xaxis, range(experts))
-    _thin(axes.yaxis, layers)
+    thin(axes.xaxis, range(experts))
+    thin(axes.yaxis, layers)
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     side.barh(range(depth), entropy.tolist(), height=0.9, color="0.6")
@@ -79,8 +79,8 @@ def draw_pathways(
         )
         title = textwrap.shorten(names[number], 28, placeholder="...")
         axes.set_title(f"{title}\n{counts[number]}" if title else counts[number], fontsize=8)
-        _thin(axes.xaxis, range(experts), 10)
-        _thin(axes.yaxis, layers)
+        thin(axes.xaxis, range(experts), 10)
+        thin(axes.yaxis, layers)
     figure.supxlabel("expert", fontsize=10)
     figure.supylabel("layer", fontsize=10)
     figure.colorbar(image, ax=grid, label="share of the class's choices")
@@ -97,7 +97,7 @@ def draw_dispatch(
     rows = math.ceil(count / columns)
     most = max(sum(expert == number for expert, _ in blocks) for number in range(count))
     groups = [*(f"prompts of {name}" for name in experts), "carried prompts", "patches"][: shares.shape[1]]
-    colours = [*_distinct(count), CARRIED, PATCHES]
+    colours = [*distinct(count), CARRIED, PATCHES]
     legend = 0.25 * math.ceil(len(groups) / columns)
     width = min(1.6 + 0.22 * most, SCREEN[0] / columns)
     figure = Picture(figsize=(max(width * columns, 5.0), 1.0 + 2.6 * rows + legend), layout="constrained")
@@ -114,7 +114,7 @@ def draw_dispatch(
         if decided is not None:
             title += f"\ndecides {float(decided[number]):.0%} of the images"
         axes.set_title(title, fontsize=9)
-        _thin(axes.xaxis, [blocks[place][1] for place in own], 12)
+        thin(axes.xaxis, [blocks[place][1] for place in own], 12)
         axes.set_xlabel("block")
     for row in grid:
         row[0].set_ylabel("share")
@@ -169,14 +169,14 @@ def finish(figure: Picture, path: Path | None) -> Picture:
     return figure
 
 
-def _thin(axis: Any, labels: Sequence[Any], most: int = LABELS) -> None:
+def thin(axis: Any, labels: Sequence[Any], most: int = LABELS) -> None:
     """Label an axis, every few places where there are too many; the first one always."""
     step = math.ceil(len(labels) / most)
     places = range(0, len(labels), max(step, 1))
     axis.set_ticks(places, [str(labels[place]) for place in places], fontsize=8)
 
 
-def _distinct(count: int) -> list[Any]:
+def distinct(count: int) -> list[Any]:
     if count <= 10:
         return [colormaps["tab10"](number) for number in range(count)]
     return [colormaps["turbo"](number / (count - 1)) for number in range(count)]

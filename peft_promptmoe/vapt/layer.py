@@ -105,7 +105,8 @@ class VAPTLayer(VAPTState, KeyValueLayer):
             return F.dropout(prompts.expand(x.shape[0], -1, -1), config.prompt_dropout)
         assert self.grids is not None and self.site.patches is not None
         with without_autocast(x):
-            prompts = self._adapt(adapter, config, x, self.grids.of(x.shape[1]))
+            grid = self.grids.of(x.shape[1] - self.site.patches.prefix)
+            prompts = self._adapt(adapter, config, x, grid)
             return temper(prompts, getattr(self.site.norm, "eps", None))
 
     def _adapt(self, adapter: str, config: VAPTConfig, x: Tensor, grid: Grid) -> Tensor:

@@ -26,6 +26,8 @@ VOCAB, WIDTH, HEADS, LENGTH, TARGETS, IGNORED = 64, 32, 4, 8, 5, -100
 LENGTHS = (LENGTH, LENGTH - 4, LENGTH - 1)
 PROMPT_CHILD = "promptmoe"
 
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "input_features")
+
 Batch = dict[str, Tensor]
 
 
@@ -42,9 +44,11 @@ class Architecture:
             the model counts itself), None where the architecture cannot have it.
         heads: modules that train and are saved along with the adapter.
         pixels: rows and columns of the images.
+        sound: bins and frames of what is given in place of images, by models of sounds of one length.
         timm: whether the attention layers are timm's.
         own: whether they compute attention themselves.
         only: the one kernel that the architecture has, if it does not have all.
+        single: whether its softmax is in float32, where the masks of a float64 model make NaN of padding on the left.
         tolerance: of comparisons in float64, which a model leaves where it computes in float32.
         dense: whether an image has a label for every pixel.
         for_its_head: whether it is here for a head of several layers, and only for rows that depend on that.
@@ -57,9 +61,11 @@ class Architecture:
     left: str | None
     heads: tuple[str, ...] = ()
     pixels: tuple[int, int] = (32, 32)
+    sound: tuple[int, int] | None = None
     timm: bool = False
     own: bool = False
     only: str | None = None
+    single: bool = False
     tolerance: float = 1e-12
 
     @property
@@ -268,6 +274,23 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(
         "MistralForCausalLM", "MistralConfig", _LLAMA | {"sliding_window": 5}, "CAUSAL_LM", "free"
     ),
+    "gemma2": Architecture(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        _LLAMA
+        | {
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 30.0,
+        },
+        "CAUSAL_LM",
+        "free",
+        only="eager",  # sdpa has no cap
+        tolerance=1e-5,
+        single=True,
+    ),
     "gemma3": Architecture(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
@@ -400,6 +423,35 @@ ARCHITECTURES: dict[str, Architecture] = {
         "free",
         only="eager",
         tolerance=1e-5,
+    ),
+    "whisper": Architecture(  # the encoder alone, under a head
+        "WhisperForAudioClassification",
+        "WhisperConfig",
+        {
+            "vocab_size": VOCAB,
+            "d_model": WIDTH,
+            "encoder_layers": 2,
+            "decoder_layers": 1,
+            "encoder_attention_heads": HEADS,
+            "decoder_attention_heads": HEADS,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "num_mel_bins": 8,
+            "max_source_positions": 16,
+            "dropout": 0.0,
+            "classifier_proj_size": 16,
+            "num_labels": 3,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+        "IMAGE",
+        None,
+        ("projector", "classifier"),
+        sound=(8, 32),
     ),
     "vit": Architecture("ViTForImageClassification", "ViTConfig", _VIT, "IMAGE", None, ("classifier",)),
     "dinov2": Architecture(
@@ -576,19 +628,24 @@ def _mept_variants() -> dict[str, dict[str, Variant]]:
     """Both routings everywhere; the decoder of an encoder-decoder sees prompts of sample routing only."""
     table: dict[str, dict[str, Variant]] = {}
     for name, architecture in ARCHITECTURES.items():
-        if architecture.task_type == "IMAGE" and name not in ("vit", "timm_vit"):
+        if architecture.task_type == "IMAGE" and name not in ("vit", "timm_vit", "whisper"):
             continue
         if architecture.for_its_head:
             head = {"modules_to_save": list(architecture.heads)}
             table[name] = {"sample": Variant({"routing": "sample"} | head)}
             continue
         alone = {"decoder_sees_prompts": False} if architecture.task_type == "SEQ_2_SEQ_LM" else {}
+        if architecture.sound is not None:  # whose heads nobody knows of
+            alone = {"modules_to_save": list(architecture.heads)}
         eager = name in ("bert", "t5", "gpt2", "gemma3")
         if architecture.own and architecture.task_type == "CAUSAL_LM":
             table[name] = {"token": Variant({"routing": "token"}, causal=True)}
             continue
         table[name] = {
-            "sample": Variant({"routing": "sample"}, kernels=_BOTH if name in ("bert", "t5", "bart") else ("sdpa",)),
+            "sample": Variant(
+                {"routing": "sample"} | (alone if architecture.sound else {}),
+                kernels=_BOTH if name in ("bert", "t5", "bart") else ("sdpa",),
+            ),
             "token": Variant({"routing": "token"} | alone, causal=True, kernels=_BOTH if eager else ("sdpa",)),
         }
     return table
@@ -597,7 +654,7 @@ def _mept_variants() -> dict[str, dict[str, Variant]]:
 def _vapt_variants() -> dict[str, dict[str, Variant]]:
     table: dict[str, dict[str, Variant]] = {}
     for name, architecture in ARCHITECTURES.items():
-        if architecture.task_type != "IMAGE":
+        if architecture.task_type != "IMAGE" or architecture.sound is not None:
             continue
         size = {"image_size": list(architecture.pixels)} if name == "dinov2" else {}
         if architecture.for_its_head:  # found without being named
@@ -670,7 +727,7 @@ METHODS: dict[str, Method] = {
         settings={"num_virtual_tokens": 3, "init_weights": False},
         variants=_pmoe_variants(),
         refusals=(
-            ("vit", {"exclude_modules": ["layers.1.attention"]}, "layers_to_transform"),
+            ("vit", {"exclude_modules": ["layers.1.attention"]}, "exclude_modules=.* leaves some of the base model"),
             ("timm_vit", {"fusion": "mean"}, "fusion='mean' averages features of one width"),
         ),
         other={"num_virtual_tokens": 2, "dispatcher": "none"},
@@ -684,7 +741,7 @@ METHODS: dict[str, Method] = {
         variants=_promotion_variants(),
         refusals=(
             ("vit", {"modules_to_save": ["projection"]}, "would copy the patch embedding"),
-            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "layers_to_transform names layer 1, not among"),
+            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "names layer 1, which exclude_modules=.* leaves out"),
         ),
         noisy={"noisy_features": True, "denoise_weight": 1.0},
         other={"num_prototypes": 2, "denoiser": "tokens"},
@@ -795,6 +852,9 @@ class Case:
     def _sample(self, length: int, seed: int) -> Batch:
         generator = torch.Generator().manual_seed(seed)
         if not self.reads_text:
+            if self.architecture.sound is not None:
+                features = torch.randn(self.architecture.sound, generator=generator)
+                return {"input_features": features, "labels": torch.randint(3, (), generator=generator)}
             pixels = torch.randn(3, *self.architecture.pixels, generator=generator)
             places = self.architecture.pixels if self.architecture.dense else ()
             return {"pixel_values": pixels, "labels": torch.randint(3, places, generator=generator)}
@@ -849,9 +909,7 @@ class Case:
 
     def prompt_only(self, batch: Batch) -> Batch:
         """The batch without its targets, for `generate`."""
-        return {
-            name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "pixel_values")
-        }
+        return {name: value for name, value in batch.items() if name in INPUTS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -860,9 +918,10 @@ class Case:
 
 
 def fit(model: nn.Module, batch: Batch) -> Batch:
-    """The batch with images in the type of the model's weights."""
+    """The batch with images and sounds in the type of the model's weights."""
     dtype = next(p.dtype for name, p in model.named_parameters() if PROMPT_CHILD not in name)
-    return {name: value.to(dtype) if name == "pixel_values" else value for name, value in batch.items()}
+    given = ("pixel_values", "input_features")
+    return {name: value.to(dtype) if name in given else value for name, value in batch.items()}
 
 
 def logits(model: nn.Module, batch: Batch, **kwargs: Any) -> Tensor:

@@ -19,11 +19,12 @@ WORKS = "works"
 NOT_ON_INTERFACE = "no attention layer that peft_promptmoe can reach"
 KEEPS_KEYWORDS = "does not pass keyword arguments on"
 OTHER_INPUTS = "takes queries, keys and values from different inputs"
+STAYS = "its attention stays within windows"
 WINDOWS = "attends within windows or over several resolutions"
 NEIGHBOURS = "made of neighbouring tokens as well"
 OTHER_BIASES = "adds a relative position bias of a form that prompts cannot be given"
 
-AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS, WINDOWS, NEIGHBOURS, OTHER_BIASES)
+AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS, STAYS, WINDOWS, NEIGHBOURS, OTHER_BIASES)
 
 
 @dataclass(frozen=True)
@@ -378,11 +379,14 @@ ARCHITECTURES: dict[str, Arch] = {
         {"encoder": _GEMMA_STACK, "decoder": _GEMMA_STACK, "dropout_rate": 0.0, "decoder_start_token_id": 1},
         tolerance=1e-5,
     ),
-    "longt5": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _T5),
+    "longt5": Arch(STAYS, _SEQ2SEQ, _T5),
     # Whose layers have a table like T5's, and add what the stack makes of three.
     "udop": Arch(OTHER_BIASES, _ANY, _T5 | {"image_size": 16, "patch_size": 4, "max_2d_position_embeddings": 32}),
-    "led": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _BART),
-    "pegasus_x": Arch(NOT_ON_INTERFACE, _SEQ2SEQ, _BART),
+    "led": Arch(STAYS, _SEQ2SEQ, _BART),
+    "pegasus_x": Arch(STAYS, _SEQ2SEQ, _BART),
+    "fsmt": Arch(
+        NOT_ON_INTERFACE, _SEQ2SEQ, _BART | {"langs": ["en", "de"], "src_vocab_size": 64, "tgt_vocab_size": 64}
+    ),
     # Vision and speech
     "vit": Arch(EXACT, _ANY, _VIT),
     "deit": Arch(EXACT, _ANY, _VIT),
@@ -397,10 +401,12 @@ ARCHITECTURES: dict[str, Arch] = {
     "yolos": Arch(EXACT, _ANY, _VIT | {"image_size": [16, 16], "num_detection_tokens": 3}),
     "clip_vision_model": Arch(EXACT, _ANY, _VIT),
     "wav2vec2": Arch(EXACT, _ANY, _BERT | _WAV2VEC),
+    "sew-d": Arch(NOT_ON_INTERFACE, _ANY, _BERT | _WAV2VEC),
     "wavlm": Arch(EXACT, _ANY, _BERT | _WAV2VEC | {"num_buckets": 8, "max_bucket_distance": 16}),
     "wavlm_pre_norm": Arch(EXACT, _ANY, _BERT | _WAV2VEC | {"do_stable_layer_norm": True, "num_buckets": 8}, "wavlm"),
     "dinov3_vit": Arch(WORKS, _ANY, _VIT | {"num_register_tokens": 2}),
     "siglip_vision_model": Arch(EXACT, _ANY, _VIT),
+    "aimv2_vision_model": Arch(EXACT, _ANY, _VIT, tolerance=1e-5),  # its norms are float32
     "videomae": Arch(EXACT, _ANY, _VIT | {"num_frames": 2}),
     "swin": Arch(WINDOWS, _ANY, _SWIN),
     "data2vec-vision": Arch(EXACT, _ANY, _VIT),

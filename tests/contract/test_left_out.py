@@ -65,7 +65,7 @@ def shared_keys(kind: str) -> Any:
     if kind == "gemma3n":
         settings |= {"activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 4, "head_dim": 16}
     else:
-        settings |= {"global_head_dim": 8}
+        settings |= {"global_head_dim": 16}  # not as wide as the layers with windows
     return made(model, getattr(transformers, config)(**settings))
 
 

@@ -77,7 +77,7 @@ def check_each_sample(case: Case, model: PeftModel) -> None:
 @each_case(lambda case: mixes(case) and case.architecture.generates)
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"use_cache": False}])
 def test_each_sample_generates_by_its_own_adapter(case: Case, settings: dict[str, Any]) -> None:
-    model = two_adapters(case)
+    model = two_adapters(case).float() if case.architecture.single else two_adapters(case)
     batch = case.prompt_only(case.batch(side="left" if case.is_causal_lm and case.architecture.left else "right"))
     wanted = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **settings}
     found = {}

@@ -15,6 +15,7 @@ from cases import (
     adapter_parameters,
     assert_equal,
     each_case,
+    fit,
     gradients,
     logits,
     one_per_architecture,
@@ -296,7 +297,7 @@ def test_the_balance_loss_is_the_gradient_of_what_is_reported(case: Case) -> Non
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.add_(move / norm * added[name])
-        model(**batch)
+        model(**fit(model, batch))
         values.append(len(parameters) * root.last_balance_loss)
     slope = (values[0] - values[1]) / (2 * step)
     assert norm > 1e-3

@@ -42,6 +42,15 @@ MODELS = {
     "modernbert": _other("ModernBertModel", "ModernBertConfig", **_bert, **_small, local_attention=4),
     "t5": FAMILIES["t5_sees"],
     "bart": FAMILIES["bart"],
+    "whisper": _other(
+        "WhisperForAudioClassification",
+        "WhisperConfig",
+        d_model=32,
+        encoder_layers=3,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_layers=1,
+    ),
     "gpt2": FAMILIES["gpt2"],
     "llama": FAMILIES["llama"],
     "mistral": _other(
@@ -77,7 +86,7 @@ def test_direct_is_harvest(name: str, implementation: str) -> None:
         assert layer.site.family is TABLE[name]
         normed = torch.randn(2, P, layer.site.width, dtype=torch.float64)
         positions = layer_positions(layer, torch.zeros(2, TOKENS, layer.site.width, dtype=torch.float64))
-        assert (positions.cos is None) == (name in ("bert", "roberta", "distilbert", "t5", "bart", "gpt2"))
+        assert (positions.cos is None) == (name in ("bert", "roberta", "distilbert", "t5", "bart", "whisper", "gpt2"))
         direct = project_directly(layer.site, normed, positions)
         reference = harvest(layer.site, normed, positions)
         assert direct.key.shape == reference.key.shape and direct.key.abs().max() > 0.1
@@ -90,8 +99,8 @@ def test_every_family_is_here() -> None:
 
 
 # SigLIP's layers hand on no argument by which to stop them at the kernel, and DINOv3's cannot run on rows without a
-# place in the image: these two are compared block by block only.
-VISION = sorted(VISION_FAMILIES.keys() - {"siglip_vision_model", "dinov3_vit", "videomae"})
+# place in the image: these two are compared block by block only. The rest compute attention their own way.
+VISION = sorted(VISION_FAMILIES.keys() - {"siglip_vision_model", "dinov3_vit", "videomae", "eomt", "vjepa2"})
 
 
 def make_vision_model(name: str) -> Any:

@@ -110,6 +110,14 @@ def test_every_claim_is_measured() -> None:
     found = list(claims())
     assert {claim.paper for claim in found} == {"VAPT", "MEPT", "pMoE"}
     assert all(claim.found for claim in found)
+    assert {claim.task: claim.budget for claim in found} == {
+        "sentiment": "2,000 texts, 3 epochs",
+        "four text tasks": "2,000 texts, 3 epochs",
+        "sentiment, by generation": "256 texts, 1 epoch",
+        "CIFAR-10": "1,000 images, 5 epochs",
+        "MNIST": "1,000 images, 5 epochs",
+        "digits on photos": "1,000 images, 4 epochs",
+    }
 
 
 def test_what_other_libraries_refuse_is_said_and_what_has_results_is_kept(tmp_path: Path) -> None:

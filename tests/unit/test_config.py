@@ -62,6 +62,7 @@ BAD: dict[str, tuple[Any, ...]] = COMMON | {
     "init_std": (True, False, None, "matched", "", NAN, INF, -1.0, [0.1]),
     "prompt_weights": (3, True, "1", (1.0,), [True], ["1"], [0.0], [-1.0], [NAN], [INF], [1.0], [1.0, 2.0], []),
     "prompt_init": (*NO_NAMES, None, "", "zeros", "Random"),
+    "start_scale": (*NO_NAMES, None, "", "Unit", 1, 1.0),
 }
 BAD_VAPT: dict[str, tuple[Any, ...]] = COMMON | {
     "bottleneck_dim": (*NO_INTEGERS, None, 0, -1, MAX_WIDTH + 1, 10**30),
@@ -190,6 +191,7 @@ CHOICES: dict[type[Any], dict[str, tuple[Any, ...]]] = {
         "routing": ("auto", "sample", "token"),
         "prompt_positions": ("auto", "prefix", "unrotated"),
         "prompt_init": ("auto", "sample_vocab", "random"),
+        "start_scale": ("unit", "inputs"),
         "decoder_sees_prompts": ("auto", True, False),
     },
     VAPTConfig: {"activation": ("relu", "gelu", "sigmoid", "softmax", "identity")},

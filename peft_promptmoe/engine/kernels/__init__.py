@@ -28,6 +28,9 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+WIDTHS = ("qk_head_dim", "head_dim", "attention_head_size", "head_size")  # of one head of queries and keys
+
+
 def find_kernel(name: str | None) -> Kernel:
     """How rows join under the attention implementation `name` of a model's config.
 
@@ -50,7 +53,7 @@ def known_kernel(name: str | None) -> Kernel | None:
 
 
 def check_chosen(attention: Any) -> None:
-    """Refuse, as far as the layer and its config tell, kernels that the experts which tokens choose cannot join.
+    """Refuse, as far as the layer tells, kernels that the experts which tokens choose cannot join.
 
     Raises:
         ValueError: the kernel caps scores, or heads would be wider than it takes.
@@ -61,8 +64,9 @@ def check_chosen(attention: Any) -> None:
             raise ValueError(CAPPED_TWICE)
         if not gives(unwrapped_forward(attention), "softcap"):
             raise ValueError(caps_unsaid(attention))
-    width = getattr(attention, "head_dim", getattr(attention.config, "head_dim", None))
-    if isinstance(width, int):
+    # The config is not asked: Gemma 4's has a width for each kind of layer, and none that can be read for all.
+    width = next((found for name in WIDTHS if isinstance(found := getattr(attention, name, None), int)), None)
+    if width is not None:
         check_width(width + HALVES, width, kernel.widest)
 
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from generic_models import make_model
+import transformers
+from generic_models import _BART, _WAV2VEC, make_model
 from peft import get_peft_model
 from torch import nn
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.engine import rehearsal, trial
+from peft_promptmoe.engine.model_hooks import prompt_layers
 from peft_promptmoe.engine.rows import Rows
 
 
@@ -24,15 +27,34 @@ def attach(model: nn.Module) -> tuple[Any, list[str]]:
         return get_peft_model(model, MEPTConfig(num_virtual_tokens=3)), [str(warning.message) for warning in caught]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama4_text", "recurrent_gemma", "ijepa", "xlm-roberta"])
+@pytest.mark.parametrize("name", ["qwen2", "llama4_text", "recurrent_gemma", "ijepa", "xlm-roberta", "wav2vec2"])
 def test_nothing_is_said_of_models_that_were_tried(name: str) -> None:
     """They say so only where random rows come from, which is another matter."""
     assert not [each for each in attach(make_model(name))[1] if "generic rule" in each]
 
 
 def test_models_that_cannot_be_tried_are_named() -> None:
-    said = attach(make_model("wav2vec2"))[1]
-    assert len([each for each in said if each.startswith("wav2vec2 is not among") and "generic rule" in each]) == 1
+    said = attach(Siglip2VisionModel(Siglip2VisionConfig(**_SIZES)))[1]  # wants the shape of each image, too
+    start = "siglip2_vision_model is not among"
+    assert len([each for each in said if each.startswith(start) and "generic rule" in each]) == 1
+
+
+_SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+# Waveforms through convolutions that the config tells of or not, spectrograms, the encoder of two.
+SOUNDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hubert": ("HubertModel", _SIZES | _WAV2VEC),
+    "audio-spectrogram-transformer": ("ASTModel", _SIZES | {"max_length": 32, "num_mel_bins": 16}),
+    "moonshine": ("MoonshineForConditionalGeneration", {"hidden_size": 32, "vocab_size": 64}),
+    "speech_to_text": ("Speech2TextForConditionalGeneration", _BART | {"input_feat_per_channel": 8}),
+}
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_sounds_are_tried(name: str) -> None:
+    cls, settings = SOUNDS[name]
+    model = getattr(transformers, cls)(getattr(transformers, cls).config_class(**settings))
+    attach(model)
+    assert rehearsal.rehearse(model) == {layer.site.name for layer in prompt_layers(model)}
 
 
 @pytest.mark.parametrize("part", ["key", "value"])

@@ -54,6 +54,12 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "seamless-m4t": ("SeamlessM4TSpeechEncoder", _SEAMLESS | {"max_source_positions": 8}),
     "seamless-m4t-v2": ("SeamlessM4Tv2SpeechEncoder", _SEAMLESS | _NEAR),
     "parakeet": ("ParakeetEncoder", _SIZES | {"num_mel_bins": 16, "conv_kernel_size": 3, "scale_input": False}),
+    "speecht5": (
+        "SpeechT5EncoderWithSpeechPrenet",
+        _SOUND
+        | {"hidden_size": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48}
+        | {"decoder_layers": 1, "encoder_layerdrop": 0.0, "encoder_max_relative_position": 5},
+    ),
     "wavlm": ("WavLMModel", _SIZES | _SOUND | {"num_buckets": 8, "max_bucket_distance": 16}),
 }
 
@@ -82,13 +88,14 @@ def _module(cls: str) -> str:
         "SeamlessM4TS": "seamless_m4t",
         "Parakeet": "parakeet",
         "WavLM": "wavlm",
+        "SpeechT5": "speecht5",
     }
     return next(module for start, module in names.items() if cls.startswith(start))
 
 
 def sounds(name: str, padded: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
-    if name in ("wavlm", "conformer", "conformer-no-positions"):
+    if name in ("wavlm", "speecht5", "conformer", "conformer-no-positions"):
         found, mask = {"input_values": torch.randn(2, 60, generator=generator).double()}, torch.ones(2, 60)
     else:
         size = 16 if name == "parakeet" else 8
@@ -124,6 +131,8 @@ def plain(attention: nn.Module, layer: Any, given: dict[str, Any], rows: Tensor)
     for argument, module in tables.items():
         if given.get(argument) is not None:
             call[argument] = getattr(owner, module)(torch.zeros(batch, length + P, 32).double())
+    if given.get("position_bias") is not None and hasattr(owner, "pe_k"):
+        call["position_bias"] = owner(longer)
     return attention(**call)[0][:, P:]  # type: ignore[no-any-return]
 
 

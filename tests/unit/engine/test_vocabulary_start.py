@@ -18,6 +18,8 @@ from transformers import (
     LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
@@ -77,7 +79,7 @@ def known_inputs(kind: str) -> Tensor:
     ],
 )
 def test_rows_start_as_inputs_on_vocabulary_tokens(kind: str, settings: dict[str, Any], experts: int) -> None:
-    layers = started(kind, **settings)
+    layers = started(kind, **{"start_scale": "inputs"} | settings)
     routed, shared = rows(layers[0])
     parts = [part for part in (routed, shared) if part is not None]
     from_vocabulary = torch.cat(parts)[:experts]
@@ -103,6 +105,82 @@ def test_shared_experts_start_small_where_they_are_added(prompt_init: str) -> No
 def test_seeds_make_the_start() -> None:
     one, same, other = (rows(started("bert", seed=seed)[0])[0] for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+# -- how large they are -----------------------------------------------------------------------------------------------
+
+
+class Squashed(nn.Module):
+    """A norm that lets scale through (dynamic tanh)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+def grown(kind: str) -> Any:
+    """A model whose layer inputs grow with depth as those of trained ones do, in float64."""
+    torch.manual_seed(0)
+    if kind == "t5":
+        model: Any = T5ForConditionalGeneration(
+            T5Config(vocab_size=99, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        )
+    else:
+        model = base(kind.removesuffix("-squashed"))
+    if kind.startswith("llama"):
+        model.model.embed_tokens.weight.data.mul_(10)
+        for depth, block in enumerate(model.model.layers):
+            block.mlp.down_proj.weight.data.mul_(1000.0**depth * 30)
+            if kind == "llama-squashed":
+                block.input_layernorm = Squashed()
+    return model.double().eval()
+
+
+def start_of(kind: str, start_scale: str, **settings: Any) -> tuple[list[Tensor], Tensor]:
+    """Rows (N, P, D) of every layer, and what the model puts out with them."""
+    model = grown(kind)
+    torch.manual_seed(1)
+    shape = {"num_virtual_tokens": P, "num_experts": E, "num_shared_experts": S}
+    prompted = get_peft_model(model, MEPTConfig(**shape | {"start_scale": start_scale} | settings)).double().eval()
+    ids = torch.arange(2, 14).view(2, 6)
+    further = {"decoder_input_ids": ids[:, :3]} if kind == "t5" else {}
+    with torch.no_grad():
+        out: Any = prompted(input_ids=ids, **further)
+    tables = [rows(layer) for layer in prompt_layers(prompted)]  # type: ignore[arg-type]
+    return [torch.cat([part for part in parts if part is not None]).detach() for parts in tables], out[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        pytest.param("llama", {"routing": "token"}, id="llama-token"),
+        pytest.param("llama", {"num_experts": 1, "num_shared_experts": 0}, id="llama-static"),
+        pytest.param("llama", {"routing": "sample", "num_shared_experts": 0, "top_k": 2}, id="llama-sample"),
+        pytest.param("t5", {"routing": "sample", "num_shared_experts": 0, "top_k": 2}, id="t5-decoder-sees"),
+        pytest.param("llama-squashed", {"routing": "token"}, id="norm-that-lets-scale-through"),
+        pytest.param("bert", {"routing": "token"}, id="no-norm-in-front"),
+    ],
+)
+def test_unit_scale_changes_nothing_of_what_the_start_does(kind: str, settings: dict[str, Any]) -> None:
+    unit, put_out = start_of(kind, "unit", **settings)
+    inputs, as_before = start_of(kind, "inputs", **settings)
+    assert torch.allclose(put_out, as_before, atol=0.01 * float(as_before.std()))
+    left_alone = {"t5": [1], "llama-squashed": [0, 1], "bert": [0, 1]}.get(kind, [])
+    for depth, (scaled, plain) in enumerate(zip(unit, inputs, strict=True)):
+        if depth in left_alone:
+            assert torch.equal(scaled, plain)
+            continue
+        factors = plain / scaled
+        assert factors.std() < 1e-4 * factors.mean()
+        assert scaled.square().mean(-1).sqrt().median().item() == pytest.approx(1.0, rel=1e-3)
+
+
+def test_shared_experts_that_are_added_weigh_a_tenth_in_every_layer() -> None:
+    config = MEPTConfig(num_virtual_tokens=8, routing="sample", start_scale="unit")
+    for layer in prompt_layers(get_peft_model(grown("llama"), config)):
+        routed, shared = rows(layer)  # type: ignore[arg-type]
+        assert shared is not None
+        assert float(shared.detach().square().mean().sqrt()) == pytest.approx(0.1, rel=0.1)
+        assert float(routed.detach().square().mean(-1).sqrt().median()) == pytest.approx(1.0, rel=1e-3)
 
 
 # -- what stands between a model and its embeddings -------------------------------------------------------------------
@@ -131,12 +209,12 @@ def second_adapter() -> PeftModel:
     model = get_peft_model(base("llama"), saved, adapter_name="first")
     with torch.no_grad():  # the first one's copy has moved on, and is not what the second one will see
         model.get_input_embeddings().modules_to_save["first"].weight.add_(5.0)
-    model.add_adapter("prompts", MEPTConfig(num_virtual_tokens=P, prompt_init="sample_vocab"))
+    model.add_adapter("prompts", MEPTConfig(num_virtual_tokens=P, start_scale="inputs"))
     return model
 
 
 def prompted(model: nn.Module, **settings: Any) -> PeftModel:
-    config = MEPTConfig(num_virtual_tokens=P, prompt_init="sample_vocab", **settings)
+    config = MEPTConfig(num_virtual_tokens=P, prompt_init="sample_vocab", start_scale="inputs", **settings)
     return get_peft_model(model, config, adapter_name="prompts")
 
 
@@ -174,11 +252,11 @@ def llava() -> LlavaForConditionalGeneration:
 
 def test_layers_that_text_does_not_reach_start_at_random_with_one_warning() -> None:
     with pytest.warns(UserWarning, match="start at random") as caught:
-        model = get_peft_model(llava(), MEPTConfig(num_virtual_tokens=P))
+        model = get_peft_model(llava(), MEPTConfig(num_virtual_tokens=P, start_scale="inputs"))
     (said,) = [str(warning.message) for warning in caught if "start at random" in str(warning.message)]
     assert "text alone does not reach 2 of the prompted layers" in said and "vision_tower" in said
     for layer in prompt_layers(model):
-        spread = float(rows(layer)[0].std())  # type: ignore[arg-type]
+        spread = float(rows(layer)[0].detach().std())  # type: ignore[arg-type]
         assert (spread > 0.5) == ("vision_tower" in layer.site.name)
 
 

@@ -108,6 +108,13 @@ EXPECTED: dict[str, Expected] = {
         "encoder.block.{i}.layer.0.layer_norm",
         bias_owner="encoder.block.0.layer.0.SelfAttention",
     ),
+    "whisper": Expected(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        _BART | {"pad_token_id": 0},
+        "model.encoder.layers.{i}.self_attn",
+        "model.encoder.layers.{i}.self_attn_layer_norm",
+    ),
     "bart": Expected(
         "BartForConditionalGeneration",
         "BartConfig",

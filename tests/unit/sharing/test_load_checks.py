@@ -425,3 +425,24 @@ def test_tokens_that_there_are_not_are_refused(make: Callable[[], Any], tokens: 
     with pytest.raises(ValueError, match=message):
         get_peft_model(base, MEPTConfig(num_virtual_tokens=2, trainable_token_indices=tokens))
     assert not any("promptmoe" in name for name, _ in base.named_modules())
+
+
+def test_experts_that_a_file_brings_are_not_drawn_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"num_experts": 4, "num_shared_experts": 2, "num_virtual_tokens": 3}
+    config = MEPTConfig(task_type="SEQ_CLS", routing="sample", **settings)
+    saved = changed(get_peft_model(bert(), config))
+    saved.save_pretrained(tmp_path)
+    drawn: list[tuple[int, ...]] = []
+    normal = Tensor.normal_
+
+    def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        drawn.append(tuple(tensor.shape))
+        return normal(tensor, *args, **kwargs)
+
+    base, rows = bert(), {(4, 3, 16), (2, 3, 16)}
+    monkeypatch.setattr(Tensor, "normal_", watched)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert not rows & set(drawn)
+    assert torch.equal(logits(loaded, IDS % VOCABULARY), logits(saved, IDS % VOCABULARY))
+    get_peft_model(bert(), config)
+    assert rows <= set(drawn)
