@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from run_pages import blocks
 from tiny_hub import bert
-from transformers import BertModel
+from transformers import AutoTokenizer, BertModel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "advanced"))
@@ -70,12 +71,21 @@ def test_the_card_s_code_gives_the_demo_s_scores(
     write_texts(tmp_path / "data")
     arguments = ["--model", str(tmp_path / "base"), "--dataset", str(tmp_path / "data"), "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["demo", *arguments, "--epochs", "8", "--lr", "1e-2", "--show", "6"])
+    trained: list[torch.nn.Module] = []
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", predict_here)
+        patch.setattr(
+            text_classification, "get_peft_model", lambda *made: trained.append(get_peft_model(*made)) or trained[0]
+        )
         text_classification.fine_tune(text_classification.parse_args())
     printed = re.findall(
         r"^  (dull|bright) +(\d\.\d\d)  (?:wrong, it is (dull|bright): )?(.*)$", capsys.readouterr().out, re.MULTILINE
     )
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        batch = tokenizer([text for *_, text in printed], padding=True, return_tensors="pt")
+        own = trained[0].eval()(**batch).logits.softmax(-1).amax(-1)
 
     code = "".join(blocks(tmp_path / "adapter" / "README.md"))
     texts = json.dumps([text for *_, text in printed])
@@ -92,6 +102,7 @@ def test_the_card_s_code_gives_the_demo_s_scores(
     loaded = [line.split() for line in done.stdout.splitlines()[-6:]]
     assert len(printed) == 6
     assert len({chance for _, chance, *_ in printed}) > 3  # scores that tell one model from another
+    assert [float(score) for _, score in loaded] == pytest.approx(own.tolist(), abs=1e-5)
     for (label, chance, truth, _), (again, score) in zip(printed, loaded, strict=True):
         assert label == again and float(chance) == pytest.approx(float(score), abs=0.0051)
         assert truth != label
