@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # %% [markdown]
 # # Tune a model of four bits
-# As QLoRA does: the base model is held in 4 bits by bitsandbytes, and the adapter, MEPT routed by token, learns in float32.
+# As QLoRA does: bitsandbytes holds the base model in 4 bits, and the adapter, MEPT routed by token, learns in float32.
 # Runs on a GPU and, slowly, on a CPU. Replace `TEXTS` by your own.
 
 # %%
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from peft_promptmoe import MEPTConfig
 
