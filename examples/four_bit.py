@@ -21,9 +21,8 @@ from transformers import (
 from peft_promptmoe import MEPTConfig
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TEXTS = [
-    f"The lighthouse of {town} was built in {1800 + 7 * n}." for n, town in enumerate(["Brest", "Cadiz", "Riga"] * 4)
-]
+TOWNS = ["Brest", "Cadiz", "Riga"] * 4
+TEXTS = [f"The lighthouse of {town} was built in {1800 + 7 * n}." for n, town in enumerate(TOWNS)]
 
 # %% The base model in 4 bits
 set_seed(0)
@@ -42,15 +41,7 @@ print(f"the model in memory: {model.get_memory_footprint() / 1e6:.0f} MB")
 
 # %% Training
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
-args = TrainingArguments(
-    "outputs",
-    learning_rate=3e-3,
-    max_steps=20,
-    per_device_train_batch_size=4,
-    logging_steps=5,
-    bf16=bf16,
-    report_to="none",
-)
+args = TrainingArguments("outputs", learning_rate=3e-3, max_steps=20, logging_steps=5, bf16=bf16, report_to="none")
 data = Dataset.from_dict(dict(tokenizer(TEXTS)))
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 Trainer(model, args, train_dataset=data, data_collator=collator).train()

@@ -18,6 +18,7 @@ from tiny_hub import fill
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py"))
+OF_CLIENTS = {"four_bit"}  # which needs bitsandbytes and is run with it, in tests/clients
 HERE = Path(__file__).parent
 # What a run has to have printed; weights are random and tiny, so the scores are not looked at.
 PRINTED = {
@@ -65,7 +66,7 @@ def run(environment: dict[str, str], folder: Path, scripts: list[Path]) -> dict[
 
 @pytest.fixture(scope="module")
 def quick(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    scripts = [script for script in SCRIPTS if script.stem not in SEVERAL_SECONDS]
+    scripts = [script for script in SCRIPTS if script.stem not in SEVERAL_SECONDS | OF_CLIENTS]
     return run(environment, tmp_path_factory.mktemp("examples"), scripts)
 
 
@@ -75,7 +76,7 @@ def check(script: Path, result: dict[str, Any]) -> None:
     assert all(result["sizes"].get(name, 0) > 1000 for name in LEFT.get(script.stem, []))
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in SCRIPTS} - SEVERAL_SECONDS))
+@pytest.mark.parametrize("name", sorted({path.stem for path in SCRIPTS} - SEVERAL_SECONDS - OF_CLIENTS))
 def test_an_example_runs(name: str, quick: dict[str, dict[str, Any]]) -> None:
     script = EXAMPLES / f"{name}.py"
     check(script, quick[str(script)])
