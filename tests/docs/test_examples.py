@@ -19,6 +19,7 @@ from tiny_hub import fill
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py"))
+OF_CLIENTS = {"four_bit"}  # which needs bitsandbytes and is run with it, in tests/clients
 HERE = Path(__file__).parent
 # What a run has to have printed; weights are random and tiny, so the scores are not looked at.
 PRINTED = {
@@ -35,7 +36,8 @@ LEFT = {"routing_pictures": ["load.png", "pathways.png", "tokens.gif"]}
 
 # More than five seconds each, of tiny models too; the recipes of README are quick tests of what they show.
 SEVERAL_SECONDS = {"chat_sft", "image_folder", "pmoe"}
-RUNNABLE = [*SCRIPTS, *map(notebooks.notebook_of, notebooks.SCRIPTS)]
+RUNNABLE = [path for path in SCRIPTS if path.stem not in OF_CLIENTS]
+RUNNABLE += [notebooks.notebook_of(path) for path in notebooks.SCRIPTS]
 QUICK = [path.relative_to(EXAMPLES).as_posix() for path in RUNNABLE if path.stem not in SEVERAL_SECONDS]
 SLOW = [path.relative_to(EXAMPLES).as_posix() for path in RUNNABLE if path.stem in SEVERAL_SECONDS]
 
