@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Text classification with MEPT and the stock Trainer, beside training the head alone.
 
-    python examples/advanced/text_classification.py    # packaged model and data, four minutes on two CPU cores
+    python examples/advanced/text_classification.py    # packaged model and data, some four minutes on two CPU cores
     python examples/advanced/text_classification.py --model FacebookAI/roberta-base --dataset stanfordnlp/sst2 \
         --text-column sentence --splits train validation validation
     python examples/advanced/text_classification.py --predict outputs/text_classification/adapter \
