@@ -44,7 +44,11 @@ def install(folder: Path, reuse: bool) -> Path:
     print("made", wheel.name)
     venv.create(folder / "fresh", with_pip=True)
     python = folder / "fresh" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    run([str(python), "-m", "pip", "install", "--quiet", *(["--no-deps"] if reuse else []), str(wheel)], folder, outside)
+    run(
+        [str(python), "-m", "pip", "install", "--quiet", *(["--no-deps"] if reuse else []), str(wheel)],
+        folder,
+        outside,
+    )
     if reuse:
         found = run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder, outside)
         # Behind the fresh environment's own packages; this one's .pth files, an editable install's too, are not read.
