@@ -9,7 +9,7 @@ SOURCES := peft_promptmoe tests examples benchmarks docs noxfile.py
 .PHONY: demo test test-full test-gpu quick-start matrix faults coverage check docs dist format bench reach bench-full bench-gpu learn-gpu clean
 
 demo: $(VENV)/.installed-examples
-	$(BIN)/python examples/text_classification.py
+	$(BIN)/python examples/advanced/text_classification.py
 
 # One thread for each of the two workers: more threads than cores make small tensors slower, not faster.
 test: $(VENV)/.installed-test

@@ -4,6 +4,8 @@
     nox                          # all of it
     nox -s floor                 # what pyproject.toml names as the lowest of everything
     nox -s newest-3.13 -- -k mept -m "not slow"
+    nox -s clients               # beside each of the libraries that users run adapters with (tests/clients)
+    nox -s "clients(client='trl')"
 
 Tests that need a GPU or a network are left out; arguments behind `--` go to pytest.
 """
@@ -17,6 +19,19 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 NEEDED = ["pytest", "pytest-xdist", "accelerate", "pandas", "matplotlib", "pillow", "filelock"]
 DEFAULT = ["-n", "2", "-m", "not slow and not gpu and not network", "tests/unit", "tests/contract", "tests/attacks"]
 DEFAULT += ["tests/golden", "tests/processes"]
+
+# Each of them is the newest version that was tried; `nox -s clients` notes what came of it in CLIENT_RESULTS.
+CLIENTS = {
+    "trl": ["trl==1.16.0"],
+    "bitsandbytes": ["bitsandbytes==0.50.2"],
+    "torchao": ["torchao==0.18.0"],
+    "sentence-transformers": ["sentence-transformers==6.2.0"],
+    "lm-eval": ["lm-eval[hf]==0.4.13"],
+    "deepspeed": ["deepspeed==0.19.8"],
+    "onnx": ["onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2"],
+    "generate-batch": ["transformers==5.24.0"],
+}
+CLIENT_RESULTS = "benchmarks/results/clients.json"
 
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["floor", "newest"]
@@ -59,3 +74,13 @@ def floor_of(session: nox.Session, package: str) -> None:
     newest_ = [*project["dependencies"], *project["optional-dependencies"]["vision"]]
     pinned = [requirement for requirement in floors() if requirement.startswith(f"{package}==")]
     run_tests(session, [*[one for one in newest_ if not one.startswith(f"{package}>")], *pinned])
+
+
+@nox.session(python=PYTHONS[0])
+@nox.parametrize("client", list(CLIENTS))
+def clients(session: nox.Session, client: str) -> None:
+    """One library that users run adapters with, pinned: docs/clients.md has the results."""
+    project = load_toml("pyproject.toml")["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["vision"], "datasets"]
+    test = f"tests/clients/test_{client.replace('-', '_')}.py"
+    run_tests(session, [*needed, *CLIENTS[client]], [test, f"--client-results={CLIENT_RESULTS}", *session.posargs])

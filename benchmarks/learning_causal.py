@@ -4,30 +4,30 @@
     python benchmarks/learning_causal.py
     python benchmarks/learning_causal.py --methods lora mept-token    # some methods only
 
-The task, its prompt and its score are those of `examples/causal_lm.py`: SmolLM2-135M-Instruct is asked whether a
-sentence of a review is positive or negative, and a greedy answer counts if it is exactly that word. Texts are split by
-movie. Every method gets the same texts, epochs, batches and number of learning rates; the rate is chosen on the
-development split with seed 0, and the test split is scored at that rate only, with seeds 1 to 3. Finished cells are
-kept in the JSON file and not run again. A cell takes two to three minutes on one core.
+The task, its prompt and its score are those of `examples/advanced/causal_lm.py`: SmolLM2-135M-Instruct is asked
+whether a sentence of a review is positive or negative, and a greedy answer counts if it is exactly that word. Texts
+are split by movie. Every method gets the same texts, epochs, batches and number of learning rates; the rate is chosen
+on the development split with seed 0, and the test split is scored at that rate only, with seeds 1 to 3. Finished cells
+are kept in the JSON file and not run again. A cell takes two to three minutes on one core.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel, get_peft_model, initialize_kv_prefix_from_text
+from peft import PeftConfig, PeftModel, get_peft_model, initialize_kv_prefix_from_text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from peft_promptmoe import record_routing
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "advanced"))
 
 import assets
 import causal_lm
@@ -47,12 +47,15 @@ SIZES = {"train": 256, "dev": 128, "test": 320}
 class Method:
     row: Row
     lrs: tuple[float, ...]
+    settings: dict[str, Any] = field(default_factory=dict)  # further fields of its config
 
 
 # Rates a factor of about three apart. MEPT's tensors are stored scaled (by `prompt_scale`), which under Adam
 # multiplies their rate: its grid is LoRA's, and stands for rates like the prompts'. With token routing a token meets
-# ten prompts of its expert and ten shared ones, which is why methods without experts have twenty.
+# ten prompts of its expert and ten shared ones, which is why methods without experts have twenty. Rows of unit scale
+# are smaller than others in deep layers, and take a rate a third as high.
 MATRICES = (1e-3, 3e-3)
+UNIT, UNIT_SCALE = (3e-4, 1e-3), {"start_scale": "unit"}
 METHODS = {
     "lora": Method(Row("lora_r8"), MATRICES),
     "prompt": Method(Row("prompt_tuning", 20), (1e-2, 3e-2)),
@@ -60,7 +63,18 @@ METHODS = {
     "static": Method(Row("static", 20, 1), MATRICES),
     "mept-token": Method(Row("mept_token", 10, 4), MATRICES),
     "mept-sample": Method(Row("mept_sample", 10, 4), MATRICES),
+    "static-unit": Method(Row("static", 20, 1), UNIT, UNIT_SCALE),
+    "mept-token-unit": Method(Row("mept_token", 10, 4), UNIT, UNIT_SCALE),
+    "mept-sample-unit": Method(Row("mept_sample", 10, 4), UNIT, UNIT_SCALE),
 }
+
+
+def adapter(method: Method) -> PeftConfig:
+    """PEFT's config of a method."""
+    made = config(SHAPES["smollm2"], method.row)
+    for name, value in method.settings.items():
+        setattr(made, name, value)
+    return made
 
 
 class Questions:
@@ -119,7 +133,7 @@ class Bench:
         return AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager")
 
     def model(self, name: str) -> PeftModel:
-        model = get_peft_model(self.base(), config(SHAPES["smollm2"], METHODS[name].row))
+        model = get_peft_model(self.base(), adapter(METHODS[name]))
         if name == "prefix":  # as prompts of all other methods, from what the model makes of text
             text = causal_lm.INSTRUCTION.format(text=self.splits["train"]["text"][0])
             initialize_kv_prefix_from_text(model, self.tokenizer, text=text, use_chat_template=False)

@@ -4,12 +4,13 @@
     python benchmarks/learning_experts.py
     python benchmarks/learning_experts.py --methods pmoe-token "head concat"
 
-The images are those of `examples/digits_on_photos.py`, the backbones DINOv2-S and the two small vision transformers
-that `examples/small_experts.py` trains. Compared are each backbone alone with a head, with VPT-Deep and with VAPT;
-ensembles of the three (mean of their probabilities); a linear head on the frozen features of all; and pMoE with each
-dispatcher. Every method gets the same images, epochs, batches and learning rates. The rate is chosen on the
-development split with seed 0 and tested with seeds 1 to 3; pMoE's is chosen with its default dispatcher and kept for
-the others. Heads beside prompts train at one fixed rate. Finished cells are kept in the JSON file and not run again.
+The images are those of `examples/advanced/digits_on_photos.py`, the backbones DINOv2-S and the two small vision
+transformers that `examples/advanced/small_experts.py` trains. Compared are each backbone alone with a head, with
+VPT-Deep and with VAPT; ensembles of the three (mean of their probabilities); a linear head on the frozen features of
+all; and pMoE with each dispatcher. Every method gets the same images, epochs, batches and learning rates. The rate is
+chosen on the development split with seed 0 and tested with seeds 1 to 3; pMoE's is chosen with its default dispatcher
+and kept for the others. Heads beside prompts train at one fixed rate. Finished cells are kept in the JSON file and not
+run again.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from transformers import AutoModelForImageClassification
 
 from peft_promptmoe import PMoEConfig, VAPTConfig, parameter_report, routing_report
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "advanced"))
 
 import assets
 import digits_on_photos

@@ -16,7 +16,7 @@ import argparse
 import statistics
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +25,23 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from peft_promptmoe import MEPTConfig, record_routing
+from peft_promptmoe import record_routing
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "advanced"))
 
 import assets
 import learning_causal
 from harness import search
 from harness.instructions import TASKS, Instructed, answered_exactly, splits
-from harness.methods import config
 from harness.reading import FOLDER
 from harness.records import rounded
-from harness.rows import Row
 from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step
-from harness.shapes import SHAPES
 from harness.training import Budget, Results, Stopwatch, device_of, prediction_order, train, train_cell
 
 SIZES = {"train": 480, "dev": 240, "test": 600}
 # `initialize_kv_prefix_from_text` starts prefix tuning on one text, which six tasks do not share.
-METHODS = {name: method.lrs for name, method in learning_causal.METHODS.items() if name != "prefix"}
-METHODS["mept-centered"] = METHODS["mept-sample"]
-ROUTED = ("mept-token", "mept-sample", "mept-centered")
-
-
-def adapter(name: str) -> Any:
-    """PEFT's config of a method."""
-    if name == "mept-centered":
-        made = config(SHAPES["smollm2"], Row("mept_sample", 10, 4))
-        assert isinstance(made, MEPTConfig)
-        made.router_centering = True
-        return made
-    return config(SHAPES["smollm2"], learning_causal.METHODS[name].row)
+METHODS = {name: method for name, method in learning_causal.METHODS.items() if name != "prefix"}
+METHODS["mept-centered"] = replace(METHODS["mept-sample"], settings={"router_centering": True})
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,7 @@ class Bench:
     sequence: bool = False
 
     def lrs(self, name: str) -> tuple[float, ...]:
-        return METHODS[name]
+        return METHODS[name].lrs
 
     def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
         """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
@@ -79,7 +65,7 @@ class Bench:
             return self._one_by_one(model, data, split, lr, seed, label)
         cell = train_cell(model, data, lr, seed, self.budget, label)
         with Stopwatch() as scoring:
-            scores = self.scores(model, split, name in ROUTED)
+            scores = self.scores(model, split, name.startswith("mept"))
         return cell | scores | {"score_seconds": round(scoring.seconds, 1)}
 
     def _one_by_one(
@@ -101,7 +87,7 @@ class Bench:
         }
 
     def ready(self, name: str) -> tuple[PeftModel, Instructed]:
-        return get_peft_model(self.base(), adapter(name)), self.texts["train"]
+        return get_peft_model(self.base(), learning_causal.adapter(METHODS[name])), self.texts["train"]
 
     def base(self) -> nn.Module:
         # Eager attention: the fused bf16 backward pass on CPU takes longer than that of plain products.

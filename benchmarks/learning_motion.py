@@ -7,11 +7,11 @@
     python benchmarks/learning_motion.py --transfer            # with prototypes of the other task
     python benchmarks/learning_motion.py --data /data/MPI-Sintel    # scored on these too
 
-Pairs are those of `examples/moving_layers.py`, shown at 224 pixels. A seed's heads are trained on the frozen backbone
-first; every method starts from these heads and trains on with them, on the same pairs, in the same order, for as many
-steps. A rate is chosen with seed 0, on development pairs made of training photos; scores are of pairs of other photos,
-of the same pairs under image noise, and of real ones. Blocks behind the last one that is read are left out, and those
-that a method leaves as they are run once for each image, so seconds of a cell are not its cost.
+Pairs are those of `examples/advanced/moving_layers.py`, shown at 224 pixels. A seed's heads are trained on the frozen
+backbone first; every method starts from these heads and trains on with them, on the same pairs, in the same order, for
+as many steps. A rate is chosen with seed 0, on development pairs made of training photos; scores are of pairs of other
+photos, of the same pairs under image noise, and of real ones. Blocks behind the last one that is read are left out,
+and those that a method leaves as they are run once for each image, so seconds of a cell are not its cost.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "advanced"))
 
 import assets
 import motion

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "advanced"))
 
 import assets
 from harness import search, vision_tasks

@@ -19,7 +19,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "advanced"))
 
 import assets
 import motion_data

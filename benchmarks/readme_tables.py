@@ -20,6 +20,7 @@ from harness.motion_tables import learning_motion, motion_levels
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
 from harness.rows import Row
 from harness.size_curves import size_table
+from harness.start_scale import start_table
 from harness.targets import GPU, LENGTHS, targets
 
 HERE = Path(__file__).resolve().parent
@@ -264,6 +265,7 @@ def claim_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "front": front,
     "learning_text": lambda: learning("learning_text"),
+    "start_scale": start_table,
     "sizes_text": lambda: size_table("learning_text"),
     "learning_text_mixture": lambda: learning("learning_text_mixture"),
     "learning_vision_cifar10": lambda: learning("learning_vision_cifar10"),

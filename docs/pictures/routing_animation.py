@@ -29,7 +29,7 @@ TEXTS, BATCH = 320, 4
 
 def measured() -> dict[str, Any]:
     """Train MEPT by token to write sentences of film reviews, let it write one, and keep who took which token."""
-    sys.path.insert(0, str(HERE.parents[1] / "examples"))
+    sys.path.insert(0, str(HERE.parents[1] / "examples" / "advanced"))
     from peft import get_peft_model
     from transformers import (
         AutoModelForCausalLM,

@@ -51,14 +51,17 @@ def in_blocks(group: Tensor, groups: int) -> Order:
     choices, device = group.shape[0], group.device
     size = block_size(choices, groups)
     number = choices // size + min(groups, choices)  # of blocks, however the choices fall
-    ordered, order = torch.sort(group, stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(groups + 1, device=device))
-    ends = ((starts.diff() + size - 1) // size).cumsum(0)  # behind each group's blocks
+    # Counts and keys of one choice each, for ONNX has neither stable sorts nor searches.
+    order = torch.sort(group * choices + torch.arange(choices, device=device)).indices
+    ordered = group[order]
+    counts = torch.zeros(groups, dtype=group.dtype, device=device).scatter_add(0, group, torch.ones_like(group))
+    starts = counts.cumsum(0) - counts
+    ends = ((counts + size - 1) // size).cumsum(0)  # behind each group's blocks
     first = torch.cat([ends.new_zeros(1), ends[:-1]])
     rows = first[ordered] * size + torch.arange(choices, device=device) - starts[ordered]
-    source = torch.full((number * size,), -1, device=device).scatter(0, rows, order)
+    source = torch.full((number * size,), -1, dtype=order.dtype, device=device).scatter(0, rows, order)
     place = torch.empty_like(order).scatter(0, order, rows)
-    blocks = torch.searchsorted(ends, torch.arange(number, device=device), right=True)
+    blocks = (torch.arange(number, device=device)[:, None] >= ends).sum(dim=1)
     return Order(source, place, blocks.clamp(max=groups - 1))
 
 

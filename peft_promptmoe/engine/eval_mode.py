@@ -11,9 +11,14 @@ from torch import nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode within the block."""
+    """Put a module into evaluation mode within the block, apart from linear layers, which compute the same in both.
+
+    Quantised ones take evaluation for a promise that nobody will differentiate them again: bitsandbytes repacks its
+    4-bit weights then, and on CPUs no gradient comes through them any more.
+    """
     modes = {child: child.training for child in module.modules()}
-    module.eval()
+    for child in modes:
+        child.training = isinstance(child, nn.Linear)
     try:
         yield
     finally:

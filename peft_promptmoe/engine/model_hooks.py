@@ -252,7 +252,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         >>> class Trainer(DPOTrainer):
         ...     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         ...         loss = super().compute_loss(model, inputs, **kwargs)
-        ...         return loss + auxiliary_loss(model)  # GRPO, RLOO: / self.current_gradient_accumulation_steps
+        ...         return loss + auxiliary_loss(model)  # GRPO: / self.current_gradient_accumulation_steps
         ```
     """
     hooks = find_hooks(model)
@@ -265,7 +265,8 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 def set_frozen_eval(module: nn.Module) -> list[nn.Module]:
     """Put what is frozen below a training module into evaluation mode: its dropout and stochastic depth are off.
 
-    Modules that checkpoint stay in training mode, in which alone transformers checkpoints; their parts do not.
+    Modules that checkpoint stay in training mode, in which alone transformers checkpoints; their parts do not. Linear
+    layers stay in it, too: see `eval_mode`.
 
     Returns:
         The modules whose mode has changed.
@@ -274,7 +275,7 @@ def set_frozen_eval(module: nn.Module) -> list[nn.Module]:
     for child in module.children():
         parameters = list(child.parameters())
         trained = bool(parameters) and all(parameter.requires_grad for parameter in parameters)
-        if trained or isinstance(child, BaseTunerLayer):
+        if trained or isinstance(child, BaseTunerLayer | nn.Linear):
             continue
         if child.training and not hasattr(child, "gradient_checkpointing"):
             child.training = False

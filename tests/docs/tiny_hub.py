@@ -72,6 +72,19 @@ def timm_vit(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(settings))
 
 
+# What the examples' model of timm is shrunk to, here and where it is made.
+TIMM_SIZES = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+
+
+def timm_dinov2(folder: Path) -> None:
+    model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0, **TIMM_SIZES)
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    cfg = {"input_size": [3, 518, 518], "num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}
+    settings = {"architecture": "vit_small_patch14_dinov2", "num_classes": 0, "pretrained_cfg": cfg}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
 REPOSITORIES: dict[str, Callable[[Path], None]] = {
     "google-bert/bert-base-uncased": bert,
     "sentence-transformers/all-MiniLM-L6-v2": bert,
@@ -79,6 +92,8 @@ REPOSITORIES: dict[str, Callable[[Path], None]] = {
     "google/vit-base-patch16-224-in21k": vit,
     "facebook/dinov2-small": dinov2,
     "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k": timm_vit,
+    "WinKawaks/vit-tiny-patch16-224": vit,
+    "timm/vit_small_patch14_dinov2.lvd142m": timm_dinov2,
 }
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "advanced"))
 
 import assets
 import digits_on_photos

@@ -15,9 +15,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "advanced"))
 
 import assets
+import learning_causal
+import learning_mixture
 from harness import instructions
 from harness.instructions import IGNORED, TASKS, answered_exactly
 
@@ -37,6 +39,15 @@ def test_an_answer_is_exact_if_greedy_decoding_writes_it() -> None:
         with torch.no_grad():
             found = answered_exactly(model(input_ids=ids).logits, labels)
         assert found.tolist() == [other != row for other in range(3)]
+
+
+def test_methods_have_the_settings_in_their_names() -> None:
+    for name, method in learning_mixture.METHODS.items():
+        made: Any = learning_causal.adapter(method)
+        if name.startswith(("mept", "static")):
+            assert made.start_scale == ("unit" if name.endswith("-unit") else "inputs")
+            assert made.router_centering == (name == "mept-centered")
+            assert made.routing == ("token" if "token" in name else "sample")
 
 
 class Letters:

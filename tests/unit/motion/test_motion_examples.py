@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "advanced"
 sys.path.insert(0, str(EXAMPLES))
 
 import motion_data  # noqa: E402

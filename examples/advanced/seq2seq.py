@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequence to sequence with MEPT on T5: prompts in the encoder, scored by exact match of what is generated.
 
-python examples/seq2seq.py                              # t5-small from the Hub: sentiment of review snippets
-python examples/seq2seq.py --model google/flan-t5-base
-python examples/seq2seq.py --tiny                       # a tiny random T5 on made-up data: no network, seconds
+python examples/advanced/seq2seq.py         # t5-small from the Hub: sentiment of review snippets
+python examples/advanced/seq2seq.py --model google/flan-t5-base
+python examples/advanced/seq2seq.py --tiny  # a tiny random T5 on made-up data: no network, seconds
 """
 
 import argparse

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Image classification with VAPT and the stock Trainer, and a picture of what the class token attends to.
 
-    python examples/image_classification.py                        # packaged model and data, 6 minutes on 2 CPU cores
-    python examples/image_classification.py --lr 1e-3 3e-3 1e-2    # the same, after a search for the rate
-    python examples/image_classification.py --model google/vit-base-patch16-224-in21k --dataset uoft-cs/cifar10 \
-        --image-column img
-    python examples/image_classification.py --model timm/vit_small_patch16_224.augreg_in21k --dataset folder/of/images
-    python examples/image_classification.py --predict outputs/image_classification/adapter --images cat.png
+    python examples/advanced/image_classification.py    # packaged model and data, 6 minutes on 2 CPU cores
+    python examples/advanced/image_classification.py --lr 1e-3 3e-3 1e-2    # the same, after a search for the rate
+    python examples/advanced/image_classification.py --model google/vit-base-patch16-224-in21k \
+        --dataset uoft-cs/cifar10 --image-column img
+    python examples/advanced/image_classification.py --model timm/vit_small_patch16_224.augreg_in21k \
+        --dataset folder/of/images
+    python examples/advanced/image_classification.py --predict outputs/image_classification/adapter --images cat.png
 
 The protocol is VTAB-1k's: of several learning rates the one is chosen that scores best on 200 images after training on
 800 others; then all 1,000 are trained on, and images that none of this has seen are the test.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instruction tuning of a causal language model with MEPT: answer a question about a text, scored by exact match.
 
-python examples/causal_lm.py                       # packaged SmolLM2-135M-Instruct, a few minutes on CPU
-python examples/causal_lm.py --model HuggingFaceTB/SmolLM2-360M-Instruct
+python examples/advanced/causal_lm.py    # packaged SmolLM2-135M-Instruct, a few minutes on CPU
+python examples/advanced/causal_lm.py --model HuggingFaceTB/SmolLM2-360M-Instruct
 """
 
 import argparse

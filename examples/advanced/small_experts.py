@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two small vision transformers of different width and task, trained here on real images, to be experts of pMoE.
 
-    python examples/small_experts.py    # trains both, some minutes each on one core, and says what they know
+    python examples/advanced/small_experts.py    # trains both, some minutes each on one core, and says what they know
 
 `digits` is 96 wide and has learned to read handwritten digits on plates in photos. `photos` is 144 wide and
 has learned CIFAR-10's ten classes. Neither is a published model: they are small, and trained for minutes. No image

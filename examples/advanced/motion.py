@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Optical flow, depth, or both, from a frozen vision transformer, with the stock Trainer.
 
-    python examples/motion.py                       # flow on DINOv2-S, some ten minutes on two CPU cores
-    python examples/motion.py --task depth --method vapt
-    python examples/motion.py --task joint --method head    # nothing but the heads is trained
-    python examples/motion.py --data /data/MPI-Sintel /data/kitti-2015    # evaluated on these too
-    python examples/motion.py --model facebook/dinov2-base --steps 5000 --batch-size 8
+    python examples/advanced/motion.py                       # flow on DINOv2-S, some ten minutes on two CPU cores
+    python examples/advanced/motion.py --task depth --method vapt
+    python examples/advanced/motion.py --task joint --method head    # nothing but the heads is trained
+    python examples/advanced/motion.py --data /data/MPI-Sintel /data/kitti-2015    # evaluated on these too
+    python examples/advanced/motion.py --model facebook/dinov2-base --steps 5000 --batch-size 8
 
 It trains on pairs that are made as it goes (see `moving_layers.py`), and is evaluated on pairs of other photos and on
 real ones: scikit-image's stereo pair of a motorcycle, aloe where Debian's opencv-doc is installed, and the folders

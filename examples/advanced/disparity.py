@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Dense prediction by several frozen backbones: how far away what a photo shows is, with pMoE and `patch_maps`.
 
-    python examples/disparity.py    # DINOv2-S and the experts of small_experts.py, some minutes on a CPU
-    python examples/disparity.py --experts facebook/dino-vits16
+    python examples/advanced/disparity.py    # DINOv2-S and the experts of small_experts.py, some minutes on a CPU
+    python examples/advanced/disparity.py --experts facebook/dino-vits16
 
 The photo is the left view of scikit-image's stereo pair of a motorcycle, which comes with its true disparity, measured
 by structured light: pixels that a point moves by from one view to the other, the more the nearer. Windows of the

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Text classification with MEPT and the stock Trainer, beside training the head alone.
 
-    python examples/text_classification.py                              # packaged model and data, a few minutes on CPU
-    python examples/text_classification.py --model FacebookAI/roberta-base --dataset stanfordnlp/sst2 \
+    python examples/advanced/text_classification.py    # packaged model and data, a few minutes on CPU
+    python examples/advanced/text_classification.py --model FacebookAI/roberta-base --dataset stanfordnlp/sst2 \
         --text-column sentence --splits train validation validation
-    python examples/text_classification.py --predict outputs/text_classification/adapter --text "A quiet triumph."
-    torchrun --nproc-per-node 2 examples/text_classification.py         # two processes (DDP), on CPUs or GPUs
+    python examples/advanced/text_classification.py --predict outputs/text_classification/adapter \
+        --text "A quiet triumph."
+    torchrun --nproc-per-node 2 examples/advanced/text_classification.py    # two processes (DDP), on CPUs or GPUs
 """
 
 import argparse

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Image classification by several frozen backbones at once, with pMoE and the stock Trainer.
 
-    python examples/several_experts.py    # DINOv2-S and two experts trained by us, on digits on photos
-    python examples/several_experts.py --dispatcher none    # the same without a dispatcher
-    python examples/several_experts.py --model google/vit-base-patch16-224-in21k --dataset uoft-cs/cifar10 \
+    python examples/advanced/several_experts.py    # DINOv2-S and two experts trained by us, on digits on photos
+    python examples/advanced/several_experts.py --dispatcher none    # the same without a dispatcher
+    python examples/advanced/several_experts.py --model google/vit-base-patch16-224-in21k --dataset uoft-cs/cifar10 \
         --image-column img --experts facebook/dino-vitb16 timm/vit_base_patch16_224.mae
-    python examples/several_experts.py --predict outputs/several_experts/adapter --images picture.png
+    python examples/advanced/several_experts.py --predict outputs/several_experts/adapter --images picture.png
 
 The default task asks for two kinds of knowledge (see `digits_on_photos.py`), and the default experts are small vision
 transformers that the first run trains on other images (see `small_experts.py`). All backbones stay frozen.

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen linear layers are never told that they are in evaluation while gradients have yet to come through them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Case
+from peft import get_peft_model
+from torch import Tensor, nn
+
+CASES = [Case("mept", "llama", "token", "sdpa"), Case("mept", "bert", "sample", "sdpa")]
+CASES += [Case("vapt", "vit", "adaptive", "sdpa")]
+
+
+class Repacked(nn.Linear):
+    """As bitsandbytes' 4-bit layer on a CPU: called once in evaluation, it gives no gradient ever after."""
+
+    repacked = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.repacked = self.repacked or not (self.training or x.requires_grad)
+        found = super().forward(x)
+        return found.detach() if self.repacked else found
+
+
+def quantised(model: nn.Module) -> Any:
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Repacked
+    return model.eval()  # as from_pretrained gives it
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_come_through_layers_that_evaluation_repacks(case: Case) -> None:
+    found = {}
+    for kind in ("plain", "repacked"):
+        base = case.base() if kind == "plain" else quantised(case.base())
+        torch.manual_seed(3)
+        model = get_peft_model(base, case.config(init_weights=True, backbone_eval=True)).train()
+        torch.manual_seed(4)
+        model(**case.batch()).logits.square().mean().backward()
+        found[kind] = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert all(not module.repacked for module in base.modules() if isinstance(module, Repacked))
+    torch.testing.assert_close(found["repacked"], found["plain"], rtol=0, atol=0)
