@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := peft_promptmoe tests examples benchmarks docs noxfile.py
 
-.PHONY: demo test test-full test-gpu matrix faults coverage check docs dist format bench reach bench-full bench-gpu learn-gpu clean
+.PHONY: demo test test-full test-gpu quick-start matrix faults coverage check docs dist format bench reach bench-full bench-gpu learn-gpu clean
 
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/advanced/text_classification.py
@@ -22,6 +22,10 @@ test-full: $(VENV)/.installed-test
 # The real kernels, on a CUDA device.
 test-gpu: $(VENV)/.installed-test
 	PEFT_PROMPTMOE_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu
+
+# README's quick start to the letter: the wheel in a fresh environment, one process to train and one to predict.
+quick-start: $(VENV)/.installed-examples
+	OMP_NUM_THREADS=1 $(BIN)/python tests/docs/quick_start.py --reuse --packaged
 
 # The promises of the package, method by method and architecture by architecture, with the tests that hold them.
 matrix: $(VENV)/.installed-test

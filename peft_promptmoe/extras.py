@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that only parts of this one need."""
+"""Optional dependencies, and the error that names the missing extra."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of config fields that take values of two kinds: for type checkers what they are, at run time how to read them.
+"""Types of config fields that take two kinds of values: exact for type checkers, parseable at run time.
 
 transformers' `HfArgumentParser` makes command lines of configs. It knows choices (`Literal`) and `X | None`, and calls
 any other type with the text that it is given.

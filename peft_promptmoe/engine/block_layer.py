@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that work on what a whole block of a vision transformer puts out, beside its prefix tokens."""
+"""Adapters that work on the patch outputs of a whole vision transformer block."""
 
 from __future__ import annotations
 

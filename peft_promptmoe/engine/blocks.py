@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every token's products with the rows of the experts it chose, grouped by expert in blocks of one size.
+"""Products of tokens with the rows of their chosen experts, computed in equal blocks, one expert per block.
 
 Choices (token and expert) are sorted by expert, and each expert's run is laid out in blocks of `C` rows, the last one
 filled up. Shapes depend on the numbers of choices and experts alone: nothing waits for the device, nothing compiles

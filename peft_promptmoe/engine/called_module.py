@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on the modules of a base model that may be called: the whole, or a tower, body or encoder by itself."""
+"""Hooks on every module that a user may call: the whole base model, or its tower, body or encoder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the attention layers that came into question prompts do join; the others are left out with one message."""
+"""The attention layers that prompts join; unsuitable ones are left out with one message."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of every token over the slots of the experts it chose, at a cost that does not grow with their number.
+"""Attention of every token to the slots of its chosen experts; the cost does not grow with the number of experts.
 
 Attention of a token over text, shared slots and its own experts' slots is one softmax. It is split here: the slots of
 the chosen experts are attended apart, in products grouped by expert (`chosen_slots`), which gives each head its output

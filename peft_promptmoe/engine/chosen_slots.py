@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slots of the experts that tokens chose, and what the tokens make of them, in blocks by expert.
+"""Slots of chosen experts and the attention of tokens to them, in blocks by expert.
 
 Letters are those of `blocks`, and `B` batch, `T` tokens of a sample, N = B * T, `v` width of a head's values.
 """

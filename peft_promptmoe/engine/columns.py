@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt rows as columns of one attention call: what they are, who may see them, how they meet keys and values."""
+"""Prompt rows in one attention call: which columns they are, who may see them, how they join keys and values."""
 
 from __future__ import annotations
 

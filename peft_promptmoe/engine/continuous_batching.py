@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What prompts cannot do under transformers' continuous batching is refused before its thread starts.
+"""Refusals for transformers' continuous batching, raised before its thread starts.
 
 It packs many texts into one row and runs the model in a thread of its own, where an error ends in empty answers.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a model beside its training: in evaluation mode, each module's own mode kept."""
+"""Run a model in evaluation mode, then restore the mode of each module."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model can be run on while an adapter is made: a few tokens, one image, or one short sound."""
+"""Inputs for a trial run while an adapter is made: a few tokens, one image, or one short sound."""
 
 from __future__ import annotations
 

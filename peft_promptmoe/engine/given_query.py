@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The query of a causal language model, said by hand where no labels tell it."""
+"""The query of a causal language model, given by the user where no labels show it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which patch grids have come through a patch embedding."""
+"""The patch grids of the images that a patch embedding has seen."""
 
 from __future__ import annotations
 

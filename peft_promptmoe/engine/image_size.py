@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of another size than the model's, where it does not take them."""
+"""Images of a size that the model does not take: the refusal."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several adapters in one batch: each sample has the rows, router, gates and head of the adapter it is named with."""
+"""Several adapters in one batch: each sample gets the rows, router, gates and head of its own adapter."""
 
 from __future__ import annotations
 

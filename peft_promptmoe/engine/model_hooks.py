@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on the base model: what its prompt layers share, modes, forwards that begin, checks of loaded tensors."""
+"""Hooks on the base model: state that prompt layers share, modes, the start of a forward, checks of loaded tensors."""
 
 from __future__ import annotations
 

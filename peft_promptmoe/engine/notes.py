@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a module of the base model leaves for a later one that is given its output."""
+"""Notes that a module of the base model leaves for the module that reads its output."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extra key and value rows inside attention layers that compute attention themselves.
+"""Extra key and value rows in attention layers with their own attention code.
 
 While such a layer's own forward runs, a `TorchFunctionMode` follows its steps: the product of queries and keys, the
 softmax, the product with values. At the softmax the rows' scores stand in front of the text's; the layer gets back

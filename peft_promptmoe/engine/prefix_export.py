@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A static prompt as PEFT's own prefix tuning, for where this package is not installed."""
+"""Export of a static prompt to PEFT's prefix tuning, for use without this package."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forward of the base model while an adapter is made, with its layers listening and their prompts off."""
+"""One forward of the base model while an adapter is made: layers record their inputs, and prompts are off."""
 
 from __future__ import annotations
 

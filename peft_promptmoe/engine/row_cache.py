@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt rows kept with a model's key/value cache, so that decoding steps do not make them again.
+"""Prompt rows kept with a key/value cache, so that decoding steps do not compute them again.
 
 They live in the cache's layer, beside the keys and values of the text, and go where these go: see `row_keeper`.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key and value rows of one adapter in one layer, and the columns that they become by what a call's tokens choose."""
+"""Key and value rows of one adapter in one layer, and the columns that a call's tokens choose from them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples of a batch that belong to different adapters: their part of what a layer is given, and back again.
+"""Batches with several adapters: split a layer's input by adapter, and join the results.
 
 An adapter's rows are made of its own samples alone. They become columns of all samples, closed to those of others, so
 what a sample gets is what it would get in a batch of its own.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that are projected once and then served."""
+"""Prompts that are projected once and then reused."""
 
 from __future__ import annotations
 

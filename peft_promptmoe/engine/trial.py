@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers outside the tested table are tried on a few rows before the model is touched."""
+"""Trial of layers outside the table of tested architectures, on a few rows, before the model is changed."""
 
 from __future__ import annotations
 

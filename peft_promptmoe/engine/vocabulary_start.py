@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initial prompt rows that a text model is used to: its own layer inputs on random vocabulary tokens."""
+"""Initial prompt rows of text models: the model's own layer inputs on random vocabulary tokens."""
 
 from __future__ import annotations
 

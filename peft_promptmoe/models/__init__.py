@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of base models: attention layers and what surrounds them, and how to read a call."""
+"""Knowledge about base models: attention layers, their surroundings, and the arguments of a call."""

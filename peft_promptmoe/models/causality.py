@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an attention layer looks back only, and whether what its model puts out is read token by token."""
+"""Whether attention is causal, and whether the model's output is read token by token."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of models: those of images, which PEFT cannot name, and those that would stay frozen unnoticed."""
+"""Heads of models: image heads, which PEFT does not know, and heads that would stay frozen unnoticed."""
 
 from __future__ import annotations
 

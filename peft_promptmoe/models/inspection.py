@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading what a module's forward does: its parameters, and what it calls in which order."""
+"""Reading a module's forward: its parameters, and the order of its calls."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Behind which blocks of a vision model somebody reads the patches."""
+"""The blocks of a vision model whose patch outputs are read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention layers that compute attention themselves: what the engine has to know of each to let rows join.
+"""Attention layers with their own attention code: what the engine must know of each so that rows can join.
 
 Such a layer multiplies queries with keys, takes a softmax and multiplies with values in its own forward, or calls
 `scaled_dot_product_attention` itself. The engine adds the rows' part to these steps where they happen; an entry says

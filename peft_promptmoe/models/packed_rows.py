@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that hold several samples, of which one choice of experts would be made."""
+"""Packed rows: several samples in one row, which sample routing cannot tell apart."""
 
 from __future__ import annotations
 

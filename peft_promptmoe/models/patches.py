@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vision transformers have and text models have not: a patch grid, prefix tokens, heads that PEFT cannot name."""
+"""Parts of vision transformers: a patch grid, prefix tokens, heads that PEFT does not know."""
 
 from __future__ import annotations
 

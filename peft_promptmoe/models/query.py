@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routers that read a whole row may read of it on a causal language model: the query."""
+"""The query: the part of a row that sample routing may read in a causal language model."""
 
 from __future__ import annotations
 

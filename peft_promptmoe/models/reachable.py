@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention layers prompts cannot join, and why: told from how they are built, before anything is changed."""
+"""Which attention layers prompts cannot join, and why. Read from their structure, before anything is changed."""
 
 from __future__ import annotations
 

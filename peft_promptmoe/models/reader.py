@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a model reads text."""
+"""The part of a model that reads text."""
 
 from __future__ import annotations
 

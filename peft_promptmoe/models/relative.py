@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of speech: conformers, WavLM and SpeechT5, whose scores depend on how far query and key stand apart."""
+"""Speech encoders (conformers, WavLM, SpeechT5), whose scores depend on the distance between query and key."""
 
 from __future__ import annotations
 

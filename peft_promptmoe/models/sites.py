@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine needs of one attention layer's surroundings: block, norm, positions, patch grid."""
+"""A site: one attention layer with its block, norm, positions and patch grid."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around one attention layer: its block, the norm before it, where its positions come from."""
+"""Finding the surroundings of an attention layer: its block, the norm before it, the source of its positions."""
 
 from __future__ import annotations
 

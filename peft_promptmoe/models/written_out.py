@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Older models of transformers, whose layers write attention out: scores, softmax, sum."""
+"""Older models of transformers, whose layers compute scores, softmax and sum step by step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the maps of several levels from any vision backbone, by what its library offers for it."""
+"""Feature maps of several levels from any vision backbone, through its library's own interface."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the models of flow, of depth and of both share."""
+"""Common base of the models for flow, for depth and for both."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the models of motion and depth refuse: settings out of range, and labels that mean something else."""
+"""Refusals of the models for motion and depth: settings out of range, and labels of another kind."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the backbones and adapters of a model weigh."""
+"""Parameters and bytes of a model's backbones and adapters."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people look at: reports of routing, the recorder, the callback."""
+"""Reports of routing and assignment, the recorder, callbacks, pictures."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dispatchers read, and which expert decides."""
+"""Report of pMoE: what dispatchers read, and which expert decides."""
 
 from __future__ import annotations
 

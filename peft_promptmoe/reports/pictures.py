@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reports look like. Needs matplotlib; reports import it when a picture is asked for."""
+"""Pictures of reports. Needs matplotlib; reports import this module when a picture is asked for."""
 
 from __future__ import annotations
 

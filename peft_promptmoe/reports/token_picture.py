@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the routing of one text's tokens looks like. Needs matplotlib."""
+"""Picture and animation of the routing of one text's tokens. Needs matplotlib."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who chooses: router mathematics, the balance loss and its way to the optimiser, the record."""
+"""Routers: their mathematics, auxiliary losses, and the record of what was chosen."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Auxiliary losses on their way to the optimiser: through the gradient of the model's own loss, whoever trains it."""
+"""Auxiliary losses: they reach the optimiser through the gradient of the model's own loss, in any training loop."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one forward of the base model tells its prompt layers, and where they find it."""
+"""State of one forward that the base model's hooks pass to the prompt layers."""
 
 from __future__ import annotations
 

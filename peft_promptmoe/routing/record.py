@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What routers chose in a forward pass, for whoever asks afterwards."""
+"""Records of what routers chose in a forward pass."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How adapters travel: what is checked when one is loaded, names, the model card."""
+"""Saving and loading adapters: checks, roll-back, names, the model card."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that adapters cannot have, because weights could not be told apart by them."""
+"""Adapter names that are refused, because they would make the names of weights ambiguous."""
 
 from __future__ import annotations
 

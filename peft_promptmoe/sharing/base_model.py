@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model card says of the base model, read off the model."""
+"""What a model card says about the base model, read from the model itself."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter's config says of the base model it was made for, and how the same is read from a model."""
+"""The record of the base model in an adapter's config, and how it is read from a model."""
 
 from __future__ import annotations
 

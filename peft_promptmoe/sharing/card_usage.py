@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lines of a model card that give the loaded model an input, and say what comes out."""
+"""The lines of a model card that run the loaded model on an input and describe the output."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what is loaded into an adapter: it comes whole, of the right shapes, finite and alone, or not at all."""
+"""Checks of loaded adapter tensors: complete, of the right shapes, finite, nothing besides; else none is loaded."""
 
 from __future__ import annotations
 

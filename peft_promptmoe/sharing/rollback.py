@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model becomes what it was when an adapter cannot be loaded into it."""
+"""Restoring a model when an adapter cannot be loaded into it."""
 
 from __future__ import annotations
 

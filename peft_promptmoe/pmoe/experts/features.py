@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frozen encoder makes of images: pixels as it wants them, its feature and its patch tokens."""
+"""Running a frozen encoder on images: its pixel format, its feature and its patch tokens."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter's config says of its experts, and how the same is read from a model."""
+"""The records of experts in an adapter's config, and how they are read from a model."""
 
 from __future__ import annotations
 

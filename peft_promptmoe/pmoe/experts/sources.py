@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an expert's name to a folder that can be trusted to hold a model and nothing that runs."""
+"""From an expert's name to a local folder that holds a model and no code."""
 
 from __future__ import annotations
 
