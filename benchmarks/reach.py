@@ -72,7 +72,11 @@ def main(args: argparse.Namespace) -> None:
                         kind, name, found[kind, name]["outcome"], found[kind, name].get("says", "")[:150], flush=True
                     )
     records = list(found.values())
-    TABLE.write_text(table(records, [kind for kind in ALL_KINDS if any(kind == each["kind"] for each in records)]))
+    shown = table(records, [kind for kind in ALL_KINDS if any(kind == each["kind"] for each in records)])
+    if args.results == RESULTS:
+        TABLE.write_text(shown)
+    else:
+        print(shown)
 
 
 def key(record: dict[str, Any]) -> tuple[str, str]:

@@ -37,7 +37,6 @@ from transformers import (
 )
 
 import assets
-from metrics import score
 from peft_promptmoe import VAPTConfig
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -147,7 +146,7 @@ def train(
         ),
         train_dataset=data,
         data_collator=collator(preparation(args.model, args.image_size)),
-        compute_metrics=score,
+        compute_metrics=lambda seen: {"accuracy": float((seen.predictions.argmax(-1) == seen.label_ids).mean())},
     )
     trainer.train()
     return model, trainer.evaluate(held_out)

@@ -26,7 +26,6 @@ import assets
 import digits_on_photos
 import small_experts
 from image_classification import add_data_arguments, base_model, collator, load_splits, preparation, save_pictures
-from metrics import score
 from peft_promptmoe import PMoEConfig, parameter_report, routing_report
 
 
@@ -57,7 +56,7 @@ def train(data: datasets.Dataset, args: argparse.Namespace) -> Trainer:
         ),
         train_dataset=data,
         data_collator=collator(preparation(args.model, args.image_size)),
-        compute_metrics=score,
+        compute_metrics=lambda seen: {"accuracy": float((seen.predictions.argmax(-1) == seen.label_ids).mean())},
     )
     trainer.train()
     return trainer

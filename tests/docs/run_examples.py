@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run scripts, each in a folder of its own; a process apart for the tests, in which the Hub takes uploads.
+"""Run scripts and notebooks, each in its own folder; a process apart for the tests, in which the Hub takes uploads.
 
 python run_examples.py RESULTS SCRIPT...    # writes {script: {printed, error, sizes of the files it left}} to RESULTS
 
@@ -47,13 +47,25 @@ def create_commit(self: HfApi, repo_id: str, operations: list[CommitOperationAdd
     missing.touch()
 
 
+def execute(script: Path) -> None:
+    """Run a script, or the code cells of a notebook one after the other, as a kernel does."""
+    if script.suffix == ".py":
+        runpy.run_path(str(script), run_name="__main__")
+        return
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in json.loads(script.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and not source.startswith("%"):
+            exec(compile(source, f"{script.name}, {cell['id']}", "exec"), names)
+
+
 def run(script: Path) -> dict[str, Any]:
     """What a script prints, the error it ends in, and the files it leaves beside itself."""
     sys.argv = [script.name, "someone/adapter"]
     printed, error = io.StringIO(), None
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(printed):
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            execute(script)
         except Exception:
             error = traceback.format_exc()
         sizes = {path.name: path.stat().st_size for path in Path(folder).iterdir() if path.is_file()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small examples: short, each alone, and they run."""
+"""The small examples: short, each alone, and they run; so do the notebooks, which are made from them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import notebooks
 import pytest
 from tiny_hub import fill
 
@@ -35,6 +36,10 @@ LEFT = {"routing_pictures": ["load.png", "pathways.png", "tokens.gif"]}
 
 # More than five seconds each, of tiny models too; the recipes of README are quick tests of what they show.
 SEVERAL_SECONDS = {"chat_sft", "image_folder", "pmoe"}
+RUNNABLE = [path for path in SCRIPTS if path.stem not in OF_CLIENTS]
+RUNNABLE += [notebooks.notebook_of(path) for path in notebooks.SCRIPTS]
+QUICK = [path.relative_to(EXAMPLES).as_posix() for path in RUNNABLE if path.stem not in SEVERAL_SECONDS]
+SLOW = [path.relative_to(EXAMPLES).as_posix() for path in RUNNABLE if path.stem in SEVERAL_SECONDS]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +71,7 @@ def run(environment: dict[str, str], folder: Path, scripts: list[Path]) -> dict[
 
 @pytest.fixture(scope="module")
 def quick(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    scripts = [script for script in SCRIPTS if script.stem not in SEVERAL_SECONDS | OF_CLIENTS]
-    return run(environment, tmp_path_factory.mktemp("examples"), scripts)
+    return run(environment, tmp_path_factory.mktemp("examples"), [EXAMPLES / name for name in QUICK])
 
 
 def check(script: Path, result: dict[str, Any]) -> None:
@@ -76,16 +80,16 @@ def check(script: Path, result: dict[str, Any]) -> None:
     assert all(result["sizes"].get(name, 0) > 1000 for name in LEFT.get(script.stem, []))
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in SCRIPTS} - SEVERAL_SECONDS - OF_CLIENTS))
+@pytest.mark.parametrize("name", QUICK)
 def test_an_example_runs(name: str, quick: dict[str, dict[str, Any]]) -> None:
-    script = EXAMPLES / f"{name}.py"
+    script = EXAMPLES / name
     check(script, quick[str(script)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(SEVERAL_SECONDS), ids="{}-takes-several-seconds".format)
+@pytest.mark.parametrize("name", SLOW, ids="{}-takes-several-seconds".format)
 def test_a_longer_example_runs(name: str, environment: dict[str, str], tmp_path: Path) -> None:
-    script = EXAMPLES / f"{name}.py"
+    script = EXAMPLES / name
     check(script, run(environment, tmp_path, [script])[str(script)])
 
 
@@ -105,3 +109,14 @@ def test_the_table_of_examples_names_them_all() -> None:
     named = set(re.findall(r"^\| \[`([\w/]+\.py)`\]\(\1\)", table, re.MULTILINE))
     runnable = {path for path in EXAMPLES.rglob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")}
     assert named == {path.relative_to(EXAMPLES).as_posix() for path in {*SCRIPTS, *runnable}}
+
+
+@pytest.mark.parametrize("script", notebooks.SCRIPTS, ids=lambda path: path.stem)
+def test_a_notebook_is_its_script_s(script: Path) -> None:
+    written = notebooks.notebook_of(script).read_text(encoding="utf-8")
+    assert written == notebooks.notebook(script), "run tests/docs/notebooks.py"
+    kinds = {kind for kind, _ in notebooks.cells(script.read_text(encoding="utf-8"))}
+    code = [source for kind, source in notebooks.cells(script.read_text(encoding="utf-8")) if kind == "code"]
+    own = "\n".join(source for source in code if source != notebooks.INSTALL)
+    assert kinds == {"markdown", "code"}
+    assert ast.dump(ast.parse(own)) == ast.dump(ast.parse(script.read_text(encoding="utf-8")))
