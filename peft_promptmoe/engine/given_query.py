@@ -16,7 +16,7 @@ from .model_hooks import find_hooks, prompt_layers
 
 @contextmanager
 def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]:
-    """Let the routers of `routing="sample"` on a causal model read the first tokens of each row within the block.
+    """Within the block, routers of `routing="sample"` on a causal model read the first tokens of each row only.
 
     For forwards that have no labels: trainers that compute the loss themselves, and scores of texts. Labels count for
     nothing within the block.

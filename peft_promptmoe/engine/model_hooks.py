@@ -217,7 +217,7 @@ def last_balance_loss(model: nn.Module) -> float | None:
 
 
 def last_aux_losses(model: nn.Module) -> dict[str, float]:
-    """Auxiliary losses of the last forward that had any, without their weights, each a mean over the layers.
+    """Unweighted auxiliary losses of the last forward that had any, each a mean over the layers.
 
     Of ProMotion "denoise", "denoise_ratio" (over the noise's variance), "margin" and "compact"; of routers "balance",
     which has its weight.
@@ -230,7 +230,7 @@ def last_aux_losses(model: nn.Module) -> dict[str, float]:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
-    """The auxiliary losses of this thread's last training forward, weighted and summed, to add to a loss of your own.
+    """Weighted sum of the auxiliary losses of this thread's last training forward, to add to a loss of your own.
 
     The model's own `outputs.loss` has them in its gradient already, and so has the loss of TRL's `SFTTrainer`. Other
     trainers make a loss of logits or log-probabilities (DPO, KTO, GRPO) and leave them out; there add this in

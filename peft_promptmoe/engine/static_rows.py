@@ -14,7 +14,7 @@ from .model_hooks import prompt_layers
 
 @contextmanager
 def cached_prompts(model: nn.Module) -> Iterator[None]:
-    """Make key and value rows that do not depend on the input once within the block, instead of in every forward.
+    """Within the block, compute prompt rows that do not depend on the input once instead of in every forward.
 
     These are the rows of static prompts (`num_experts=1`, VPT-Deep) and of token routing; those of sample routing and
     of VAPT depend on the input and are made as ever, as are those that a rotary embedding turns (generation keeps

@@ -57,7 +57,7 @@ class FlowModel(MotionBase):
 
 
 class DepthModel(MotionBase):
-    """Depth of single images over any vision backbone, or by a DPT, Depth Anything or GLPN, whose decoder trains.
+    """Depth of single images, from any vision backbone, or from DPT, Depth Anything or GLPN with their own decoder.
 
     Example:
 

@@ -13,7 +13,7 @@ from .shared import shared_of
 
 @dataclass
 class ParameterReport:
-    """What a model with several backbones holds and trains.
+    """Parameters and bytes of a model with several backbones, held and trained.
 
     Attributes:
         rows: name, parameters, bytes, trained parameters: the base model, each further expert, the adapter with heads.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -39,7 +40,11 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> str:
 def install(folder: Path, reuse: bool) -> Path:
     """The Python of a fresh environment in `folder` that has the wheel."""
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", "dist", str(ROOT)], folder, outside)
+    source = folder / "source"  # a copy, since building leaves files that would end in the next wheel
+    shutil.copytree(ROOT / "peft_promptmoe", source / "peft_promptmoe", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", "dist", str(source)], folder, outside)
     (wheel,) = (folder / "dist").glob("*.whl")
     print("made", wheel.name)
     venv.create(folder / "fresh", with_pip=True)
@@ -58,7 +63,7 @@ def install(folder: Path, reuse: bool) -> Path:
 
 def packaged_hub(folder: Path) -> Path:
     """A Hub cache that has the quick start's model, taken from a package."""
-    sys.path.insert(0, str(ROOT / "examples"))
+    sys.path.insert(0, str(ROOT / "examples" / "advanced"))
     import assets
 
     held = folder / "hub" / f"models--{MODEL.replace('/', '--')}"
