@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 # %% [markdown]
 # # Tune a model of four bits
-# As QLoRA does: the base model is held in 4 bits by bitsandbytes, and the adapter, MEPT routed by token, learns in float32.
-# Runs on a GPU and, slowly, on a CPU. Replace `TEXTS` by your own.
+# As QLoRA does: bitsandbytes holds the base model in 4 bits, and the adapter, MEPT routed by token, learns in float32.
+# Runs on a GPU and, slowly, on a CPU. Replace `TEXTS` by your own. Needs `pip install bitsandbytes`.
 
 # %%
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from peft_promptmoe import MEPTConfig
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TEXTS = [
-    f"The lighthouse of {town} was built in {1800 + 7 * n}." for n, town in enumerate(["Brest", "Cadiz", "Riga"] * 4)
-]
+TOWNS = ["Brest", "Cadiz", "Riga", "Bergen", "Varna", "Genoa", "Porto", "Gdansk", "Izmir", "Bari", "Turku", "Ghent"]
+TEXTS = [f"The lighthouse of {town} was built in {1800 + 7 * number}." for number, town in enumerate(TOWNS)]
 
 # %% The base model in 4 bits
 set_seed(0)
@@ -35,15 +41,7 @@ print(f"the model in memory: {model.get_memory_footprint() / 1e6:.0f} MB")
 
 # %% Training
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
-args = TrainingArguments(
-    "outputs",
-    learning_rate=3e-3,
-    max_steps=20,
-    per_device_train_batch_size=4,
-    logging_steps=5,
-    bf16=bf16,
-    report_to="none",
-)
+args = TrainingArguments("outputs", learning_rate=3e-3, max_steps=20, per_device_train_batch_size=4, logging_steps=5)
 data = Dataset.from_dict(dict(tokenizer(TEXTS)))
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 Trainer(model, args, train_dataset=data, data_collator=collator).train()
