@@ -20,6 +20,7 @@ from harness.rows import Row
 from harness.shapes import SHAPES, quiet
 from harness.timing import interleaved
 from harness.training import Results, Stopwatch
+from peft_promptmoe import cached_prompts
 
 SHAPE, LAYERS, ADAPTERS = "bert-base", 2, 8
 ROWS = (Row("static", 20, 1), Row("mept_sample", 20, 4), Row("mept_token", 20, 4))
@@ -28,6 +29,19 @@ ROWS = (Row("static", 20, 1), Row("mept_sample", 20, 4), Row("mept_token", 20, 4
 def run(model: nn.Module, inputs: dict[str, Any], names: list[str]) -> None:
     with torch.no_grad():
         model(**inputs, adapter_names=names)
+
+
+def flops(model: nn.Module, inputs: dict[str, Any], names: list[str]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run(model, inputs, names)
+    return counter.get_total_flops()
+
+
+def cached_flops(model: nn.Module, inputs: dict[str, Any], names: list[str]) -> int:
+    """Of a forward that finds the rows of all adapters' prompts projected."""
+    with cached_prompts(model):
+        run(model, inputs, names)
+        return flops(model, inputs, names)
 
 
 def measure(row: Row, repeats: int) -> dict[str, Any]:
@@ -41,9 +55,10 @@ def measure(row: Row, repeats: int) -> dict[str, Any]:
     batches = {"one": ["default"] * ADAPTERS, "eight": ["default", *(f"adapter{n}" for n in range(1, ADAPTERS))]}
     found: dict[str, Any] = {}
     for kind, names in batches.items():
-        with FlopCounterMode(display=False) as counter:
-            run(model, inputs, names)
-        found[f"{kind}_flops"] = counter.get_total_flops()
+        found[f"{kind}_flops"] = flops(model, inputs, names)
+    if row.method != "mept_sample":  # whose prompts depend on the input
+        one, eight = (cached_flops(model, inputs, names) for names in batches.values())
+        found["cached_flops_ratio"] = round(eight / one, 4)
 
     def seconds(names: list[str]) -> dict[str, float]:
         with Stopwatch() as watch:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.claims import claims
+from harness.client_table import clients
 from harness.markdown import table
 from harness.motion_tables import learning_motion, motion_levels
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
@@ -24,7 +25,7 @@ from harness.start_scale import start_table
 from harness.targets import GPU, LENGTHS, targets
 
 HERE = Path(__file__).resolve().parent
-READMES = (HERE.parent / "README.md", HERE / "README.md")
+READMES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "clients.md")
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 TEXT = (
     Row("head"),
@@ -263,6 +264,7 @@ def claim_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "clients": clients,
     "front": front,
     "learning_text": lambda: learning("learning_text"),
     "start_scale": start_table,

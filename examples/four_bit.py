@@ -2,7 +2,7 @@
 # %% [markdown]
 # # Tune a model of four bits
 # As QLoRA does: bitsandbytes holds the base model in 4 bits, and the adapter, MEPT routed by token, learns in float32.
-# Runs on a GPU and, slowly, on a CPU. Replace `TEXTS` by your own.
+# Runs on a GPU and, slowly, on a CPU. Replace `TEXTS` by your own. Needs `pip install bitsandbytes`.
 
 # %%
 import torch
@@ -21,8 +21,8 @@ from transformers import (
 from peft_promptmoe import MEPTConfig
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TOWNS = ["Brest", "Cadiz", "Riga"] * 4
-TEXTS = [f"The lighthouse of {town} was built in {1800 + 7 * n}." for n, town in enumerate(TOWNS)]
+TOWNS = ["Brest", "Cadiz", "Riga", "Bergen", "Varna", "Genoa", "Porto", "Gdansk", "Izmir", "Bari", "Turku", "Ghent"]
+TEXTS = [f"The lighthouse of {town} was built in {1800 + 7 * number}." for number, town in enumerate(TOWNS)]
 
 # %% The base model in 4 bits
 set_seed(0)
@@ -41,7 +41,7 @@ print(f"the model in memory: {model.get_memory_footprint() / 1e6:.0f} MB")
 
 # %% Training
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
-args = TrainingArguments("outputs", learning_rate=3e-3, max_steps=20, logging_steps=5, bf16=bf16, report_to="none")
+args = TrainingArguments("outputs", learning_rate=3e-3, max_steps=20, per_device_train_batch_size=4, logging_steps=5)
 data = Dataset.from_dict(dict(tokenizer(TEXTS)))
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 Trainer(model, args, train_dataset=data, data_collator=collator).train()

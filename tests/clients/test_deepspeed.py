@@ -19,7 +19,8 @@ STEPS, RATE = 3, 0.05
 def settings(stage: int) -> dict[str, Any]:
     """Everything is sharded, however small."""
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    own = {"zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}  # which is 1 where nothing is said
+    return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, **own}
 
 
 def batch(task: str | None, step: int) -> dict[str, torch.Tensor]:
@@ -84,6 +85,6 @@ def compare(task: str | None, kind: str, stage: int) -> dict[str, Any]:
 def test_losses_are_those_of_one_process(task: str | None, kind: str, stage: int) -> None:
     """ZeRO-2 and ZeRO-3 on two processes: the losses of three steps are those of plain SGD on the mean gradient."""
     for rank in on_two_processes(compare, task, kind, stage):
-        assert rank["found"] == pytest.approx(rank["expected"], rel=1e-5)
+        assert rank["found"] == pytest.approx(rank["expected"], rel=1e-4)
         assert len(set(rank["expected"])) == STEPS
         assert (rank["held"] == 0) == (stage == 3)

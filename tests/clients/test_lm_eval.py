@@ -55,14 +55,14 @@ def test_scores_do_not_depend_on_the_batch(kind: str) -> None:
 
 
 def test_sample_routing_warns_and_takes_a_given_query() -> None:
-    """Sample routing: scores of whole texts depend on the batch, and a warning says so; within `given_query`, with the
-    context's length, they are the model's own to 1e-4 in any batch."""
+    """Sample routing: scores of whole texts depend on the batch, and a warning says so; within `given_query` they are
+    the model's own to 1e-4 in any batch."""
     model = make("sample")
     with pytest.warns(UserWarning, match="as lm-eval does"):
         one, four = scores(model, 1), scores(model, 4)
     assert max(abs(a - b) for a, b in zip(one, four, strict=True)) > 1e-3
-    with given_query(model, 3), warnings.catch_warnings():
+    with given_query(model, 1), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*as lm-eval does")
         one, four = scores(model, 1), scores(model, 4)
     assert one == pytest.approx(four, abs=1e-4)
-    assert one[0] == pytest.approx(by_hand(model)[0], abs=1e-4)  # the text whose context has three words
+    assert one[3] == pytest.approx(by_hand(model)[3], abs=1e-4)  # the text whose context is one word

@@ -67,7 +67,7 @@ def test_sentences_are_encoded_and_learned(kind: str, tmp_path: Path) -> None:
     trainer = SentenceTransformerTrainer(model, args, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model))
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[-1] < 0.8 * losses[0]  # of the same sixteen pairs
+    assert losses[-1] < 0.9 * losses[0]  # of the same sixteen pairs
     model.save(str(tmp_path / "saved"))
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     torch.testing.assert_close(
