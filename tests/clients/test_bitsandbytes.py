@@ -4,6 +4,11 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from small import WORDS, adapted, adapters, fill, gradients, largest_difference,
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 CLIENT = "bitsandbytes"
+ROOT = Path(__file__).parents[2]
 CAUSAL = list(adapters("CAUSAL_LM"))
 
 
@@ -89,3 +95,17 @@ def test_four_bits_are_the_dequantised_model(kind: str, tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(quantised(tmp_path / "base", 4), saved(model, tmp_path / "adapter")).eval()
     with torch.no_grad():
         assert torch.equal(again(**batch()).logits, model(**batch()).logits)
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    """`examples/four_bit.py`, as it is, on a tiny model: trained, saved, loaded again, and it generates."""
+    docs, script = ROOT / "tests" / "docs", ROOT / "examples" / "four_bit.py"
+    paths = os.pathsep.join([str(ROOT), str(docs), *sys.path])
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": paths}
+    (tmp_path / "hub").mkdir()
+    filled = "import pathlib, tiny_hub; tiny_hub.fill(pathlib.Path('hub'))"
+    for command in (["-c", filled], [str(docs / "run_examples.py"), "results.json", str(script)]):
+        subprocess.run([sys.executable, *command], cwd=tmp_path, env=os.environ | hub, check=True, timeout=600)
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))[str(script)]
+    assert found["error"] is None, found["error"]
+    assert re.search(r"before: (.|\n)*tuned: ", found["printed"])

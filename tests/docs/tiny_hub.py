@@ -47,7 +47,8 @@ def bert(folder: Path) -> None:
 
 def llama(folder: Path) -> None:
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, **ids)).save_pretrained(folder)
+    sizes = TEXT | {"hidden_size": 64, "intermediate_size": 64}  # bitsandbytes quantises 64 values together
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ids)).save_pretrained(folder)
     tokenizer(chat=True).save_pretrained(folder)
 
 
