@@ -9,16 +9,21 @@ from contextlib import contextmanager
 from torch import nn
 
 
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode within the block, apart from linear layers, which compute the same in both.
+def set_eval(module: nn.Module) -> None:
+    """Put a module into evaluation mode, apart from linear layers, which compute the same in both.
 
     Quantised ones take evaluation for a promise that nobody will differentiate them again: bitsandbytes repacks its
     4-bit weights then, and on CPUs no gradient comes through them any more.
     """
-    modes = {child: child.training for child in module.modules()}
-    for child in modes:
+    for child in module.modules():
         child.training = isinstance(child, nn.Linear)
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode within the block, as `set_eval` does."""
+    modes = {child: child.training for child in module.modules()}
+    set_eval(module)
     try:
         yield
     finally:

@@ -266,7 +266,7 @@ def set_frozen_eval(module: nn.Module) -> list[nn.Module]:
     """Put what is frozen below a training module into evaluation mode: its dropout and stochastic depth are off.
 
     Modules that checkpoint stay in training mode, in which alone transformers checkpoints; their parts do not. Linear
-    layers stay in it, too: see `eval_mode`.
+    layers stay in it, too: see `set_eval`.
 
     Returns:
         The modules whose mode has changed.

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..engine.eval_mode import eval_mode
 from ..models.patches import Grid, count_prefix
 
 Kind = Literal["feature_maps", "hidden_states", "timm"]
@@ -238,7 +238,7 @@ def _probe(reader: Reader, backbone: nn.Module, embedding: nn.Conv2d | None) -> 
     )
     size = _probe_size(reader, backbone)
     pixels = torch.zeros(1, first.in_channels, *size, device=first.weight.device, dtype=first.weight.dtype)
-    with evaluating(backbone):
+    with eval_mode(backbone):
         maps = reader.read(backbone, pixels)
     for level, found in maps.items():
         reader.widths[level] = found.shape[1]
@@ -259,15 +259,3 @@ def _probe_size(reader: Reader, backbone: nn.Module) -> Grid:
     if own is None or reader.interpolates or any(hasattr(m, "interpolate_pos_encoding") for m in backbone.modules()):
         return small
     return (own, own) if isinstance(own, int) else tuple(own)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Everything below the module in evaluation mode, and as it was afterwards."""
-    modes = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes:
-            each.training = mode
