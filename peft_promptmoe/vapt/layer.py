@@ -103,6 +103,10 @@ class VAPTLayer(VAPTState, KeyValueLayer):
             if not self.training or config.prompt_dropout == 0.0:
                 return prompts
             return F.dropout(prompts.expand(x.shape[0], -1, -1), config.prompt_dropout)
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                "torch's older ONNX export, which traces, gets VAPT's prompts wrong. Export with dynamo=True."
+            )
         assert self.grids is not None and self.site.patches is not None
         with without_autocast(x):
             grid = self.grids.of(x.shape[1] - self.site.patches.prefix)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -986,3 +987,11 @@ def test_the_projector_scale_does_not_change_the_start(matrix):
     assert len(starts[0]) == 1  # what is compared is there
     for plain, scaled in zip(*starts, strict=True):
         torch.testing.assert_close(scaled, plain)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer and of the export, which torch is about to drop
+def test_the_tracing_export_to_onnx_is_refused() -> None:
+    model = prompted(vit()).eval()
+    with pytest.raises(ValueError, match="dynamo=True"):
+        torch.onnx.export(model, (images(),), io.BytesIO(), dynamo=False)
+    torch.jit.trace(model, (images(),), strict=False, check_trace=False)
