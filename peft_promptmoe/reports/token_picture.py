@@ -74,7 +74,7 @@ class Frames:
         for word, expert in zip(self.words, self.experts[number], strict=True):
             word.get_bbox_patch().set_facecolor((*self.colours[expert][:3], FADED))
         self.heading.set_text(
-            f"Experts of the tokens: text in the colours of layer {self.layers[number]}, map up to there"
+            f"Layer {self.layers[number]}: the expert that each token chose (text), and layers up to it (map)"
         )
 
 
