@@ -84,7 +84,7 @@ def test_a_frame_shows_the_layers_up_to_its_own() -> None:
         frames.show(number)
         drawn = frames.image.get_array()
         assert np.array_equal(drawn[: number + 1], found.experts[: number + 1].numpy())
-        assert drawn.mask[number + 1 :].all() and f"layer {layer}," in frames.heading.get_text()
+        assert drawn.mask[number + 1 :].all() and f"Layer {layer}:" in frames.heading.get_text()
         faces = [word.get_bbox_patch().get_facecolor()[:3] for word in frames.words]
         assert faces == [frames.colours[expert][:3] for expert in found.experts[number]]
 
