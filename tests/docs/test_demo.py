@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,7 +74,8 @@ def test_the_card_s_code_gives_the_demo_s_scores(
     monkeypatch.setattr(sys, "argv", ["demo", *arguments, "--epochs", "8", "--lr", "1e-2", "--show", "6"])
     trained: list[torch.nn.Module] = []
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", predict_here)
+        # Of the demo alone: matplotlib asks for fonts by a process of its own on a fresh machine.
+        patch.setattr(text_classification, "subprocess", SimpleNamespace(run=predict_here))
         patch.setattr(
             text_classification, "get_peft_model", lambda *made: trained.append(get_peft_model(*made)) or trained[0]
         )
