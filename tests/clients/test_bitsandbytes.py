@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_process import hub_environment, run_python
 from peft import PeftModel, prepare_model_for_kbit_training
 from small import WORDS, adapted, adapters, fill, gradients, largest_difference, llama, saved, tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -99,13 +97,9 @@ def test_four_bits_are_the_dequantised_model(kind: str, tmp_path: Path) -> None:
 
 def test_the_example_runs(tmp_path: Path) -> None:
     """`examples/four_bit.py`, as it is, on a tiny model: trained, saved, loaded again, and it generates."""
-    docs, script = ROOT / "tests" / "docs", ROOT / "examples" / "four_bit.py"
-    paths = os.pathsep.join([str(ROOT), str(docs), *sys.path])
-    hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "PYTHONPATH": paths}
-    (tmp_path / "hub").mkdir()
-    filled = "import pathlib, tiny_hub; tiny_hub.fill(pathlib.Path('hub'))"
-    for command in (["-c", filled], [str(docs / "run_examples.py"), "results.json", str(script)]):
-        subprocess.run([sys.executable, *command], cwd=tmp_path, env=os.environ | hub, check=True, timeout=600)
+    script = ROOT / "examples" / "four_bit.py"
+    environment = hub_environment(tmp_path / "hub")
+    run_python(environment, tmp_path, str(ROOT / "tests" / "docs" / "run_examples.py"), "results.json", str(script))
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))[str(script)]
     assert found["error"] is None, found["error"]
     assert re.search(r"before: (.|\n)*tuned: ", found["printed"])

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import notebooks
 import pytest
-from tiny_hub import fill
+from hub_process import hub_environment, run_python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -44,27 +41,12 @@ SLOW = [path.relative_to(EXAMPLES).as_posix() for path in RUNNABLE if path.stem 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of a process that finds tiny models under the Hub ids that the examples name."""
-    cache = tmp_path_factory.mktemp("hub")
-    fill(cache)
-    paths = os.pathsep.join([str(ROOT), str(HERE), *sys.path])
-    hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1", "MPLBACKEND": "agg"}
-    return {**os.environ, **hub, **quiet, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return hub_environment(tmp_path_factory.mktemp("hub"))
 
 
 def run(environment: dict[str, str], folder: Path, scripts: list[Path]) -> dict[str, dict[str, Any]]:
     """What became of each script, all of them run by one process."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "run_examples.py"), "results.json", *map(str, scripts)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python(environment, folder, str(HERE / "run_examples.py"), "results.json", *map(str, scripts))
     found: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return found
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from hub_process import hub_environment, run_python
 from run_pages import blocks
-from tiny_hub import fill
 
 import peft_promptmoe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WITH_CODE = [page for page in PAGES if blocks(page)]
-QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
 
 
 def name_of(page: Path) -> str:
@@ -30,33 +26,14 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of a process that finds tiny models under the Hub ids that the pages name."""
-    cache = tmp_path_factory.mktemp("hub")
-    fill(cache)
-    paths = os.pathsep.join([str(ROOT), *sys.path])
-    return {**os.environ, **QUIET, "HF_HUB_CACHE": str(cache), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-
-def run(environment: dict[str, str], folder: Path, *arguments: str) -> str:
-    """Standard output of a Python process."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return hub_environment(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="module")
 def errors(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     """What each page's code ends in, all of them run by one process."""
     folder = tmp_path_factory.mktemp("pages")
-    run(environment, folder, str(Path(__file__).with_name("run_pages.py")), "errors.json", *map(str, WITH_CODE))
+    run_python(environment, folder, str(Path(__file__).with_name("run_pages.py")), "errors.json", *map(str, WITH_CODE))
     found: dict[str, str | None] = json.loads((folder / "errors.json").read_text(encoding="utf-8"))
     return found
 
@@ -69,8 +46,8 @@ def test_the_code_of_a_page_runs(page: Path, errors: dict[str, str | None]) -> N
 def test_the_quick_start_runs_in_two_processes(environment: dict[str, str], tmp_path: Path) -> None:
     train, predict = blocks(ROOT / "README.md")[:2]
     assert len((train + predict).splitlines()) <= 25
-    run(environment, tmp_path, "-c", train)
-    lines = run(environment, tmp_path, "-c", predict).strip().splitlines()
+    run_python(environment, tmp_path, "-c", train)
+    lines = run_python(environment, tmp_path, "-c", predict).strip().splitlines()
     # With random weights the classes are anyone's guess; the texts are those of the output that README shows.
     printed = re.findall(r"^(?:billing|technical) 0\.\d\d  (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert [re.sub(r"^(?:billing|technical) \d\.\d\d  ", "", line) for line in lines] == printed and len(printed) == 2
