@@ -94,14 +94,14 @@ def take_prototypes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 METHODS = {
-    "head": Method(lambda model, blocks: model, (1e-3,), untouched=lambda blocks: blocks[-1] + 1),
+    "head": Method(lambda model, blocks: model, untouched=lambda blocks: blocks[-1] + 1),
     "bottleneck": Method(add_bottlenecks, untouched=lambda blocks: blocks[0] + 1),
     "promotion": promotion(),
     "lora": Method(lora, untouched=lambda blocks: blocks[0]),
     "lora-all": Method(lambda model, blocks: lora(model, list(range(blocks[-1] + 1)))),
     "vapt": prompts(),
     "vpt-deep": prompts(num_static_layers="all"),
-    "full": Method(lambda model, blocks: model, (1e-5, 1e-4), frozen=False),
+    "full": Method(lambda model, blocks: model, (1e-5, 3e-5, 1e-4), frozen=False),
 }
 # At ProMotion's own rate.
 ABLATIONS = {
