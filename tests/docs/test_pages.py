@@ -81,7 +81,7 @@ def test_addresses_are_those_of_pyproject() -> None:
     repository = project["urls"]["Repository"]
     place = repository.removeprefix("https://github.com/")
     owner = place.split("/")[0]
-    for page in [*PAGES, ROOT / "CITATION.cff"]:
+    for page in [*PAGES, ROOT / "CITATION.cff", ROOT / "peft_promptmoe" / "sharing" / "model_card.py"]:
         text = page.read_text(encoding="utf-8")
         for found in re.findall(rf"https://[\w./-]*(?:peft_promptmoe|{owner})[\w./-]*", text):
             raw = f"https://raw.githubusercontent.com/{place}"
