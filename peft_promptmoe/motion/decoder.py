@@ -55,8 +55,8 @@ def check_grid(model: nn.Module, pixels: Tensor, patch: tuple[int, int]) -> None
     rows, columns = pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
     if config.model_type == "dpt" and getattr(model, "backbone", None) is None and rows != columns:
         raise ValueError(
-            f"This DPT assumes a square patch grid, but the image has {rows} x {columns} patches. Resize or crop it to "
-            "a square, or use a DPT with an AutoBackbone."
+            f"This DPT assumes a square patch grid, but the image has {rows} x {columns} patches. Resize or crop it "
+            "to a square, or use a DPT with an AutoBackbone."
         )
 
 

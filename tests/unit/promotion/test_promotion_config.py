@@ -135,7 +135,7 @@ def timm_windows() -> nn.Module:
         (
             lambda: timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.5, depth=2),
             {"backbone_eval": False},
-            "drop patches in training",
+            "drops patches in training",
         ),
         (lambda: ViTMAEModel(ViTMAEConfig(**SHAPE)), {}, "hides and shuffles patches"),
     ],
