@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_settings(
@@ -36,6 +36,8 @@ def check_settings(
         raise ValueError(f"min_depth={min_depth!r}, max_depth={max_depth!r}: has to be 0 < min_depth < max_depth.")
     if decoder_output not in (None, "inverse", "depth"):
         raise ValueError(f"decoder_output={decoder_output!r} has to be 'inverse', 'depth' or None.")
+    if task_weights is not None and not isinstance(task_weights, Mapping):
+        raise ValueError(f"task_weights={task_weights!r} has to name its tasks: {dict.fromkeys(tasks, 1.0)}.")
     weights = dict.fromkeys(tasks, 1.0) | dict(task_weights or {})
     for task, weight in weights.items():
         if task not in tasks:
@@ -54,11 +56,23 @@ def _levels(
     for task, chosen in asked.items():
         if chosen is None:
             continue
-        if not chosen or not all(_is_whole(level) and level >= 0 for level in chosen) or len({*chosen}) < len(chosen):
+        is_list = isinstance(chosen, Sequence) and not isinstance(chosen, str)
+        if (
+            not is_list
+            or not chosen
+            or not all(_is_whole(level) and level >= 0 for level in chosen)
+            or len({*chosen}) < len(chosen)
+        ):
             raise ValueError(
                 f"levels of {task} is {chosen!r}: has to be one or more different blocks, counted from 0."
             )
     return {task: None if asked.get(task) is None else sorted(asked[task]) for task in tasks}
+
+
+def _are_levels(chosen: Any) -> bool:
+    if not isinstance(chosen, Sequence) or isinstance(chosen, str) or not chosen:
+        return False
+    return all(_is_whole(level) and level >= 0 for level in chosen) and len({*chosen}) == len(chosen)
 
 
 def _is_whole(value: Any) -> bool:
@@ -67,6 +81,22 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_backbone(backbone: Any) -> None:
+    """Raise TypeError where a backbone is no model, but its name, say."""
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(
+            f"The backbone is {backbone!r}, and has to be a model: AutoBackbone.from_pretrained(...) or "
+            "timm.create_model(...)."
+        )
+
+
+def check_tensors(**inputs: Any) -> None:
+    """Raise TypeError where an input is given and no tensor."""
+    for name, value in inputs.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__} and has to be a tensor: torch.as_tensor(...).")
 
 
 def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor | None) -> None:
@@ -82,6 +112,11 @@ def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor
         raise ValueError(
             f"The frames have different shapes, {tuple(pixels.shape)} and {tuple(next_pixels.shape)}. Bring them to "
             "one size, and the flow with them."
+        )
+    elif next_pixels.dtype != pixels.dtype:
+        raise ValueError(
+            f"The frames have different types, {pixels.dtype} and {next_pixels.dtype}. Prepare both alike: floating "
+            "point, normalised for the backbone."
         )
 
 

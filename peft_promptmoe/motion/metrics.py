@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from .errors import CROPS, THRESHOLDS, add_up, crop_mask, depth_errors, depth_sums, flow_sums, known_flow
+from .errors import CROPS, THRESHOLDS, add_up, crop_mask, depth_errors, depth_sums, flow_sums, known_flow, median
 
 MAP = datasets.Sequence(datasets.Sequence(datasets.Value("float32")))
 
@@ -22,6 +22,12 @@ class PixelMetric(evaluate.Metric):
     """What the metrics share: every image is read once and leaves sums, so that images may have different sizes."""
 
     def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("num_process", 1) != 1:
+            raise ValueError(
+                f"num_process={kwargs['num_process']}: sums are kept by each process for itself. Gather predictions "
+                "and references first, as the Trainer and accelerate's gather_for_metrics do, and leave num_process "
+                "at 1."
+            )
         self._images: list[dict[str, dict[str, float]]] = []
         super().__init__(**kwargs)
 
@@ -32,20 +38,25 @@ class PixelMetric(evaluate.Metric):
         """Read a batch. Arrays or tensors; masks are (B, H, W), true where a pixel counts.
 
         Raises:
-            ValueError: shapes differ.
+            ValueError: shapes or numbers of images differ, or one of the two is missing.
         """
-        if len(predictions) != len(references):
-            raise ValueError(f"{len(predictions)} predictions and {len(references)} references.")
+        _check_both(predictions, references)
+        counts = {"predictions": predictions, "references": references}
+        counts |= {name: mask for name, mask in masks.items() if mask is not None}
+        if len({len(values) for values in counts.values()}) > 1:
+            raise ValueError(" and ".join(f"{len(values)} {name}" for name, values in counts.items()) + ".")
         for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
             own = {name: mask[index] for name, mask in masks.items() if mask is not None}
             self.add(prediction=prediction, reference=reference, **own)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **masks: Any) -> None:
-        """Read one image.
+        """Read one image. `evaluate.combine` calls its arguments `predictions` and `references`.
 
         Raises:
-            ValueError: shapes differ.
+            ValueError: shapes differ, or one of the two is missing.
         """
+        prediction, reference = masks.pop("predictions", prediction), masks.pop("references", reference)
+        _check_both(prediction, reference)
         found, true = _tensor(prediction).double(), _tensor(reference).double()
         if found.shape != true.shape:
             raise ValueError(
@@ -83,6 +94,12 @@ class PixelMetric(evaluate.Metric):
 
 def _tensor(values: Any) -> Tensor:
     return values.detach().cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+
+
+def _check_both(predictions: Any, references: Any) -> None:
+    if predictions is None or references is None:
+        missing = "predictions" if predictions is None else "references"
+        raise ValueError(f"There are no {missing}: errors are between predictions and references. Give both.")
 
 
 def _check_some(images: Sequence[Any]) -> None:
@@ -201,7 +218,7 @@ class DepthError(PixelMetric):
             return {}
         found, true = found[known], true[known]
         if self.median_scaling:
-            found = found * (true.median() / found.median())
+            found = found * (median(true) / median(found))
         return {"all": depth_sums(found.clamp(self.min_depth, cap), true)}
 
     def _errors(self, images: list[dict[str, dict[str, float]]]) -> dict[str, float]:

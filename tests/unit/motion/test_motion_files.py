@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from peft_promptmoe.motion import (
     flow_legend,
     flow_picture,
 )
-from peft_promptmoe.motion.data import LAYOUTS, flying_chairs, kitti_flow, sintel
+from peft_promptmoe.motion.data import LAYOUTS, flying_chairs, kitti_flow, middlebury_stereo, sintel
 from peft_promptmoe.motion.formats import (
     TAG,
     flow_of_disparity,
@@ -281,6 +282,30 @@ def test_kittis_flow_of_points_that_stay_in_sight(tmp_path: Path) -> None:
     kitti_2015(tmp_path)
     assert np.isfinite(next(kitti_flow(tmp_path)).flow()).all()  # type: ignore[misc]
     assert np.isnan(next(kitti_flow(tmp_path, occluded=False)).flow()).all()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("rows", "shrunk"), [(1110, 1), (555, 2), (370, 3), (ROWS, 1)])
+def test_disparity_is_in_pixels_of_the_size_that_it_has(rows: int, shrunk: int, tmp_path: Path) -> None:
+    stereo(tmp_path)
+    Image.fromarray(np.full((rows, 2), 60, np.uint8)).save(tmp_path / "Aloe" / "disp1.png")
+    aloe = next(example for example in middlebury_stereo(tmp_path) if "Aloe" in example.name)
+    assert aloe.flow is not None and (aloe.flow()[0] == -60 / shrunk).all()
+
+
+def test_other_files_beside_sintels_frames_are_passed_over(tmp_path: Path) -> None:
+    mpi_sintel(tmp_path)
+    image(tmp_path / "training" / "clean" / "alley_1" / "frame_0001 (copy).png")
+    assert len(find_examples(tmp_path)) == 2
+
+
+def test_examples_are_asked_for_one_by_one(tmp_path: Path) -> None:
+    chairs(tmp_path)
+    data = pickle.loads(pickle.dumps(MotionDataset(find_examples(tmp_path))))  # as workers get it
+    assert torch.equal(data[-1]["flow_labels"], data[np.int64(1)]["flow_labels"])
+    with pytest.raises(IndexError):
+        data[2]
+    with pytest.raises(TypeError, match="integer"):
+        data[:2]
 
 
 def test_unknown_folders_and_missing_frames_are_errors(tmp_path: Path) -> None:

@@ -100,12 +100,12 @@ def test_units_stand_behind_the_blocks_whose_maps_a_backbone_puts_out() -> None:
 
 
 class Levels(nn.Module):
-    """A model of two tasks that says which blocks it reads."""
+    """A model that says which blocks it reads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = ViTModel(ViTConfig(**SHAPE), add_pooling_layer=False)
-        self.levels = {"flow": [0], "depth": [1, 0]}
+        self.read_blocks = [1, 0]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.backbone(pixel_values).last_hidden_state
