@@ -42,10 +42,10 @@ def lora(model: Any, blocks: list[int]) -> nn.Module:
 
 def prompts(**settings: Any) -> Method:
     def attach(model: Any, blocks: list[int]) -> nn.Module:
-        config = VAPTConfig(image_size=[SHOWN, SHOWN], modules_to_save=model.head_names, **settings)
-        return get_peft_model(model, config)
+        shared = {"image_size": [SHOWN, SHOWN], "modules_to_save": model.head_names, "layers_to_transform": blocks}
+        return get_peft_model(model, VAPTConfig(**shared, **settings))
 
-    return Method(attach, (1e-3, 3e-3, 1e-2))
+    return Method(attach, (1e-3, 3e-3, 1e-2), untouched=lambda blocks: blocks[0])
 
 
 def promotion(first: int | None = None, foreign: bool = False, **settings: Any) -> Method:
