@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from .formats import (
     Array,
     flow_of_disparity,
+    load,
     read_dpt,
     read_flo,
     read_grey,
@@ -106,11 +107,13 @@ class MotionDataset(Dataset[dict[str, Tensor]]):
             item["depth_labels"] = torch.from_numpy(example.depth())
         if example.occluded is not None:
             with Image.open(example.occluded) as mask:
+                load(mask, example.occluded)
                 item["occluded"] = torch.from_numpy(np.asarray(mask.convert("L")) > 0)
         return item
 
     def _frame(self, file: Path) -> Tensor:
         with Image.open(file) as image:
+            load(image, file)
             return prepare(image, self.size, self.mean, self.std)
 
 

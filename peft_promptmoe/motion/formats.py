@@ -34,7 +34,13 @@ def read_flo(file: File) -> Array:
 
 
 def write_flo(file: File, flow: NDArray[np.floating]) -> None:
-    """Write flow (2, rows, columns), NaN where unknown, as .flo."""
+    """Write flow (2, rows, columns), NaN where unknown, as .flo.
+
+    Raises:
+        ValueError: the array has another shape.
+    """
+    if np.ndim(flow) != 3 or np.shape(flow)[0] != 2:
+        raise ValueError(f"Flow of shape {np.shape(flow)}: has to be (2, rows, columns), x first.")
     values = np.asarray(flow, dtype="<f4").transpose(1, 2, 0)
     values = np.where(np.isnan(values), np.float32(10 * UNKNOWN), values)
     size = np.array([values.shape[1], values.shape[0]], dtype="<i4")
@@ -76,12 +82,15 @@ def read_pfm(file: File) -> Array:
         ValueError: the file is no .pfm, or not all of one.
     """
     content = Path(file).read_bytes()
-    head = re.match(rb"(P[Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([+-]?\d*\.?\d+(?:[eE][+-]?\d+)?)[^\S\n]*\n", content)
+    head = re.match(
+        rb"(P[Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)[^\S\n]*\n", content
+    )
     if head is None:
         raise ValueError(f"{os.fspath(file)} does not begin with the header of a .pfm file.")
     channels = 3 if head[1] == b"PF" else 1
     columns, rows = int(head[2]), int(head[3])
-    if rows > LARGEST or columns > LARGEST or len(content) - head.end() != 4 * channels * rows * columns:
+    is_size = 0 < rows <= LARGEST and 0 < columns <= LARGEST
+    if not is_size or len(content) - head.end() != 4 * channels * rows * columns:
         raise ValueError(
             f"{os.fspath(file)} says {rows} x {columns} pixels and holds {len(content) - head.end()} bytes of values."
         )
@@ -89,6 +98,18 @@ def read_pfm(file: File) -> Array:
     values = np.frombuffer(content, f"{order}f4", offset=head.end()).reshape(rows, columns, channels)
     values = np.where(np.isfinite(values), values, np.nan).astype(np.float32)[::-1]  # bottom row first in the file
     return np.ascontiguousarray(values[..., 0] if channels == 1 else values.transpose(2, 0, 1))
+
+
+def load(image: Image.Image, file: File) -> None:
+    """Decode an image that has been opened.
+
+    Raises:
+        ValueError: the file is damaged, which Pillow says without its name.
+    """
+    try:
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{os.fspath(file)} is not complete or damaged: {error}.") from error
 
 
 def read_kitti_flow(file: File) -> Array:
@@ -117,6 +138,7 @@ def _bytes_of(file: File, order: str) -> NDArray[np.uint8]:
         if image.mode != "RGB" or any(tile[3] != "RGB;16B" for tile in image.tile):
             raise ValueError(f"{os.fspath(file)} is no 16-bit png of three channels, as KITTI's flow is.")
         image.tile = [(*tile[:3], order) for tile in image.tile]
+        load(image, file)
         return np.asarray(image)
 
 
@@ -136,6 +158,7 @@ def read_png16(file: File, scale: float) -> Array:
     with Image.open(file) as image:
         if not image.mode.startswith("I"):
             raise ValueError(f"{os.fspath(file)} is a picture of mode {image.mode}, not a 16-bit png of one channel.")
+        load(image, file)
         values = np.asarray(image).astype(np.float32)
     return np.where(values > 0, values / np.float32(scale), np.float32(np.nan))
 
@@ -145,6 +168,7 @@ def read_grey(file: File) -> Array:
     with Image.open(file) as image:
         if image.mode not in ("L", "P"):
             raise ValueError(f"{os.fspath(file)} is a picture of mode {image.mode}, not of grey values.")
+        load(image, file)
         values = np.asarray(image.convert("L")).astype(np.float32)
     return np.where(values > 0, values, np.float32(np.nan))
 

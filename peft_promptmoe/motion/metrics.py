@@ -198,7 +198,7 @@ class DepthError(PixelMetric):
     ) -> None:
         if crop is not None and crop not in CROPS:
             raise ValueError(f"crop={crop!r} has to be one of {sorted(CROPS)}, or None.")
-        if not 0 < min_depth < (cap or float("inf")):
+        if not 0 < min_depth < (float("inf") if cap is None else cap):
             raise ValueError(f"min_depth={min_depth!r}, cap={cap!r}: has to be 0 < min_depth < cap.")
         self.min_depth, self.cap, self.crop, self.median_scaling = min_depth, cap, crop, median_scaling
         super().__init__(**kwargs)
@@ -208,7 +208,7 @@ class DepthError(PixelMetric):
             raise ValueError(f"Depth of shape {tuple(true.shape)}: has to be (rows, columns).")
         if unknown := set(masks) - {"mask"}:
             raise ValueError(f"DepthError takes the mask `mask`, not {sorted(unknown)}.")
-        cap = self.cap or float("inf")
+        cap = float("inf") if self.cap is None else self.cap
         known = torch.isfinite(true) & (true >= self.min_depth) & (true <= cap)
         if self.crop is not None:
             known &= crop_mask((true.shape[0], true.shape[1]), self.crop, true.device)
@@ -241,17 +241,23 @@ def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
 
     Args:
         metrics: `EndPointError()` for a FlowModel, `DepthError()` for a DepthModel, both for a MotionModel.
+
+    Raises:
+        TypeError: there are none, or others than these.
     """
+    if not metrics or not all(isinstance(metric, PixelMetric) for metric in metrics):
+        raise TypeError(f"trainer_metrics takes EndPointError() and DepthError(), and got {list(metrics)}.")
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         found, true = prediction.predictions, prediction.label_ids
-        pairs = zip(
-            metrics,
-            found if isinstance(found, tuple) else (found,),
-            true if isinstance(true, tuple) else (true,),
-            strict=True,
-        )
-        for metric, predictions, references in pairs:
+        found = found if isinstance(found, tuple) else (found,)
+        true = true if isinstance(true, tuple) else (true,)
+        if not len(metrics) == len(found) == len(true):
+            raise ValueError(
+                f"{len(metrics)} metrics for {len(found)} predictions and {len(true)} labels. Give trainer_metrics "
+                "one for each task of the model, in the order flow, depth."
+            )
+        for metric, predictions, references in zip(metrics, found, true, strict=True):
             metric.add_batch(predictions=predictions, references=references)
         if not compute_result:
             return {}

@@ -167,7 +167,7 @@ def _load_backbone(folder: Path, library: str | None, name: str) -> nn.Module:
         cls: Any = getattr(transformers, str(architecture), None)
         if cls is transformers.TimmBackbone:
             # its own from_pretrained takes names of timm only
-            return _with_weights(cls(cls.config_class.from_pretrained(folder)), folder)
+            return _with_weights(cls(transformers.TimmBackboneConfig.from_pretrained(folder)), folder)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls.from_pretrained(folder, use_safetensors=True)
     elif library == "timm" and (folder / CONFIG).is_file():

@@ -16,6 +16,7 @@ MAX_PROTOTYPES = 16_384
 MAX_ROUNDS = 1_000
 MAX_UNITS = 1_000
 MAX_UPDATES = 1_000_000_000
+MIN_TEMPERATURE = 1e-6  # by far less a cosine is divided to infinity
 DenoiserKind = Literal["both", "attention", "tokens"]
 Proposal = Literal["bank", "pool"]
 DENOISE_WEIGHT, BANK_MOMENTUM = 1.0, 0.99
@@ -158,8 +159,9 @@ class ProMotionConfig(PromptConfig):
     def _check_numbers(self) -> None:
         for name in ("center", "noisy_features", "feedback", "backbone_eval"):
             check_bool(name, getattr(self, name))
-        for name in ("noise_std", "sinkhorn_eps", "margin_temperature", "read_temperature"):
-            check_number(name, getattr(self, name), 0.0, open_low=True)
+        check_number("noise_std", self.noise_std, 0.0, open_low=True)
+        for name in ("sinkhorn_eps", "margin_temperature", "read_temperature"):
+            check_number(name, getattr(self, name), MIN_TEMPERATURE)
         check_number("balance", self.balance, 0.0)
         check_number("denoise_share", self.denoise_share, 0.0, open_low=True)
         for name in ("balance", "denoise_share"):

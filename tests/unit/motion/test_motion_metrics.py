@@ -199,6 +199,12 @@ def test_wrong_shapes_and_settings_are_refused() -> None:
         DepthError(crop="center")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_depth"):
         DepthError(min_depth=5.0, cap=2.0)
+    with pytest.raises(ValueError, match="cap=0"):
+        DepthError(cap=0)
+    with pytest.raises(TypeError, match="takes EndPointError"):
+        trainer_metrics()
+    with pytest.raises(TypeError, match="takes EndPointError"):
+        trainer_metrics("epe")  # type: ignore[arg-type]
 
 
 def test_they_are_metrics_of_evaluate() -> None:
@@ -217,5 +223,5 @@ def test_the_trainers_function_reads_one_task_or_two() -> None:
     two = trainer_metrics(EndPointError(), DepthError())
     scores = two(EvalPrediction((true_flow, 2 * true_depth), (true_flow, true_depth)))
     assert scores["epe"] == 0 and scores["abs_rel"] == pytest.approx(1.0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="2 metrics for 1 predictions and 1 labels"):
         two(EvalPrediction(true_flow, true_flow))
