@@ -66,9 +66,9 @@ class ProMotionConfig(PromptConfig):
             hardly moves within some hundred steps). 1 keeps the bank where it started.
         reseed_after: after how many training steps without a patch a prototype moves to the patch that is farthest
             from all; 0 for never (ours).
-        layers_to_transform: numbers of the blocks that a unit stands behind. Unset, the blocks whose maps a
-            `FlowModel` or `DepthModel` or a backbone of transformers puts out; in other models every third block up
-            to the last.
+        layers_to_transform: numbers of the blocks that a unit stands behind. Unset, the blocks that the heads or the
+            decoder of a `FlowModel`, `DepthModel` or `MotionModel` read, or whose maps a backbone of transformers puts
+            out; in other models every third block up to the last; and with `target_modules` all that they name.
         backbone_eval: whether the frozen model stays in evaluation mode while the adapter trains.
         target_modules, exclude_modules: attention layers to prompt and to leave out, as in PEFT: names or a regular
             expression. Unset, they follow from the architecture.
