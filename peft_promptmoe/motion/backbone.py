@@ -78,7 +78,10 @@ class Reader:
         """Maps by level, from the output of a forward of transformers."""
         if self.kind == "feature_maps":
             if any(each.ndim != 4 for each in output.feature_maps):
-                raise ValueError("The backbone gives tokens, not maps. Load it with reshape_hidden_states=True.")
+                raise ValueError(
+                    "The backbone gives tokens, not maps. Load it with reshape_hidden_states=True, or set "
+                    "backbone.config.reshape_hidden_states = True."
+                )
             return {level: output.feature_maps[level] for level in self.levels}
         rows, columns = (size // patch for size, patch in zip(pixels.shape[-2:], self.patch, strict=True))
         states = [output.hidden_states[level + 1] for level in self.levels]  # the first one is the embedding

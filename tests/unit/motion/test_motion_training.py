@@ -258,6 +258,16 @@ def test_a_dpt_that_takes_all_images_for_square_ones_refuses_others() -> None:
         model(pixel_values=torch.zeros(1, 3, 2 * PATCH, 8 * PATCH))
 
 
+def test_flow_reads_the_backbone_of_a_depth_model_when_told_how() -> None:
+    with pytest.raises(ValueError, match="Give its backbone"):
+        FlowModel(depth_anything())
+    backbone = depth_anything().backbone
+    with pytest.raises(ValueError, match="set backbone.config.reshape_hidden_states = True"):
+        FlowModel(backbone)
+    backbone.config.reshape_hidden_states = True
+    assert FlowModel(backbone, levels=[1, 2])(**batch("flow")).flow.shape == (2, 2, 60, 70)
+
+
 def test_settings_that_a_decoder_makes_dead_are_refused() -> None:
     with pytest.raises(ValueError, match="its own decoder"):
         DepthModel(depth_anything(), levels=[1])
