@@ -32,7 +32,15 @@ from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments,
 import assets
 import motion_data
 from moving_layers import GeneratedPairs
-from peft_promptmoe import DepthModel, FlowModel, MotionModel, ProMotionConfig, VAPTConfig
+from peft_promptmoe import (
+    AssignmentCallback,
+    DepthModel,
+    FlowModel,
+    MotionModel,
+    ProMotionConfig,
+    VAPTConfig,
+    assignment_report,
+)
 from peft_promptmoe.motion import (
     DepthError,
     EndPointError,
@@ -145,7 +153,7 @@ def train(model: nn.Module, args: argparse.Namespace, held_out: Dataset[dict[str
         train_dataset=pairs,
         eval_dataset=held_out,
         compute_metrics=trainer_metrics(*metrics[args.task]),
-        callbacks=[TaskLosses()],
+        callbacks=[TaskLosses(), *([AssignmentCallback()] if args.method == "promotion" else [])],
     )
     trainer.train()
     return trainer
@@ -244,7 +252,7 @@ def scores_of(model: nn.Module, args: argparse.Namespace, held_out: Dataset[dict
 def draw(model: nn.Module, args: argparse.Namespace, held_out: Dataset[dict[str, Tensor]], file: Path) -> None:
     """A row for each pair: its frames, true and found flow with the error, true and found depth."""
     model.eval()
-    shown: list[tuple[str, dict[str, Tensor]]] = [(f"held out {index}", held_out[index]) for index in range(3)]
+    shown: list[tuple[str, dict[str, Tensor]]] = [(f"held out {n}", held_out[n]) for n in range(min(3, len(held_out)))]
     shown += [(name, data[0]) for name, data in list(real_sets(args).items())[:3]]
     rows = []
     for name, item in shown:
@@ -300,6 +308,16 @@ def depth_panels(item: dict[str, Tensor], output: Any) -> list[tuple[str, Any]]:
     ]
 
 
+@torch.no_grad()
+def draw_prototypes(model: nn.Module, pair: dict[str, Tensor], file: Path) -> None:
+    """Which prototype took which patch of a pair, behind every unit: one colour is one prototype in both frames."""
+    model.eval()
+    predict(model, {key: value[None] for key, value in pair.items()})
+    report = assignment_report(model)
+    print(f"\n{report}")
+    report.plot(file, images=range(len(report.maps[0])))
+
+
 # -- main -------------------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +338,9 @@ def main(args: argparse.Namespace) -> None:
     trainer.model.save_pretrained(args.output / "model")
     draw(trainer.model, args, held_out, args.output / "motion.png")
     print(f"\npicture: {args.output / 'motion.png'}")
+    if args.method == "promotion":
+        draw_prototypes(trainer.model, held_out[0], args.output / "prototypes.png")
+        print(f"prototypes of both frames: {args.output / 'prototypes.png'}")
     print("loading what was saved in a fresh process ...", flush=True)
     subprocess.run([sys.executable, __file__, "--evaluate", *sys.argv[1:]], check=True)
     again = json.loads((args.output / "reloaded.json").read_text())

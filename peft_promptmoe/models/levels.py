@@ -14,19 +14,21 @@ def read_blocks(model: nn.Module, blocks: list[int]) -> list[int]:
     """Blocks, of those that there are, whose maps a backbone puts out or a model's heads read.
 
     Args:
-        model: a backbone of transformers, a model around one, or a model that says in `levels` which blocks it reads.
+        model: a backbone of transformers, a model around one, or a model that says in `read_blocks` which blocks it
+            reads.
         blocks: numbers of its blocks.
 
     Returns:
         The numbers in order; where nobody says, every third block up to the last.
     """
-    stages = next((_stages(module) for module in model.modules() if hasattr(module, "stage_names")), None)
-    levels = getattr(model, "levels", None)
-    asked = sorted({level for own in levels.values() for level in own}) if isinstance(levels, dict) else None
-    if stages is not None and asked is not None:
-        asked = [stages[level] for level in asked if level < len(stages)]
-    found = sorted(set(asked if asked is not None else stages or ()) & set(blocks))
+    own = getattr(model, "read_blocks", None)
+    found = sorted(set(put_out(model) if own is None else own) & set(blocks))
     return found or sorted(blocks)[::-1][::EVERY][::-1]
+
+
+def put_out(model: nn.Module) -> list[int]:
+    """Blocks behind which the backbone within a model takes its maps, in their order; none if there is no backbone."""
+    return next((_stages(module) for module in model.modules() if hasattr(module, "stage_names")), [])
 
 
 def _stages(backbone: Any) -> list[int]:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..engine.model_hooks import set_frozen_eval
+from ..models.levels import put_out
 from .backbone import make_reader
 from .checkpointing import Checkpointed
-from .checks import check_depth, check_flow, check_frames, check_settings
-from .decoder import DecoderOutput, DepthScale, check_grid, decoder_parts, predicted_by
+from .checks import check_backbone, check_depth, check_flow, check_frames, check_settings, check_tensors
+from .decoder import DecoderOutput, DepthScale, check_grid, decoder_parts, decoder_reads, predicted_by
 from .depth_head import DepthHead
 from .flow_head import FlowHead
 from .losses import depth_loss, flow_loss, valid_depth, valid_flow
@@ -74,6 +75,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         last_losses: losses of the last forward pass with labels, by task, detached and without their weights.
 
     Raises:
+        TypeError: the backbone is no model.
         ValueError: the backbone's maps cannot be read at these levels, or a setting is out of range.
     """
 
@@ -93,6 +95,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         freeze_backbone: bool = True,
     ) -> None:
         super().__init__()
+        check_backbone(backbone)
         asked, weights = check_settings(
             self.tasks, levels, channels, refinements, max_flow, min_depth, max_depth, task_weights, decoder_output
         )
@@ -139,6 +142,14 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         found = [name for name in own if next(self.get_submodule(name).parameters(), None) is not None]
         return found + [f"backbone.{part}" for part in self.decoder]
 
+    @property
+    def read_blocks(self) -> list[int]:
+        """Numbers of the blocks that heads or the model's own decoder read, where they are known."""
+        own = decoder_reads(self.backbone) if self.decoder else []
+        stages = put_out(self.backbone) if self.reader.kind == "feature_maps" else None
+        asked = {level for levels in self.levels.values() for level in levels}
+        return sorted({*own, *(level if stages is None else stages[level] for level in asked)})
+
     def _freeze(self) -> None:
         heads = {id(p) for name in self.head_names for p in self.get_submodule(name).parameters()}
         for parameter in self.backbone.parameters():
@@ -162,6 +173,14 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         flow_mask: Tensor | None = None,
         depth_mask: Tensor | None = None,
     ) -> MotionOutput:
+        check_tensors(
+            pixel_values=pixel_values,
+            next_pixel_values=next_pixel_values,
+            flow_labels=flow_labels,
+            depth_labels=depth_labels,
+            flow_mask=flow_mask,
+            depth_mask=depth_mask,
+        )
         check_frames(pixel_values, next_pixel_values, flow_labels)
         check_flow(flow_labels, flow_mask, len(pixel_values))
         check_depth(depth_labels, depth_mask, len(pixel_values))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_settings(
@@ -38,6 +38,11 @@ def check_settings(
         )
     if decoder_output not in (None, "inverse", "depth"):
         raise ValueError(f"decoder_output must be 'inverse', 'depth' or None, got {decoder_output!r}.")
+    if task_weights is not None and not isinstance(task_weights, Mapping):
+        raise ValueError(
+            f"task_weights must be a dict from tasks to weights, such as {dict.fromkeys(tasks, 1.0)}, got "
+            f"{task_weights!r}."
+        )
     weights = dict.fromkeys(tasks, 1.0) | dict(task_weights or {})
     for task, weight in weights.items():
         if task not in tasks:
@@ -56,11 +61,23 @@ def _levels(
     for task, chosen in asked.items():
         if chosen is None:
             continue
-        if not chosen or not all(_is_whole(level) and level >= 0 for level in chosen) or len({*chosen}) < len(chosen):
+        is_list = isinstance(chosen, Sequence) and not isinstance(chosen, str)
+        if (
+            not is_list
+            or not chosen
+            or not all(_is_whole(level) and level >= 0 for level in chosen)
+            or len({*chosen}) < len(chosen)
+        ):
             raise ValueError(
                 f"levels of {task} must list one or more different blocks, counted from 0, got {chosen!r}."
             )
     return {task: None if asked.get(task) is None else sorted(asked[task]) for task in tasks}
+
+
+def _are_levels(chosen: Any) -> bool:
+    if not isinstance(chosen, Sequence) or isinstance(chosen, str) or not chosen:
+        return False
+    return all(_is_whole(level) and level >= 0 for level in chosen) and len({*chosen}) == len(chosen)
 
 
 def _is_whole(value: Any) -> bool:
@@ -69,6 +86,22 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_backbone(backbone: Any) -> None:
+    """Raise TypeError where a backbone is no model, but its name, say."""
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(
+            f"The backbone is {backbone!r}, and has to be a model: AutoBackbone.from_pretrained(...) or "
+            "timm.create_model(...)."
+        )
+
+
+def check_tensors(**inputs: Any) -> None:
+    """Raise TypeError where an input is given and no tensor."""
+    for name, value in inputs.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__} and has to be a tensor: torch.as_tensor(...).")
 
 
 def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor | None) -> None:
@@ -84,6 +117,11 @@ def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor
         raise ValueError(
             f"pixel_values and next_pixel_values have different shapes, {tuple(pixels.shape)} and "
             f"{tuple(next_pixels.shape)}. Resize the frames to one size, and the flow with them."
+        )
+    elif next_pixels.dtype != pixels.dtype:
+        raise ValueError(
+            f"The frames have different types, {pixels.dtype} and {next_pixels.dtype}. Prepare both alike: floating "
+            "point, normalised for the backbone."
         )
 
 

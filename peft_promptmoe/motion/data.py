@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 from .formats import (
     Array,
     flow_of_disparity,
+    load,
     read_dpt,
     read_flo,
     read_grey,
@@ -28,6 +30,7 @@ from .formats import (
 )
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SHRUNK = {555: 2, 370: 3}  # by how much Middlebury's stereo pairs of so many rows are smaller than the full ones
 Size = tuple[int, int]
 Read = Callable[[], Array]
 
@@ -93,7 +96,7 @@ class MotionDataset(Dataset[dict[str, Tensor]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        example = self.examples[index]
+        example = self.examples[operator.index(index)]
         item = {"pixel_values": self._frame(example.frame)}
         if example.next_frame is not None:
             item["next_pixel_values"] = self._frame(example.next_frame)
@@ -103,11 +106,13 @@ class MotionDataset(Dataset[dict[str, Tensor]]):
             item["depth_labels"] = torch.from_numpy(example.depth())
         if example.occluded is not None:
             with Image.open(example.occluded) as mask:
+                load(mask, example.occluded)
                 item["occluded"] = torch.from_numpy(np.asarray(mask.convert("L")) > 0)
         return item
 
     def _frame(self, file: Path) -> Tensor:
         with Image.open(file) as image:
+            load(image, file)
             return prepare(image, self.size, self.mean, self.std)
 
 
@@ -167,7 +172,7 @@ def sintel(root: Path, pass_name: str = "clean") -> Iterator[Example]:
         pass_name: rendering pass, "clean" or "final".
     """
     training = root / "training"
-    for frame in sorted((training / pass_name).glob("*/frame_*.png")):
+    for frame in sorted((training / pass_name).glob("*/frame_[0-9][0-9][0-9][0-9].png")):
         scene, number = frame.parent.name, int(frame.stem.removeprefix("frame_"))
         flow, depth = training / "flow" / scene / f"{frame.stem}.flo", training / "depth" / scene / f"{frame.stem}.dpt"
         hidden = training / "occlusions" / scene / frame.name
@@ -235,15 +240,24 @@ def flying_chairs(root: Path) -> Iterator[Example]:
 
 
 def middlebury_stereo(root: Path) -> Iterator[Example]:
-    """`<scene>/im0.png, im1.png, disp0.pfm` (2014) and `<scene>/view1.png, view5.png, disp1.png` (2006, full size)."""
+    """`<scene>/im0.png, im1.png, disp0.pfm` (2014) and `<scene>/view1.png, view5.png, disp1.png` (2005 and 2006)."""
     kinds: list[tuple[str, str, str, Callable[[Path], Array]]] = [
         ("disp0.pfm", "im0.png", "im1.png", read_pfm),
-        ("disp1.png", "view1.png", "view5.png", read_grey),
+        ("disp1.png", "view1.png", "view5.png", _read_2006),
     ]
     for name, left, right, read in kinds:
         for file in sorted([*root.glob(f"*/{name}"), *root.glob(name)]):
             frames = file.with_name(left), file.with_name(right)
             yield Example(f"middlebury {file.parent.name}", *frames, flow=partial(_stereo, partial(read, file)))
+
+
+def _read_2006(file: Path) -> Array:
+    """Disparity of Middlebury's sets of 2005 and 2006 in pixels of the file's own size.
+
+    The sets come in three sizes, all with the grey values of the full one, whose images have 1110 rows.
+    """
+    values = read_grey(file)
+    return values / np.float32(SHRUNK.get(values.shape[0], 1))
 
 
 def _stereo(disparity: Read) -> Array:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES
 
+from ..models.levels import put_out
+
 DecoderOutput = Literal["inverse", "depth"]
 
 # The modules of a depth model's decoder, by the model_type of its config.
@@ -31,6 +33,14 @@ def decoder_parts(model: nn.Module) -> tuple[str, ...]:
             "Pass its backbone instead; it then gets a new head."
         )
     return DECODERS[config.model_type]
+
+
+def decoder_reads(model: nn.Module) -> list[int]:
+    """Numbers of the blocks whose maps a depth model's decoder reads; none where it reads stages of several blocks."""
+    config: Any = model.config
+    if config.model_type == "dpt" and getattr(model, "backbone", None) is None:
+        return list(config.backbone_out_indices)
+    return put_out(model)
 
 
 def predicted_by(model: nn.Module) -> DecoderOutput:

@@ -58,6 +58,12 @@ def geometric_median(points: Tensor, rounds: int = 50) -> Tensor:
     return middle
 
 
+def median(values: Tensor) -> Tensor:
+    """() the median of values (N,); of an even number the mean of the middle two, as numpy's (torch's: the lower)."""
+    ordered = values.sort().values
+    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+
+
 def crop_mask(size: tuple[int, int], crop: str, device: torch.device) -> Tensor:
     """Bool mask (H, W): True in the part of an image that a crop keeps."""
     rows, columns = size
@@ -89,7 +95,7 @@ def depth_sums(prediction: Tensor, reference: Tensor) -> dict[str, float]:
         "square": float(error.square().sum()),
         "log": float(logs.sum()),
         "log_square": float(logs.square().sum()),
-        "constant": float(((reference.median() - reference).abs() / reference).sum()),
+        "constant": float(((median(reference) - reference).abs() / reference).sum()),
     }
     for power in (1, 2, 3):
         sums[f"delta{power}"] = float((ratio < DELTA**power).sum())

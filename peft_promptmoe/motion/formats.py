@@ -34,7 +34,13 @@ def read_flo(file: File) -> Array:
 
 
 def write_flo(file: File, flow: NDArray[np.floating]) -> None:
-    """Write flow (2, rows, columns) in pixels, NaN where unknown, to a .flo file."""
+    """Write flow (2, rows, columns) in pixels, NaN where unknown, to a .flo file.
+
+    Raises:
+        ValueError: the array has another shape.
+    """
+    if np.ndim(flow) != 3 or np.shape(flow)[0] != 2:
+        raise ValueError(f"flow must have the shape (2, rows, columns), x first, got {np.shape(flow)}.")
     values = np.asarray(flow, dtype="<f4").transpose(1, 2, 0)
     values = np.where(np.isnan(values), np.float32(10 * UNKNOWN), values)
     size = np.array([values.shape[1], values.shape[0]], dtype="<i4")
@@ -76,12 +82,15 @@ def read_pfm(file: File) -> Array:
         ValueError: the file is not a .pfm file, or is incomplete.
     """
     content = Path(file).read_bytes()
-    head = re.match(rb"(P[Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([+-]?\d*\.?\d+(?:[eE][+-]?\d+)?)[^\S\n]*\n", content)
+    head = re.match(
+        rb"(P[Ff])\s+(\d{1,9})\s+(\d{1,9})\s+([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)[^\S\n]*\n", content
+    )
     if head is None:
         raise ValueError(f"{os.fspath(file)} is not a .pfm file: it does not start with a .pfm header.")
     channels = 3 if head[1] == b"PF" else 1
     columns, rows = int(head[2]), int(head[3])
-    if rows > LARGEST or columns > LARGEST or len(content) - head.end() != 4 * channels * rows * columns:
+    is_size = 0 < rows <= LARGEST and 0 < columns <= LARGEST
+    if not is_size or len(content) - head.end() != 4 * channels * rows * columns:
         raise ValueError(
             f"{os.fspath(file)} is incomplete or of another format: its header says {rows} x {columns} pixels, and it "
             f"holds {len(content) - head.end()} bytes of values."
@@ -92,6 +101,18 @@ def read_pfm(file: File) -> Array:
         ::-1
     ]  # the file starts with the bottom row
     return np.ascontiguousarray(values[..., 0] if channels == 1 else values.transpose(2, 0, 1))
+
+
+def load(image: Image.Image, file: File) -> None:
+    """Decode an image that has been opened.
+
+    Raises:
+        ValueError: the file is damaged, which Pillow says without its name.
+    """
+    try:
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{os.fspath(file)} is not complete or damaged: {error}.") from error
 
 
 def read_kitti_flow(file: File) -> Array:
@@ -120,6 +141,7 @@ def _bytes_of(file: File, order: str) -> NDArray[np.uint8]:
         if image.mode != "RGB" or any(tile[3] != "RGB;16B" for tile in image.tile):
             raise ValueError(f"{os.fspath(file)} is not a 16-bit png with three channels, the format of KITTI's flow.")
         image.tile = [(*tile[:3], order) for tile in image.tile]
+        load(image, file)
         return np.asarray(image)
 
 
@@ -141,6 +163,7 @@ def read_png16(file: File, scale: float) -> Array:
             raise ValueError(
                 f"{os.fspath(file)} has the image mode {image.mode}; a 16-bit png with one channel is needed."
             )
+        load(image, file)
         values = np.asarray(image).astype(np.float32)
     return np.where(values > 0, values / np.float32(scale), np.float32(np.nan))
 
@@ -150,6 +173,7 @@ def read_grey(file: File) -> Array:
     with Image.open(file) as image:
         if image.mode not in ("L", "P"):
             raise ValueError(f"{os.fspath(file)} has the image mode {image.mode}; a grey image is needed.")
+        load(image, file)
         values = np.asarray(image.convert("L")).astype(np.float32)
     return np.where(values > 0, values, np.float32(np.nan))
 

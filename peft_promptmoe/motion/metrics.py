@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
-from .errors import CROPS, THRESHOLDS, add_up, crop_mask, depth_errors, depth_sums, flow_sums, known_flow
+from .errors import CROPS, THRESHOLDS, add_up, crop_mask, depth_errors, depth_sums, flow_sums, known_flow, median
 
 MAP = datasets.Sequence(datasets.Sequence(datasets.Value("float32")))
 
@@ -22,6 +22,12 @@ class PixelMetric(evaluate.Metric):
     """Base of the metrics. Only sums are kept of each image, so images may have different sizes."""
 
     def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("num_process", 1) != 1:
+            raise ValueError(
+                f"num_process={kwargs['num_process']}: sums are kept by each process for itself. Gather predictions "
+                "and references first, as the Trainer and accelerate's gather_for_metrics do, and leave num_process "
+                "at 1."
+            )
         self._images: list[dict[str, dict[str, float]]] = []
         super().__init__(**kwargs)
 
@@ -37,22 +43,26 @@ class PixelMetric(evaluate.Metric):
             masks: (B, H, W) by name, True where a pixel counts.
 
         Raises:
-            ValueError: shapes differ.
+            ValueError: shapes or numbers of images differ, or one of the two is missing.
         """
-        if len(predictions) != len(references):
-            raise ValueError(
-                f"There are {len(predictions)} predictions and {len(references)} references. Pass one for each image."
-            )
+        _check_both(predictions, references)
+        counts = {"predictions": predictions, "references": references}
+        counts |= {name: mask for name, mask in masks.items() if mask is not None}
+        if len({len(values) for values in counts.values()}) > 1:
+            found = " and ".join(f"{len(values)} {name}" for name, values in counts.items())
+            raise ValueError(f"There are {found}. Pass one for each image.")
         for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
             own = {name: mask[index] for name, mask in masks.items() if mask is not None}
             self.add(prediction=prediction, reference=reference, **own)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **masks: Any) -> None:
-        """Add one image, without the batch dimension.
+        """Add one image, without the batch dimension. `evaluate.combine` names its arguments in the plural.
 
         Raises:
-            ValueError: shapes differ.
+            ValueError: shapes differ, or one of the two is missing.
         """
+        prediction, reference = masks.pop("predictions", prediction), masks.pop("references", reference)
+        _check_both(prediction, reference)
         found, true = _tensor(prediction).double(), _tensor(reference).double()
         if found.shape != true.shape:
             raise ValueError(
@@ -90,6 +100,12 @@ class PixelMetric(evaluate.Metric):
 
 def _tensor(values: Any) -> Tensor:
     return values.detach().cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+
+
+def _check_both(predictions: Any, references: Any) -> None:
+    if predictions is None or references is None:
+        missing = "predictions" if predictions is None else "references"
+        raise ValueError(f"There are no {missing}: errors are between predictions and references. Give both.")
 
 
 def _check_some(images: Sequence[Any]) -> None:
@@ -190,7 +206,7 @@ class DepthError(PixelMetric):
     ) -> None:
         if crop is not None and crop not in CROPS:
             raise ValueError(f"crop must be one of {sorted(CROPS)} or None, got {crop!r}.")
-        if not 0 < min_depth < (cap or float("inf")):
+        if not 0 < min_depth < (float("inf") if cap is None else cap):
             raise ValueError(f"min_depth={min_depth!r} and cap={cap!r} must satisfy 0 < min_depth < cap.")
         self.min_depth, self.cap, self.crop, self.median_scaling = min_depth, cap, crop, median_scaling
         super().__init__(**kwargs)
@@ -200,7 +216,7 @@ class DepthError(PixelMetric):
             raise ValueError(f"Depth must have the shape (rows, columns), got {tuple(true.shape)}.")
         if unknown := set(masks) - {"mask"}:
             raise ValueError(f"DepthError takes the mask `mask`, not {sorted(unknown)}.")
-        cap = self.cap or float("inf")
+        cap = float("inf") if self.cap is None else self.cap
         known = torch.isfinite(true) & (true >= self.min_depth) & (true <= cap)
         if self.crop is not None:
             known &= crop_mask((true.shape[0], true.shape[1]), self.crop, true.device)
@@ -210,7 +226,7 @@ class DepthError(PixelMetric):
             return {}
         found, true = found[known], true[known]
         if self.median_scaling:
-            found = found * (true.median() / found.median())
+            found = found * (median(true) / median(found))
         return {"all": depth_sums(found.clamp(self.min_depth, cap), true)}
 
     def _errors(self, images: list[dict[str, dict[str, float]]]) -> dict[str, float]:
@@ -233,17 +249,23 @@ def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
 
     Args:
         metrics: `EndPointError()` for a FlowModel, `DepthError()` for a DepthModel, both for a MotionModel.
+
+    Raises:
+        TypeError: there are none, or others than these.
     """
+    if not metrics or not all(isinstance(metric, PixelMetric) for metric in metrics):
+        raise TypeError(f"trainer_metrics takes EndPointError() and DepthError(), and got {list(metrics)}.")
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         found, true = prediction.predictions, prediction.label_ids
-        pairs = zip(
-            metrics,
-            found if isinstance(found, tuple) else (found,),
-            true if isinstance(true, tuple) else (true,),
-            strict=True,
-        )
-        for metric, predictions, references in pairs:
+        found = found if isinstance(found, tuple) else (found,)
+        true = true if isinstance(true, tuple) else (true,)
+        if not len(metrics) == len(found) == len(true):
+            raise ValueError(
+                f"{len(metrics)} metrics for {len(found)} predictions and {len(true)} labels. Give trainer_metrics "
+                "one for each task of the model, in the order flow, depth."
+            )
+        for metric, predictions, references in zip(metrics, found, true, strict=True):
             metric.add_batch(predictions=predictions, references=references)
         if not compute_result:
             return {}

@@ -109,7 +109,8 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         if backbone is None:
             backbone = _load_backbone(folder / BACKBONE, stored.get("backbone_library"), model_id)
         model = cls(backbone, **arguments)
-        missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        # assign: copied, half precision would become single, while the backbone keeps its own
+        missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False, assign=True)
         missing = [key for key in missing if not key.startswith(f"{BACKBONE}.")]
         if missing or unexpected:
             raise ValueError(
@@ -151,7 +152,8 @@ def _drop_stages(file: Path) -> None:
 
 def _timm_arguments(backbone: Any) -> dict[str, Any]:
     """The arguments that are needed to create the same timm model again."""
-    found = {name: getattr(backbone, name) for name in TIMM_ARGUMENTS if hasattr(backbone, name)}
+    found = {name: getattr(backbone, name, None) for name in TIMM_ARGUMENTS}
+    found = {name: value for name, value in found.items() if isinstance(value, int | str)}  # a ResNet's is a layer
     embedding = getattr(backbone, "patch_embed", None)
     size = getattr(embedding, "img_size", None)
     if size is not None:
@@ -166,13 +168,22 @@ def _load_backbone(folder: Path, library: str | None, name: str) -> nn.Module:
         architecture = (json.loads((folder / CONFIG).read_text()).get("architectures") or [""])[0]
         # Only transformers' own classes: a name in a file must not choose what is imported.
         cls: Any = getattr(transformers, str(architecture), None)
+        if cls is transformers.TimmBackbone:
+            # its own from_pretrained takes names of timm only
+            return _with_weights(cls(transformers.TimmBackboneConfig.from_pretrained(folder)), folder)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
             return cls.from_pretrained(folder, use_safetensors=True)
     elif library == "timm" and (folder / CONFIG).is_file():
         import timm
 
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+        return _with_weights(timm.create_model(f"local-dir:{folder}", pretrained=False), folder)
     raise ValueError(
         f"{name!r} holds no backbone of transformers or timm. Create the backbone and pass it: "
         "from_pretrained(path, backbone=backbone)."
     )
+
+
+def _with_weights(backbone: nn.Module, folder: Path) -> nn.Module:
+    """A backbone with the weights in a folder, in the precision that they have there, which timm would make single."""
+    backbone.load_state_dict(load_file(folder / WEIGHTS), assign=True)
+    return backbone

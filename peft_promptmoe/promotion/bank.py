@@ -24,21 +24,22 @@ def far_apart(u: Tensor, draws: list[float]) -> Tensor:
     (1 - largest cosine with those before)^2.
 
     Args:
-        u: (T, d) directions of patches.
+        u: (T, d) directions of patches; those that are not finite are never chosen.
         draws: K numbers in [0, 1), which decide.
 
     Returns:
-        (K, d).
+        (K, d), zero where no patch is finite.
     """
     chosen: list[Tensor] = []
-    chance = torch.ones_like(u[:, 0])
+    usable = torch.isfinite(u).all(dim=-1)
+    u, chance = torch.where(usable[:, None], u, 0.0), usable.to(u.dtype)
     distance = torch.full_like(chance, torch.inf)
     for draw in draws:
         total = chance.cumsum(dim=0)
         index = torch.searchsorted(total, draw * total[-1:], right=True).clamp(max=u.shape[0] - 1)
         chosen.append(u.index_select(0, index))
         distance = torch.minimum(distance, 1.0 - u @ chosen[-1][0])
-        chance = distance.clamp(min=0.0).square() + LEAST_CHANCE
+        chance = torch.where(usable, distance.clamp(min=0.0).square() + LEAST_CHANCE, 0.0)
     return torch.cat(chosen)
 
 
@@ -170,8 +171,9 @@ class PrototypeBank(nn.Module):
         weight.copy_(bank)
         if self.idle is not None and idle is not None:
             _local(self.idle).copy_(idle)
+        # A batch without a direction starts nothing: where that can be looked at, the next forward looks.
+        self.may_be_unstarted = self.pending_starts and not torch.compiler.is_compiling()
         self.pending, self.pending_starts = None, False
-        self.may_be_unstarted = False
 
     def _check_at_hand(self) -> None:
         if put_away(self.weight) and not hasattr(self.weight, "to_local"):

@@ -16,6 +16,7 @@ MAX_PROTOTYPES = 16_384
 MAX_ROUNDS = 1_000
 MAX_UNITS = 1_000
 MAX_UPDATES = 1_000_000_000
+MIN_TEMPERATURE = 1e-6  # by far less a cosine is divided to infinity
 DenoiserKind = Literal["both", "attention", "tokens"]
 Proposal = Literal["bank", "pool"]
 DENOISE_WEIGHT, BANK_MOMENTUM = 1.0, 0.99
@@ -69,9 +70,10 @@ class ProMotionConfig(PromptConfig):
             bank hardly moves within some hundred steps). 1: the bank stays as it was initialised.
         reseed_after: a prototype that got no patch for this many training steps moves to the patch farthest from all
             prototypes. 0: never (ours).
-        layers_to_transform: numbers of the blocks that get a unit, counted from 0. Unset: the blocks whose feature
-            maps a `FlowModel`, a `DepthModel` or a backbone of transformers returns; in other models every third
-            block, including the last.
+        layers_to_transform: numbers of the blocks that get a unit, counted from 0. Unset: the blocks that the heads or
+            the decoder of a `FlowModel`, `DepthModel` or `MotionModel` read, or whose feature maps a backbone of
+            transformers returns; in other models every third block, including the last; with `target_modules` all
+            blocks that it names.
         layers_pattern: name of the module list in which `layers_to_transform` counts.
         backbone_eval: whether the frozen base model stays in evaluation mode while the adapter trains.
         target_modules, exclude_modules: attention layers whose blocks get units or are left out, as in PEFT: names or
@@ -170,8 +172,9 @@ class ProMotionConfig(PromptConfig):
     def _check_numbers(self) -> None:
         for name in ("center", "noisy_features", "feedback", "backbone_eval"):
             check_bool(name, getattr(self, name))
-        for name in ("noise_std", "sinkhorn_eps", "margin_temperature", "read_temperature"):
-            check_number(name, getattr(self, name), 0.0, open_low=True)
+        check_number("noise_std", self.noise_std, 0.0, open_low=True)
+        for name in ("sinkhorn_eps", "margin_temperature", "read_temperature"):
+            check_number(name, getattr(self, name), MIN_TEMPERATURE)
         check_number("balance", self.balance, 0.0)
         check_number("denoise_share", self.denoise_share, 0.0, open_low=True)
         for name in ("balance", "denoise_share"):

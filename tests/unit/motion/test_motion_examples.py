@@ -138,13 +138,13 @@ def offline(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "method"), [("flow", "head"), ("depth", "vapt"), ("joint", "lora")])
+@pytest.mark.parametrize(("task", "method"), [("flow", "promotion"), ("depth", "head"), ("joint", "lora")])
 def test_the_example_trains_saves_and_finds_the_same_numbers_again(
     task: str, method: str, tmp_path: Path, offline: dict[str, str]
 ) -> None:
     command = [sys.executable, str(EXAMPLES / "motion.py"), "--task", task, "--method", method]
     command += ["--model", str(tmp_path / "backbone"), "--output", str(tmp_path / "out")]
-    command += ["--steps", "2", "--batch-size", "2", "--test-pairs", "3"]
+    command += ["--steps", "2", "--batch-size", "2", "--test-pairs", "2"]
     done = subprocess.run(command, env=offline, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the same numbers" in done.stdout
@@ -155,3 +155,4 @@ def test_the_example_trains_saves_and_finds_the_same_numbers_again(
     assert ("abs_rel_median_scaled" in motorcycle) == (task != "flow") and "abs_rel" not in motorcycle
     with Image.open(tmp_path / "out" / "motion.png") as picture:
         assert picture.size[0] > 500
+    assert (tmp_path / "out" / "prototypes.png").exists() == (method == "promotion") == ("denoising" in done.stdout)

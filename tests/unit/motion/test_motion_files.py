@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from peft_promptmoe.motion import (
+    Example,
     MotionDataset,
     TorchvisionPairs,
     depth_picture,
@@ -23,7 +25,7 @@ from peft_promptmoe.motion import (
     flow_legend,
     flow_picture,
 )
-from peft_promptmoe.motion.data import LAYOUTS, flying_chairs, kitti_flow, sintel
+from peft_promptmoe.motion.data import LAYOUTS, flying_chairs, kitti_flow, middlebury_stereo, sintel
 from peft_promptmoe.motion.formats import (
     TAG,
     flow_of_disparity,
@@ -147,12 +149,43 @@ def test_pfm_in_both_orders_of_bytes(order: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"P5\n2 2\n255\n0000", b"Pf\n2 2\n-1.0\n0000", b"Pf\n99999999 99999999\n-1\n"]
+    "content", [b"", b"P5\n2 2\n255\n0000", b"Pf\n2 2\n-1.0\n0000", b"Pf\n99999999 99999999\n-1\n", b"Pf\n0 0\n-1\n"]
 )
 def test_a_broken_pfm_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.pfm").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.pfm"):
         read_pfm(tmp_path / "a.pfm")
+
+
+@pytest.mark.parametrize("scale", ["-1", "-1.", "-.5", "-0.003922", "-1e-2"])
+def test_pfm_with_scales_of_any_form(scale: str, tmp_path: Path) -> None:
+    (tmp_path / "a.pfm").write_bytes(f"Pf\n1 1\n{scale}\n".encode() + np.array([7], "<f4").tobytes())
+    assert read_pfm(tmp_path / "a.pfm").tolist() == [[7.0]]  # Middlebury's values are not to be scaled
+
+
+def test_pictures_that_are_cut_are_named(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(1, 255, (64, 64, 3))
+    png16(values.astype(np.uint16), tmp_path / "flow.png")
+    png16(values[..., 0].astype(np.uint16), tmp_path / "depth.png")
+    Image.fromarray(values[..., 0].astype(np.uint8)).save(tmp_path / "grey.png")
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "frame.jpg")
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    example = Example("cut", tmp_path / "frame.jpg")
+    reads: dict[str, Any] = {
+        "flow.png": lambda: read_kitti_flow(tmp_path / "flow.png"),
+        "depth.png": lambda: read_png16(tmp_path / "depth.png", 256),
+        "grey.png": lambda: read_grey(tmp_path / "grey.png"),
+        "frame.jpg": lambda: MotionDataset([example])[0],
+    }
+    for name, read in reads.items():
+        with pytest.raises(ValueError, match=rf"{name} is not complete or damaged"):
+            read()
+
+
+def test_flow_of_another_shape_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="x first"):
+        write_flo(tmp_path / "a.flo", np.zeros((4, 4, 2)))
 
 
 def test_16_bit_depth(tmp_path: Path) -> None:
@@ -281,6 +314,30 @@ def test_kittis_flow_of_points_that_stay_in_sight(tmp_path: Path) -> None:
     kitti_2015(tmp_path)
     assert np.isfinite(next(kitti_flow(tmp_path)).flow()).all()  # type: ignore[misc]
     assert np.isnan(next(kitti_flow(tmp_path, occluded=False)).flow()).all()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("rows", "shrunk"), [(1110, 1), (555, 2), (370, 3), (ROWS, 1)])
+def test_disparity_is_in_pixels_of_the_size_that_it_has(rows: int, shrunk: int, tmp_path: Path) -> None:
+    stereo(tmp_path)
+    Image.fromarray(np.full((rows, 2), 60, np.uint8)).save(tmp_path / "Aloe" / "disp1.png")
+    aloe = next(example for example in middlebury_stereo(tmp_path) if "Aloe" in example.name)
+    assert aloe.flow is not None and (aloe.flow()[0] == -60 / shrunk).all()
+
+
+def test_other_files_beside_sintels_frames_are_passed_over(tmp_path: Path) -> None:
+    mpi_sintel(tmp_path)
+    image(tmp_path / "training" / "clean" / "alley_1" / "frame_0001 (copy).png")
+    assert len(find_examples(tmp_path)) == 2
+
+
+def test_examples_are_asked_for_one_by_one(tmp_path: Path) -> None:
+    chairs(tmp_path)
+    data = pickle.loads(pickle.dumps(MotionDataset(find_examples(tmp_path))))  # as workers get it
+    assert torch.equal(data[-1]["flow_labels"], data[np.int64(1)]["flow_labels"])
+    with pytest.raises(IndexError):
+        data[2]
+    with pytest.raises(TypeError, match="integer"):
+        data[:2]
 
 
 def test_unknown_folders_and_missing_frames_are_errors(tmp_path: Path) -> None:

@@ -101,6 +101,16 @@ def test_median_scaling_is_asked_for_and_named() -> None:
     assert scores["rmse_per_image_median_scaled"] == pytest.approx(0, abs=1e-5)
 
 
+def test_medians_are_numpys() -> None:
+    generator = np.random.default_rng(0)
+    true, found = generator.uniform(1, 10, (1, 3, 4)), generator.uniform(1, 10, (1, 3, 4))
+    scores = DepthError(median_scaling=True).compute(predictions=found, references=true)
+    errors = np.abs(found * np.median(true) / np.median(found) - true) / true
+    assert scores["abs_rel_median_scaled"] == pytest.approx(errors.mean())
+    constant = (np.abs(np.median(true) - true) / true).mean()
+    assert scores["abs_rel_constant_median_scaled"] == pytest.approx(constant)
+
+
 def test_cap_crop_and_mask_choose_pixels() -> None:
     true = np.full((1, 100, 200), 10.0)
     true[0, 0, 0] = 200.0
@@ -177,15 +187,30 @@ def test_wrong_shapes_and_settings_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="mask has shape"):
         DepthError().compute(predictions=np.ones((1, 2, 2)), references=np.ones((1, 2, 2)), mask=np.ones((1, 3, 3)))
+    with pytest.raises(ValueError, match="2 predictions and 2 references and 3 mask"):
+        DepthError().compute(predictions=np.ones((2, 2, 2)), references=np.ones((2, 2, 2)), mask=np.ones((3, 2, 2)))
+    with pytest.raises(ValueError, match="no references"):
+        EndPointError().compute(predictions=np.zeros((1, 2, 2, 2)))
+    with pytest.raises(ValueError, match="no predictions"):
+        EndPointError().add(reference=np.zeros((2, 2, 2)))
+    with pytest.raises(ValueError, match="gather_for_metrics"):
+        EndPointError(num_process=2, process_id=0, experiment_id="two")
     with pytest.raises(ValueError, match="crop"):
         DepthError(crop="center")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_depth"):
         DepthError(min_depth=5.0, cap=2.0)
+    with pytest.raises(ValueError, match="cap=0"):
+        DepthError(cap=0)
+    with pytest.raises(TypeError, match="takes EndPointError"):
+        trainer_metrics()
+    with pytest.raises(TypeError, match="takes EndPointError"):
+        trainer_metrics("epe")  # type: ignore[arg-type]
 
 
 def test_they_are_metrics_of_evaluate() -> None:
     both = evaluate.combine([EndPointError(), EndPointError()])
     both.add_batch(predictions=np.zeros((1, 2, 2, 2)), references=np.ones((1, 2, 2, 2)))
+    both.add(np.zeros((2, 2, 2)), np.ones((2, 2, 2)))
     scores = both.compute()
     assert any("epe" in name and value == pytest.approx(math.sqrt(2)) for name, value in scores.items())
 
@@ -198,5 +223,5 @@ def test_the_trainers_function_reads_one_task_or_two() -> None:
     two = trainer_metrics(EndPointError(), DepthError())
     scores = two(EvalPrediction((true_flow, 2 * true_depth), (true_flow, true_depth)))
     assert scores["epe"] == 0 and scores["abs_rel"] == pytest.approx(1.0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="2 metrics for 1 predictions and 1 labels"):
         two(EvalPrediction(true_flow, true_flow))

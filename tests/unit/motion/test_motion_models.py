@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tiny_backbones import BACKBONES, PATCH, SIZES, batch, dinov2, timm_vit
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model, ViTMAEConfig, ViTMAEModel, YolosConfig, YolosModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    TimmBackbone,
+    TimmBackboneConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    YolosConfig,
+    YolosModel,
+)
 from transformers.utils import ModelOutput
 
 from peft_promptmoe import DepthModel, FlowModel, MotionModel
@@ -336,6 +346,7 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
         dict.fromkeys(("pixel_values", "next_pixel_values"), torch.zeros(2, 3, 60, 70, dtype=torch.uint8)),
         "normalised",
     ),
+    "the second frame as bytes": ({"next_pixel_values": torch.zeros(2, 3, 60, 70, dtype=torch.uint8)}, "both alike"),
     "flow with channels last": ({"flow_labels": torch.zeros(2, 60, 70, 2)}, "movedim"),
     "flow as integers": ({"flow_labels": torch.zeros(2, 2, 60, 70, dtype=torch.int32)}, "floating point"),
     "flow of another batch": ({"flow_labels": torch.zeros(1, 2, 60, 70)}, "have 1 images, but pixel_values have 2"),
@@ -357,6 +368,12 @@ def test_inputs_that_mean_something_else_are_refused(case: str) -> None:
         MotionModel(dinov2())(**inputs)
 
 
+def test_inputs_that_are_no_tensors_are_refused() -> None:
+    for name, value in batch("joint").items():
+        with pytest.raises(TypeError, match=f"{name} is a ndarray"):
+            MotionModel(dinov2())(**{**INPUTS, name: value.numpy()})
+
+
 def test_flow_of_one_frame_is_refused() -> None:
     with pytest.raises(ValueError, match="next_pixel_values"):
         FlowModel(dinov2())(pixel_values=torch.zeros(1, 3, 56, 56))
@@ -374,6 +391,9 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"task_weights": {"flow": -1.0}}, "task_weights"),
     ({"levels": []}, "levels"),
     ({"levels": [1, 1]}, "levels"),
+    ({"levels": 3}, "levels of flow is 3"),
+    ({"levels": {"flow": "3"}}, "levels of flow is '3'"),
+    ({"task_weights": [1.0, 1.0]}, "has to name its tasks"),
     ({"levels": {"pose": [1]}}, "pose"),
     ({"levels": [6]}, "blocks \\[6\\]"),
     ({"decoder_output": "inverse"}, "no depth decoder"),
@@ -399,6 +419,11 @@ def tokens() -> Any:
     return dinov2(reshape_hidden_states=False)
 
 
+def timm_windows() -> Any:
+    sizes: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
+    return timm.create_model("swin_tiny_patch4_window7_224", **sizes)
+
+
 def tuned() -> Any:
     return get_peft_model(dinov2(), LoraConfig(target_modules=["q_proj"]))
 
@@ -419,10 +444,49 @@ def test_backbones_whose_maps_would_be_wrong_are_refused(make: Any, message: str
         FlowModel(make())
 
 
+@pytest.mark.parametrize("backbone", ["facebook/dinov2-small", None])
+def test_a_backbone_that_is_no_model_is_refused(backbone: Any) -> None:
+    with pytest.raises(TypeError, match="has to be a model"):
+        FlowModel(backbone)
+
+
+@pytest.mark.parametrize("make", [lambda: timm_vit(dynamic_img_size=False), timm_windows])
+def test_images_of_a_size_that_timm_does_not_take_are_refused(make: Any) -> None:
+    model = FlowModel(make())
+    assert model(**batch("flow", (62, 64))).flow.shape == (2, 2, 62, 64)
+    with pytest.raises(ValueError, match=r"64 x 64 pixels only, .* dynamic_img_size"):
+        model(**batch("flow", (60, 70)))
+
+
 def test_levels_that_a_model_does_not_have_are_refused() -> None:
     for backbone in (BACKBONES["dinov2"](), timm_vit()):
         with pytest.raises(ValueError, match="blocks 0 to 5"):
             FlowModel(backbone, levels=[6])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [dinov2, timm_vit])
+def test_half_precision_is_saved_and_loaded_as_it_is(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = FlowModel(make()).to(dtype).eval()
+    model.save_pretrained(tmp_path)
+    loaded = FlowModel.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    grads = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert grads == {name for name, p in loaded.named_parameters() if p.requires_grad}
+    inputs = {key: value.to(dtype) if "pixel" in key else value for key, value in batch("flow").items()}
+    assert torch.equal(loaded(**inputs).flow, model(**inputs).flow)
+
+
+def timm_backbone() -> Any:
+    return TimmBackbone(TimmBackboneConfig(backbone="resnet10t", out_indices=[1, 2], use_pretrained_backbone=False))
+
+
+@pytest.mark.parametrize("make", [lambda: timm.create_model("resnet10t", num_classes=0), timm_backbone])
+def test_convolutions_of_timm_are_saved_and_loaded(make: Any, tmp_path: Path) -> None:
+    model = FlowModel(make(), levels=[1]).eval()
+    model.save_pretrained(tmp_path)
+    inputs = batch("flow")
+    assert torch.equal(FlowModel.from_pretrained(tmp_path)(**inputs).flow, model(**inputs).flow)
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tiny_backbones import BACKBONES, DEPTH_MODELS, PATCH, batch, depth_anything
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from peft_promptmoe import DepthModel, FlowModel, MEPTConfig, MotionModel, VAPTConfig
+from peft_promptmoe import DepthModel, FlowModel, MEPTConfig, MotionModel, ProMotionConfig, VAPTConfig
 from peft_promptmoe.motion import DepthError, EndPointError, trainer_metrics
 
 # peft asks transformers by an old name
@@ -31,7 +31,7 @@ METRICS: dict[str, Any] = {
     "depth": lambda: trainer_metrics(DepthError()),
     "joint": lambda: trainer_metrics(EndPointError(), DepthError()),
 }
-METHODS = ("head", "lora", "mept", "vapt", "full")
+METHODS = ("head", "lora", "mept", "vapt", "promotion", "full")
 
 
 def make(task: str, method: str, backbone: Any = None) -> Any:
@@ -44,6 +44,7 @@ def make(task: str, method: str, backbone: Any = None) -> Any:
         ),
         "mept": lambda: MEPTConfig(num_virtual_tokens=2, modules_to_save=heads),
         "vapt": lambda: VAPTConfig(num_virtual_tokens=2, modules_to_save=heads),
+        "promotion": lambda: ProMotionConfig(num_prototypes=2, bottleneck_dim=8, modules_to_save=heads),
     }
     return get_peft_model(base, configs[method]()) if method in configs else base
 
@@ -83,14 +84,14 @@ def test_the_stock_trainer_trains_evaluates_and_loads_the_best(method: str, task
     assert wanted[task] <= set(scores)
     changed = {path for path, parameter in model.named_parameters() if not torch.equal(parameter, before[path])}
     heads = {f"{head}." for head in ("flow_head", "depth_head")}
-    marks = {"lora": "lora_", "mept": "mept_", "vapt": "vapt_", "full": "backbone.encoder"}
+    marks = {"lora": "lora_", "mept": "mept_", "vapt": "vapt_", "promotion": "promotion_", "full": "backbone.encoder"}
     assert any(any(head in path for head in heads) for path in changed)
     assert method == "head" or any(marks[method] in path for path in changed)
     kept = {path for path in before if "backbone." in path and not any(m in path for m in marks.values())}
     assert method == "full" or not changed & {path for path in kept if "modules_to_save" not in path}
 
 
-@pytest.mark.parametrize("method", ["lora", "vapt", "mept"])
+@pytest.mark.parametrize("method", ["lora", "vapt", "mept", "promotion"])
 @pytest.mark.parametrize("kind", ["dinov2-backbone", "timm"])
 def test_an_adapter_comes_back_with_its_heads(kind: str, method: str, tmp_path: Path) -> None:
     model = make("flow", method, BACKBONES[kind]())
@@ -257,6 +258,16 @@ def test_a_dpt_that_takes_all_images_for_square_ones_refuses_others() -> None:
         model(pixel_values=torch.zeros(1, 3, 2 * PATCH, 8 * PATCH))
 
 
+def test_flow_reads_the_backbone_of_a_depth_model_when_told_how() -> None:
+    with pytest.raises(ValueError, match="Give its backbone"):
+        FlowModel(depth_anything())
+    backbone = depth_anything().backbone
+    with pytest.raises(ValueError, match="set backbone.config.reshape_hidden_states = True"):
+        FlowModel(backbone)
+    backbone.config.reshape_hidden_states = True
+    assert FlowModel(backbone, levels=[1, 2])(**batch("flow")).flow.shape == (2, 2, 60, 70)
+
+
 def test_settings_that_a_decoder_makes_dead_are_refused() -> None:
     with pytest.raises(ValueError, match="its own decoder"):
         DepthModel(depth_anything(), levels=[1])
@@ -271,6 +282,24 @@ def test_other_depth_models_are_refused() -> None:
 
     with pytest.raises(ValueError, match="not supported; those of"):
         DepthModel(ZoeDepthForDepthEstimation())
+
+
+READ_BLOCKS: dict[str, tuple[Any, list[int]]] = {
+    # of maps 2, 3, 4 of an AutoBackbone, which are behind blocks 1, 2, 3
+    "levels of an AutoBackbone": (lambda: MotionModel(dinov2(), levels={"flow": [1], "depth": [2, 3]}), [1, 2, 3]),
+    "levels of a model": (lambda: MotionModel(timm_vit(), levels={"flow": [1], "depth": [0, 4]}), [0, 1, 4]),
+    "a decoder's maps": (lambda: DepthModel(depth_anything()), [0, 1, 2, 5]),
+    "a decoder's maps and levels": (lambda: MotionModel(depth_anything(), levels={"flow": [4]}), [0, 1, 2, 4, 5]),
+    "a decoder's blocks": (lambda: DepthModel(dpt()), [1, 2, 3, 5]),
+    "a decoder's blocks and levels": (lambda: MotionModel(dpt(), levels={"flow": [0]}), [0, 1, 2, 3, 5]),
+}
+
+
+@pytest.mark.parametrize("case", sorted(READ_BLOCKS))
+def test_units_of_promotion_stand_behind_the_blocks_that_are_read(case: str) -> None:
+    base, blocks = READ_BLOCKS[case]
+    model = get_peft_model(base(), ProMotionConfig(num_prototypes=2, bottleneck_dim=8))
+    assert model.peft_config["default"].layers_to_transform == blocks
 
 
 @pytest.mark.parametrize("kind", ["dinov2-backbone", "timm", "depth-anything"])

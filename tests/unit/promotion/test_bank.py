@@ -84,6 +84,30 @@ def test_a_start_lies_far_apart() -> None:
     assert chosen.argmax(dim=1).sort().values.tolist() == list(range(6))
 
 
+@pytest.mark.parametrize("broken", [[0], [2, 3], [0, 1, 2, 3]])
+def test_a_first_batch_with_pixels_that_are_no_numbers_spoils_no_start(broken: list[int]) -> None:
+    """Patches of its other images start the bank, or if it has none, those of the next batch."""
+    model, first = adapted().train(), images()
+    first["pixel_values"][broken] = torch.nan
+    model(**first)
+    for seed in range(1, 4):
+        step(model, images(seed=seed))
+    for bank in banks(model):
+        bank.settle()
+        assert not bank.may_be_unstarted, "each further step would look again"
+        cosines = bank.weight @ bank.weight.T
+        torch.testing.assert_close(cosines.diagonal(), torch.ones(len(cosines)))
+        assert cosines.fill_diagonal_(0.0).max() < 0.95
+
+
+def test_patches_that_are_no_numbers_are_never_chosen() -> None:
+    u = torch.eye(6)
+    u[[0, 2, 5]] = torch.nan
+    for seed in range(20):
+        draws = torch.rand(3, generator=torch.Generator().manual_seed(seed)).tolist()
+        assert far_apart(u, draws).argmax(dim=1).sort().values.tolist() == [1, 3, 4]
+
+
 def test_farthest_patches_come_first() -> None:
     u = torch.eye(5)
     similarity = torch.tensor([[0.9, 0.1], [0.2, 0.3], [-0.5, -0.6], [0.0, 0.8], [0.1, 0.0]])

@@ -17,6 +17,8 @@ from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig
 
 from peft_promptmoe import ProMotionConfig
 
+TEMPERATURES = ("sinkhorn_eps", "margin_temperature", "read_temperature")
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),
@@ -41,7 +43,8 @@ from peft_promptmoe import ProMotionConfig
         ({"denoise_share": 0.0}, "denoise_share must be greater than 0"),
         ({"denoise_share": 2.0}, "denoise_share must be at most 1"),
         ({"noise_std": 0.0}, "noise_std must be greater than 0"),
-        ({"sinkhorn_eps": float("nan")}, "sinkhorn_eps must be greater than 0"),
+        ({"sinkhorn_eps": float("nan")}, "sinkhorn_eps must be at least 1e-06"),
+        *(({name: 1e-40}, f"{name} must be at least 1e-06") for name in TEMPERATURES),
         ({"denoiser": "none"}, "denoiser must be one of"),
         ({"bank_momentum": 1.5}, "bank_momentum must be at most 1"),
     ],
@@ -100,12 +103,12 @@ def test_units_stand_behind_the_blocks_whose_maps_a_backbone_puts_out() -> None:
 
 
 class Levels(nn.Module):
-    """A model of two tasks that says which blocks it reads."""
+    """A model that says which blocks it reads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.backbone = ViTModel(ViTConfig(**SHAPE), add_pooling_layer=False)
-        self.levels = {"flow": [0], "depth": [1, 0]}
+        self.read_blocks = [1, 0]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.backbone(pixel_values).last_hidden_state
