@@ -260,7 +260,7 @@ def test_a_dpt_that_takes_all_images_for_square_ones_refuses_others() -> None:
 def test_settings_that_a_decoder_makes_dead_are_refused() -> None:
     with pytest.raises(ValueError, match="its own decoder"):
         DepthModel(depth_anything(), levels=[1])
-    with pytest.raises(ValueError, match="Give its backbone"):
+    with pytest.raises(ValueError, match="Pass its backbone"):
         FlowModel(depth_anything())
     assert MotionModel(depth_anything(), levels={"flow": [2]}).levels == {"flow": [2]}
 
