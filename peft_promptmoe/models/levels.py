@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of a vision model whose patch outputs are read."""
+"""Finds the blocks of a vision model whose patch outputs are read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ EVERY = 3
 
 
 def read_blocks(model: nn.Module, blocks: list[int]) -> list[int]:
-    """Blocks, of those that there are, whose maps a backbone puts out or a model's heads read.
+    """Blocks whose feature maps a backbone returns or a model's heads read.
 
     Args:
-        model: a backbone of transformers, a model around one, or a model that says in `levels` which blocks it reads.
-        blocks: numbers of its blocks.
+        model: a backbone of transformers, a model around one, or a model whose attribute `levels` says what it reads.
+        blocks: numbers of the model's blocks.
 
     Returns:
-        The numbers in order; where nobody says, every third block up to the last.
+        The numbers in order. If neither is known: every third block, counted back from the last.
     """
     stages = next((_stages(module) for module in model.modules() if hasattr(module, "stage_names")), None)
     levels = getattr(model, "levels", None)
@@ -30,7 +30,7 @@ def read_blocks(model: nn.Module, blocks: list[int]) -> list[int]:
 
 
 def _stages(backbone: Any) -> list[int]:
-    """Blocks behind which the feature maps of a backbone are taken; the stem is -1."""
+    """Numbers of the blocks after which a backbone takes its feature maps. The stem is -1."""
     stages = list(backbone.stage_names)
     offset = 1 if stages[:1] == ["stem"] else 0
     return [stages.index(name) - offset for name in backbone.out_features]
