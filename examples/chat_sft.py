@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # %% [markdown]
 # # Tune a chat model
-# MEPT, routed by token, with TRL's SFTTrainer on a handful of dialogues: the model learns to answer as a terse waiter.
+# MEPT, routed by token, with TRL's SFTTrainer on 11 dialogues: the model learns to repeat an order as a waiter does.
 # Replace `DIALOGUES` by your own, as `{"prompt": [...], "completion": [...]}`; the loss is on the completion.
 
 # %%
@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_promptmoe import MEPTConfig
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DISHES = ["soup", "pasta", "steak", "salad", "pizza", "risotto", "tea", "bread", "curry", "cake", "rice", "fish"]
+DISHES = ["soup", "steak", "tea", "bread", "cake", "risotto", "paella", "goulash", "ravioli", "tiramisu", "falafel"]
 DIALOGUES = [
     {
         "prompt": [{"role": "user", "content": f"Could you bring me the {dish}, please?"}],
@@ -29,7 +29,7 @@ trainer = SFTTrainer(
     MODEL,
     args=SFTConfig(
         learning_rate=3e-3,
-        max_steps=30,
+        max_steps=40,
         per_device_train_batch_size=4,
         logging_steps=10,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
@@ -42,7 +42,7 @@ trainer.model.print_trainable_parameters()
 trainer.train()
 trainer.save_model("chat-adapter")
 
-# %% Load the adapter; ask for dishes that were not among those it was trained on, with the adapter and without
+# %% Load the adapter; order dishes that were not in the training data, without the adapter and with it
 model = AutoPeftModelForCausalLM.from_pretrained("chat-adapter").eval()
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 
@@ -57,4 +57,4 @@ def answer(dish: str) -> str:
 for dish in ["lasagna", "coffee", "omelette"]:
     with model.disable_adapter():
         print(f"before: {answer(dish)}")
-    print(f"tuned: {answer(dish)}")
+    print(f"tuned: {answer(dish)}\nright: One {dish}. Anything else?")

@@ -5,13 +5,10 @@ python examples/routing_pictures.py    # writes load.png, pathways.png and token
 """
 
 import torch
-from matplotlib import colormaps
-from matplotlib import pyplot as plt
-from matplotlib.animation import FuncAnimation, PillowWriter
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from peft_promptmoe import MEPTConfig, record_routing, routing_report
+from peft_promptmoe import MEPTConfig, record_routing, routing_report, token_routing
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CODE = ["def add(a, b):\n    return a + b", "for i in range(3):\n    print(i)", "x = [1, 2, 3]\nprint(sum(x))"]
@@ -34,25 +31,8 @@ record.report().plot("load.png")  # which expert took how much, layer by layer
 record.plot_pathways("pathways.png")  # the same, class by class
 print(record.report().to_dataframe().groupby("expert")["load"].mean())
 
-# Generate, then hand the tokens in one by one: after each, the report is of that token alone.
-start = tokenizer("Once upon a time", return_tensors="pt")
-ids, cache, chosen = model.generate(**start, max_new_tokens=16, do_sample=False), None, []
-for token in ids[0]:
-    with torch.no_grad(), record_routing(model) as record:
-        cache = model(input_ids=token[None, None], past_key_values=cache, use_cache=True).past_key_values
-    chosen.append(record.report().gate.argmax(dim=-1))
-experts = torch.stack(chosen, dim=1)  # layers x tokens
+# Generate a text; the report and the animation are of all of its tokens.
+ids = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=16, do_sample=False)
 print(routing_report(model))
-
-figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-words = [tokenizer.decode(token).replace("\n", "\\n") for token in ids[0]]
-axes.set(title="The expert that each token takes", ylabel="layer", xticks=range(len(words)), yticks=[])
-axes.set_xticklabels(words, rotation=60, ha="right")
-image = axes.imshow(experts, cmap=colormaps["tab10"].with_extremes(bad="white"), vmin=0, vmax=9, aspect="auto")
-
-
-def show(layer: int) -> None:
-    image.set_data(experts.double().masked_fill(torch.arange(len(experts))[:, None] > layer, float("nan")))
-
-
-FuncAnimation(figure, show, frames=len(experts)).save("tokens.gif", PillowWriter(fps=4))
+tokens = tokenizer.convert_ids_to_tokens(ids[0, :-1])  # the last token was never an input
+token_routing(model, tokens).animate("tokens.gif")

@@ -42,10 +42,10 @@ def lora(model: Any, blocks: list[int]) -> nn.Module:
 
 def prompts(**settings: Any) -> Method:
     def attach(model: Any, blocks: list[int]) -> nn.Module:
-        config = VAPTConfig(image_size=[SHOWN, SHOWN], modules_to_save=model.head_names, **settings)
-        return get_peft_model(model, config)
+        shared = {"image_size": [SHOWN, SHOWN], "modules_to_save": model.head_names, "layers_to_transform": blocks}
+        return get_peft_model(model, VAPTConfig(**shared, **settings))
 
-    return Method(attach, (1e-3, 3e-3, 1e-2))
+    return Method(attach, (1e-3, 3e-3, 1e-2), untouched=lambda blocks: blocks[0])
 
 
 def promotion(first: int | None = None, foreign: bool = False, **settings: Any) -> Method:
@@ -55,6 +55,12 @@ def promotion(first: int | None = None, foreign: bool = False, **settings: Any) 
         return get_peft_model(model, ProMotionConfig(modules_to_save=model.head_names, **settings))
 
     return Method(attach, untouched=lambda blocks: (blocks[0] if first is None else first) + 1, foreign=foreign)
+
+
+def promotion_everywhere(model: Any, blocks: list[int]) -> nn.Module:
+    """Units behind every block up to the last one that is read."""
+    config = ProMotionConfig(modules_to_save=model.head_names, layers_to_transform=list(range(blocks[-1] + 1)))
+    return get_peft_model(model, config)
 
 
 def with_frozen_prototypes(foreign: bool) -> Method:
@@ -117,8 +123,10 @@ ABLATIONS = {
         "pool": {"proposal": "pool"},
         "8 prototypes": {"num_prototypes": 8},
         "64 prototypes": {"num_prototypes": 64},
+        "noise of 0.3": {"noise_std": 0.3},
+        "width 64": {"bottleneck_dim": 64},
     }.items()
-}
+} | {"promotion, units behind every block": Method(promotion_everywhere, untouched=lambda blocks: 1)}
 OWN = "units with prototypes of this task"
 TRANSFER = {
     OWN: promotion(SHARED[0], layers_to_transform=SHARED),

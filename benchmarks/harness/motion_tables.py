@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 from typing import Any
 
 from .markdown import table
+from .motion_methods import ABLATIONS, METHODS, OWN, SHARED, TRANSFER
 from .reading import NAMES, results
 
 OWN_NAMES = {"bottleneck": "plain bottleneck adapter", "promotion": "ProMotion", "lora-all": "LoRA r8, all blocks"}
@@ -36,9 +38,10 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}"
 
 
-def learning_motion(task: str) -> str:
-    """Error of every method, the least first, with its spread over seeds; under image noise; and on real pairs."""
+def learning_motion(task: str, names: Collection[str] = METHODS) -> str:
+    """Error of each method, the least first, with its spread over seeds; under image noise; and on real pairs."""
     score, found = SCORES[task], chosen(f"learning_motion_{task}", task)
+    found = {method: cells for method, cells in found.items() if method in names}
     real = sorted({pair for _, cells in found.values() for cell in cells for pair in cell["real"]})
     headings = ["method", "seeds", "rates tried", "rate", "trained", "held-out pairs", "over seeds"]
     headings += [f"noise {noise.split()[1]}" for noise in NOISES] + real
@@ -52,6 +55,44 @@ def learning_motion(task: str) -> str:
         line += [_real(cells, pair, score) for pair in real]
         rows.append(line)
     return table(headings, rows)
+
+
+def motion_parts(task: str) -> str:
+    """The same of ProMotion with a part left out or changed, beside ProMotion and the plain adapter."""
+    return learning_motion(task, [*ABLATIONS, "promotion", "bottleneck"])
+
+
+def motion_transfer() -> str:
+    """Error on both tasks of units whose prototypes are trained, taken from the other task, or left as they start."""
+    rows = []
+    found = {task: chosen(f"learning_motion_{task}", task) for task in SCORES}
+    for method in TRANSFER:
+        shown = f"units behind blocks {', '.join(map(str, SHARED))}, trained" if method == OWN else method
+        line = [shown]
+        for task, score in SCORES.items():
+            cells = found[task].get(method, (0, []))[1]
+            clean = [cell["test"][score] for cell in cells]
+            line += [mean(clean), f"± {statistics.stdev(clean):.3f}" if len(clean) > 1 else ""] if clean else ["", ""]
+        rows.append(line)
+    return table(["prototypes", "flow, px", "over seeds", "depth, AbsRel", "over seeds"], rows)
+
+
+def motion_assignments() -> str:
+    """How units group patches after training, by block: of ProMotion and of those parts left out that change it."""
+    measures = {"entropy": "entropy of use", "margin": "margin", "nearest": "cosine to nearest", "between": "between"}
+    rows = []
+    for task in SCORES:
+        for method, (_, cells) in chosen(f"learning_motion_{task}", task).items():
+            seen = [cell["assignment"] for cell in cells if "assignment" in cell]
+            if not seen or method in TRANSFER:
+                continue
+            shown = OWN_NAMES.get(method, method.replace("promotion, ", "ProMotion, "))
+            line = [f"{shown}, {task}"]
+            for name in measures:
+                by_block = zip(*(each[name] for each in seen), strict=True)
+                line.append(" / ".join(f"{statistics.mean(values):.2f}" for values in by_block))
+            rows.append(line)
+    return table(["unit", *measures.values()], rows)
 
 
 def _clean(cells: list[Cell], score: str) -> float:

@@ -18,7 +18,7 @@ IMAGE = """
 ```python
 import torch
 
-images = torch.rand(1, {channels}, {rows}, {columns})  # normalised as the base model expects it
+images = torch.rand(1, {channels}, {rows}, {columns})  # pixels, normalised as the base model expects
 {then}
 ```
 """
@@ -28,8 +28,8 @@ GENERATED = "print(tokenizer.decode(model.generate(**batch, max_new_tokens=20)[0
 
 
 def usage(task_type: str | None, base: BaseModelCard) -> str:
-    """Code block for the card, to run after the one that loads. Empty if the model's input is not known."""
-    one = '"A text of the kind that the adapter was trained on."'
+    """A block that runs after the one that loads; empty for models whose input is not known."""
+    one = '"A text like those of the training data."'
     if task_type == "SEQ_CLS":
         then = CLASS.format(batch=1, labels=base.num_labels) + (NAMED if base.class_names else "")
         return TEXT.format(text=one, then=then)
@@ -37,7 +37,7 @@ def usage(task_type: str | None, base: BaseModelCard) -> str:
         return TEXT.format(text=one, then=CLASS.format(batch="1, tokens", labels=base.num_labels))
     if task_type == "QUESTION_ANS":
         then = "output = model(**batch)  # start_logits and end_logits, (1, tokens) each"
-        return TEXT.format(text='"A question?", "The text with the answer."', then=then)
+        return TEXT.format(text='"A question?", "A text that contains the answer."', then=then)
     if task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return TEXT.format(text=one, then=GENERATED)
     if task_type == "FEATURE_EXTRACTION":

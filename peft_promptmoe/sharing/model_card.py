@@ -23,6 +23,7 @@ from .card_usage import usage
 MARKER = "<!-- peft_promptmoe: how to load this adapter -->"
 END = "<!-- peft_promptmoe: end -->"
 TAG = "peft_promptmoe"
+REPOSITORY = "https://github.com/peft-promptmoe/peft_promptmoe"
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
@@ -45,12 +46,13 @@ SECTION = """{marker}
 
 ## How to load this adapter
 
-This is a {method} adapter for {base}, made with peft_promptmoe {version}. Install peft_promptmoe and import it
-before loading. Without the import PEFT raises `KeyError: '{method}'`.
+This is a PEFT adapter of type {method} for {base}. It was saved by peft_promptmoe {version}. Install peft_promptmoe:
 
 ```
-pip install peft-promptmoe
+pip install "peft-promptmoe @ git+{repository}"
 ```
+
+Import it before you load the adapter. Without the import PEFT raises `KeyError: '{method}'`.
 
 ```python
 import peft_promptmoe  # registers {method} with PEFT
@@ -76,7 +78,7 @@ base = timm.create_model({weights!r}, pretrained={trained}{arguments})
 {preparation}model = PeftModel.from_pretrained(base, adapter{config})"""
 
 UNTRAINED = """
-The base model had random weights when this adapter was made. The adapter works only with exactly these weights: load
+The base model had random weights when this adapter was made. The adapter works with exactly these weights only: load
 them into `base` before the last line.
 """
 
@@ -176,6 +178,7 @@ def _section(values: CardValues) -> str:
         marker=MARKER,
         end=END,
         method=values.method,
+        repository=REPOSITORY,
         version=__version__,
         base=_name_of_base(values),
         load=_load(values),
@@ -190,7 +193,7 @@ def _name_of_base(values: CardValues) -> str:
         return f"timm's `{values.base.timm_weights}`"
     if _is_on_hub(values.base_model):
         return f"`{values.base_model}`"
-    return "a base model from a local folder (see `adapter_config.json`)"
+    return "a base model from a local folder (`base_model_name_or_path` in `adapter_config.json`)"
 
 
 def _load(values: CardValues) -> str:

@@ -86,12 +86,15 @@ def page(found: Found) -> str:
     lines = [
         "# The contract",
         "",
-        "What the package promises, in every method and architecture it is tested with, and how many tests hold each",
-        "promise there. Made by `make matrix`; rows and tests are in [rows.py](tests/contract/rows.py), columns in",
-        "[cases.py](tests/contract/cases.py).",
+        "What the package guarantees, for each method on each architecture. A number says how many tests check the",
+        "guarantee of its row on the architecture of its column. With R, these tests check that one clear error is",
+        "raised. A dash means that the guarantee does not apply; the reasons are at the end.",
         "",
         f"{len(shown)} cells: {green} pass, {refusals} assert a refusal (R), {exempt} do not apply (-), "
-        f"{len(shown) - green - refusals - exempt} that fail, are skipped or are empty; {tests:,} tests.",
+        f"{len(shown) - green - refusals - exempt} fail, are skipped or are empty. {tests:,} tests.",
+        "",
+        "`make matrix` runs the tests and writes this page. The tests of each row are named in",
+        "[rows.py](tests/contract/rows.py), the architectures in [cases.py](tests/contract/cases.py).",
     ]
     for method, name in METHOD_NAMES.items():
         columns = [column for column in COLUMNS if column.method == method]
@@ -100,7 +103,7 @@ def page(found: Found) -> str:
         "Heads of several layers", [str(column) for column in HEAD_COLUMNS], HEAD_COLUMNS, head_rows, cells
     )
     reasons = sorted({(row.number, reason) for row in ROWS for column in COLUMNS if (reason := row.exempt(column))})
-    lines += ["", "## What does not apply", ""]
+    lines += ["", "## Why some guarantees do not apply", ""]
     lines += [f"- Row {number}: {reason}." for number, reason in reasons]
     return "\n".join(lines) + "\n"
 

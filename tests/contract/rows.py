@@ -60,16 +60,24 @@ def only_text(column: Column) -> str | None:
 
 
 def only_attention(column: Column) -> str | None:
-    return None if METHODS[column.method].joins_attention else "works on whole blocks"
+    return (
+        None
+        if METHODS[column.method].joins_attention
+        else "pMoE and ProMotion work on whole blocks, not inside attention"
+    )
 
 
 def only_with_own_losses(column: Column) -> str | None:
     method = METHODS[column.method]
-    return None if method.balance or method.auxiliary else "has no losses of its own"
+    return None if method.balance or method.auxiliary else "VAPT and pMoE have no auxiliary losses"
 
 
 def only_compilable(column: Column) -> str | None:
-    return "transformers captures its hidden states under a lock" if column.architecture == "dpt_vit" else None
+    return (
+        "torch.compile cannot trace this DPT, because transformers collects its hidden states under a lock"
+        if column.architecture == "dpt_vit"
+        else None
+    )
 
 
 def nothing(column: Column) -> str | None:
@@ -98,28 +106,36 @@ class Row:
 ROWS = [
     Row(
         1,
-        "attaching gives a start that the seed decides",
+        "the same seed gives the same start",
         ("test_the_same_seed_gives_the_same_start",),
     ),
-    Row(2, "only the adapter and the head train", ("test_only_the_adapter_and_the_head_train",)),
+    Row(2, "only the adapter and the head are trained", ("test_only_the_adapter_and_the_head_train",)),
     Row(3, "every trained tensor gets a gradient", ("test_every_trained_tensor_gets_a_gradient",)),
-    Row(4, "training changes nothing of the base model", ("test_training_changes_nothing_of_the_base_model",)),
-    Row(5, "save and load: the same logits, bit by bit", ("test_save_and_load_gives_the_same_logits",)),
+    Row(4, "training does not change the base model", ("test_training_changes_nothing_of_the_base_model",)),
+    Row(5, "save and load: the same logits, bit for bit", ("test_save_and_load_gives_the_same_logits",)),
     Row(
         6,
-        "save, load, save in another process: the same bytes",
+        "save, load in another process, save again: the same bytes",
         ("test_saving_again_from_another_process_gives_the_same_bytes",),
     ),
-    Row(7, "names in the file are those of the manifest", ("test_saved_names_are_those_of_the_manifest",)),
+    Row(
+        7,
+        "names of tensors in the adapter file stay the same in all versions",
+        ("test_saved_names_are_those_of_the_manifest",),
+    ),
     Row(
         8,
-        "the adapter's name leaves no trace in the file",
+        "the adapter's name is not in the adapter file",
         ("test_the_adapter_name_leaves_no_trace_in_the_files", "test_names_that_contain_each_other_stay_apart"),
     ),
-    Row(9, "a trainable reload goes on with the loss curve", ("test_trainable_reload_continues_the_loss_curve",)),
+    Row(
+        9,
+        "loading with is_trainable=True continues the loss curve",
+        ("test_trainable_reload_continues_the_loss_curve",),
+    ),
     Row(
         10,
-        "Trainer: evaluation, best model at the end, resuming",
+        "Trainer: evaluation, load_best_model_at_end, resuming from a checkpoint",
         (
             "test_evaluation_and_the_best_model_at_the_end",
             "test_resuming_gives_the_weights_of_an_unbroken_run",
@@ -128,7 +144,7 @@ ROWS = [
     ),
     Row(
         11,
-        "PEFT's and transformers' entry points",
+        "the ways of PEFT and transformers to add, save, load and push an adapter",
         (
             "test_peft_config_from_pretrained",
             "test_auto_peft_model_is_bit_exact",
@@ -144,26 +160,26 @@ ROWS = [
     ),
     Row(
         12,
-        "several adapters: switch, delete, independence",
+        "several adapters: switching, deleting, independence",
         (
             "test_adapters_are_independent_and_can_be_deleted",
             "test_deleting_the_active_adapter_makes_another_active",
             "test_two_active_adapters_add_their_prompts",
         ),
     ),
-    Row(13, "disabled: the base model, bit by bit", ("test_disabled_equals_the_base_model",)),
+    Row(13, "adapter disabled: the base model's output, bit for bit", ("test_disabled_equals_the_base_model",)),
     Row(
         14,
-        "unloaded: the base model, no hook or module left",
+        "after unload(): the base model's output, no hook or module left",
         (
             "test_unload_gives_the_base_model_back",
             "test_unload_keeps_the_trained_head_and_disable_uses_the_original",
         ),
     ),
-    Row(15, "an exception inside a forward leaves nothing", ("test_an_exception_in_forward_leaves_nothing",)),
+    Row(15, "an exception in a forward pass leaves nothing behind", ("test_an_exception_in_forward_leaves_nothing",)),
     Row(
         16,
-        "output as long as the labels; positions and types of tokens honoured",
+        "the output is as long as the labels; position ids and token type ids count",
         (
             "test_the_output_has_the_length_of_the_labels",
             "test_position_ids_are_honoured",
@@ -172,7 +188,7 @@ ROWS = [
     ),
     Row(
         17,
-        "padding changes nothing, right and left",
+        "padding on the right or left changes nothing",
         (
             "test_padding_on_the_right_changes_nothing",
             "test_padding_on_the_left_changes_nothing",
@@ -181,10 +197,12 @@ ROWS = [
         ),
         only_text,
     ),
-    Row(18, "a sample alone equals the sample in a batch", ("test_a_sample_alone_equals_the_sample_in_a_batch",)),
+    Row(
+        18, "a sample gets the same output alone and in a batch", ("test_a_sample_alone_equals_the_sample_in_a_batch",)
+    ),
     Row(
         19,
-        "generate with and without cache; else features as long as the base model's",
+        "generate: the same tokens with and without cache; other models: as many features as the base model",
         (
             "test_cached_equals_uncached",
             "test_a_static_cache_equals_a_dynamic_one",
@@ -198,21 +216,25 @@ ROWS = [
             "test_features_are_as_many_as_the_base_models",
         ),
     ),
-    Row(20, "both kinds of checkpointing: the same gradients", ("test_checkpointing_gives_the_same_gradients",)),
+    Row(
+        20,
+        "gradient checkpointing, re-entrant or not: the same gradients",
+        ("test_checkpointing_gives_the_same_gradients",),
+    ),
     Row(
         21,
-        "half precision and autocast: finite, adapter in float32",
+        "half precision and autocast: finite values, adapter in float32",
         ("test_a_half_precision_base_keeps_the_adapter_in_fp32", "test_autocast_is_finite_and_near"),
     ),
     Row(
         22,
-        "torch.compile without breaks equals eager",
+        "torch.compile: no graph breaks, the same results as eager",
         ("test_compiled_training_equals_eager", "test_compiled_evaluation_equals_eager"),
         only_compilable,
     ),
     Row(
         23,
-        "prompts in attention equal prompts through the block, 1e-12 where the model computes in float64",
+        "prompts in attention equal prompts through the whole block, to 1e-12 where models compute in float64",
         (
             "test_static_rows_equal_rows_through_the_block",
             "test_direct_is_harvest",
@@ -222,7 +244,7 @@ ROWS = [
     ),
     Row(
         24,
-        "equals an oracle of loops in float64",
+        "the same results as a reference written as loops in float64",
         (
             "test_routed_rows_equal_a_loop_through_the_block",
             "test_token_routed_rows_equal_all_experts_rows_under_a_gated_mask",
@@ -233,7 +255,7 @@ ROWS = [
     ),
     Row(
         25,
-        "losses of its own: in the gradient, off in evaluation, without padding, at any accumulation",
+        "auxiliary losses: in the gradient, off in evaluation, without padding, right under gradient accumulation",
         (
             "test_the_balance_loss_reaches_routers_and_is_not_in_the_reported_loss",
             "test_the_balance_loss_is_the_gradient_of_what_is_reported",
@@ -253,12 +275,12 @@ ROWS = [
     ),
     Row(
         26,
-        "evaluation repeats itself; noise is for training",
+        "evaluation is deterministic; noise is added in training only",
         ("test_evaluation_repeats_itself", "test_noise_of_training_is_off_in_evaluation"),
     ),
     Row(
         27,
-        "loading without memory (meta device)",
+        "adding and loading adapters on the meta device",
         (
             "test_meta_device_load_gives_the_same_logits",
             "test_an_adapter_is_made_without_memory_and_filled_later",
@@ -277,7 +299,7 @@ ROWS = [
     ),
     Row(
         29,
-        "threads on one model, and on two, get the results of one",
+        "several threads, on one model or on two: the results of one thread",
         (
             "test_four_threads_on_one_model_give_the_results_of_one",
             "test_two_models_in_two_threads_do_not_meet",
@@ -286,7 +308,7 @@ ROWS = [
     ),
     Row(
         30,
-        "a config that does not fit: one error, model untouched",
+        "a config that does not fit the model: one error, the model is unchanged",
         refusals=("test_layers_that_do_not_exist_are_refused", "test_what_a_method_refuses"),
     ),
     Row(
@@ -296,7 +318,7 @@ ROWS = [
     ),
     Row(
         32,
-        "several adapters in one batch: each sample as in a batch of its own adapter",
+        "several adapters in one batch: each sample gets the output of its own adapter",
         (
             "test_each_sample_gets_its_own_adapter",
             "test_each_sample_gets_its_own_adapter_of_one_shape",
@@ -306,7 +328,7 @@ ROWS = [
     ),
     Row(
         33,
-        "hooks that hand other tensors on, as DeepSpeed ZeRO-3 has them, change nothing",
+        "hooks that replace tensors, as DeepSpeed ZeRO-3's do, change nothing",
         ("test_hooks_that_hand_other_tensors_on_change_nothing",),
     ),
 ]

@@ -284,7 +284,7 @@ def _hub_card() -> Any:
 def test_the_snippet_of_the_saved_card_runs(case: Case, saved: tuple[PeftModel, Path, Path], tmp_path: Path) -> None:
     model, folder, _ = saved
     card = (folder / "README.md").read_text()
-    assert "import peft_promptmoe" in card and "pip install peft-promptmoe" in card
+    assert "import peft_promptmoe" in card and 'pip install "peft-promptmoe @ git+https://' in card
     check_snippet(case, SNIPPET.findall(card)[0], model, folder, tmp_path)
 
 

@@ -53,24 +53,27 @@ def test_the_quick_start_runs_in_two_processes(environment: dict[str, str], tmp_
     assert [re.sub(r"^(?:billing|technical) \d\.\d\d  ", "", line) for line in lines] == printed and len(printed) == 2
 
 
-def literals() -> str:
-    """All strings of the package, what stands between braces left out."""
+def messages() -> str:
+    """All strings of the package that are no docstrings, one a line; what stands between braces is a mark."""
     parts = []
     for path in sorted((ROOT / "peft_promptmoe").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
             if isinstance(node, ast.JoinedStr):
                 parts.append("".join(p.value if isinstance(p, ast.Constant) else "\0" for p in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 parts.append(node.value)
-    return "\n".join(parts)
+    return "\n".join(part.replace("\n", " ") for part in parts)
 
 
 def test_messages_of_the_troubleshooting_page_are_the_code_s() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quoted = re.findall(r"^### `(.+)`$", text, re.MULTILINE)
     assert len(quoted) > 20
-    code = literals()
-    assert [one for one in quoted if one not in code] == []
+    code = messages()
+    others = [one for one in quoted if not re.search(".*".join(map(re.escape, one.split("..."))), code)]
+    assert others == ["KeyError: 'MEPT'"]  # PEFT's
 
 
 def test_addresses_are_those_of_pyproject() -> None:
@@ -78,7 +81,7 @@ def test_addresses_are_those_of_pyproject() -> None:
     repository = project["urls"]["Repository"]
     place = repository.removeprefix("https://github.com/")
     owner = place.split("/")[0]
-    for page in [*PAGES, ROOT / "CITATION.cff"]:
+    for page in [*PAGES, ROOT / "CITATION.cff", ROOT / "peft_promptmoe" / "sharing" / "model_card.py"]:
         text = page.read_text(encoding="utf-8")
         for found in re.findall(rf"https://[\w./-]*(?:peft_promptmoe|{owner})[\w./-]*", text):
             raw = f"https://raw.githubusercontent.com/{place}"
