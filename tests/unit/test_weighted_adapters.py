@@ -100,14 +100,14 @@ def routed(model: PeftModel) -> None:
 @pytest.mark.parametrize(
     ("prepare", "arguments", "message"),
     [
-        (routed, (["a", "routed"], [1.0, 1.0], "new"), "by a router of its own"),
-        (None, (["a", "b"], [1.0], "new"), "give one for each"),
+        (routed, (["a", "routed"], [1.0, 1.0], "new"), "routers cannot be combined"),
+        (None, (["a", "b"], [1.0], "new"), "Pass one weight per adapter"),
         (None, (["a", "a"], [1.0, 1.0], "new"), "different adapters"),
         (None, (["a", "b"], [1.0, 0.0], "new"), "weights must be greater than 0"),
         (None, (["a", "b"], [1.0, -1.0], "new"), "weights must be greater than 0"),
         (None, (["a", "b"], [1.0, 1.0], "a"), "already"),
         (None, (["a", "other"], [1.0, 1.0], "new"), "no adapter 'other'"),
-        (None, (["a", "b"], [1.0, 1.0], "new", "linear"), "combination_type='cat'"),
+        (None, (["a", "b"], [1.0, 1.0], "new", "linear"), "combination_type must be 'cat'"),
         (
             lambda model: model.add_adapter("c", static(num_virtual_tokens=2)),
             (["a", "c"], [1.0, 1.0], "new"),
