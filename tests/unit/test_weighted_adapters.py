@@ -89,7 +89,7 @@ def test_a_combination_generates_saves_loads_and_trains(tmp_path: Path) -> None:
     model.train()(input_ids=ids, labels=ids).loss.backward()
     given = {path: p.grad for path, p in model.named_parameters() if p.grad is not None}
     assert given and all(".both." in path and bool(gradient.abs().max() > 0) for path, gradient in given.items())
-    with pytest.raises(ValueError, match="weighs its prompts"):
+    with pytest.raises(ValueError, match="its prompts have weights"):
         export_prefix(model, tmp_path / "prefix")
 
 
