@@ -52,20 +52,20 @@ class Method:
 
 # Rates a factor of about three apart. MEPT's tensors are stored scaled (by `prompt_scale`), which under Adam
 # multiplies their rate: its grid is LoRA's, and stands for rates like the prompts'. With token routing a token meets
-# ten prompts of its expert and ten shared ones, which is why methods without experts have twenty. Rows of unit scale
-# are smaller than others in deep layers, and take a rate a third as high.
-MATRICES = (1e-3, 3e-3)
-UNIT, UNIT_SCALE = (3e-4, 1e-3), {"start_scale": "unit"}
+# ten prompts of its expert and ten shared ones, which is why methods without experts have twenty. Rows of unit scale,
+# the default, are smaller than the layer's inputs in deep layers, and take a rate a third as high.
+MATRICES, UNIT = (1e-3, 3e-3), (3e-4, 1e-3)
+INPUTS = {"start_scale": "inputs"}
 METHODS = {
     "lora": Method(Row("lora_r8"), MATRICES),
     "prompt": Method(Row("prompt_tuning", 20), (1e-2, 3e-2)),
     "prefix": Method(Row("prefix_tuning", 20), (3e-3, 1e-2)),
-    "static": Method(Row("static", 20, 1), MATRICES),
-    "mept-token": Method(Row("mept_token", 10, 4), MATRICES),
-    "mept-sample": Method(Row("mept_sample", 10, 4), MATRICES),
-    "static-unit": Method(Row("static", 20, 1), UNIT, UNIT_SCALE),
-    "mept-token-unit": Method(Row("mept_token", 10, 4), UNIT, UNIT_SCALE),
-    "mept-sample-unit": Method(Row("mept_sample", 10, 4), UNIT, UNIT_SCALE),
+    "static": Method(Row("static", 20, 1), UNIT),
+    "mept-token": Method(Row("mept_token", 10, 4), UNIT),
+    "mept-sample": Method(Row("mept_sample", 10, 4), UNIT),
+    "static-inputs": Method(Row("static", 20, 1), MATRICES, INPUTS),
+    "mept-token-inputs": Method(Row("mept_token", 10, 4), MATRICES, INPUTS),
+    "mept-sample-inputs": Method(Row("mept_sample", 10, 4), MATRICES, INPUTS),
 }
 
 

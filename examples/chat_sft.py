@@ -28,7 +28,7 @@ set_seed(0)
 trainer = SFTTrainer(
     MODEL,
     args=SFTConfig(
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         max_steps=40,
         per_device_train_batch_size=4,
         logging_steps=10,

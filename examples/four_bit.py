@@ -41,7 +41,7 @@ print(f"the model in memory: {model.get_memory_footprint() / 1e6:.0f} MB")
 
 # %% Training
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
-args = TrainingArguments("outputs", learning_rate=3e-3, max_steps=20, per_device_train_batch_size=4, logging_steps=5)
+args = TrainingArguments("outputs", learning_rate=1e-3, max_steps=20, per_device_train_batch_size=4, logging_steps=5)
 data = Dataset.from_dict(dict(tokenizer(TEXTS)))
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 Trainer(model, args, train_dataset=data, data_collator=collator).train()

@@ -103,7 +103,7 @@ def claims() -> Iterator[Claim]:
     for file, method in (
         ("learning_text", "mept-sample"),
         ("learning_text_mixture", "mept-sample"),
-        ("learning_causal", "mept-sample"),
+        ("learning_causal", "mept-sample-inputs"),
     ):
         says = "beats prompt methods (by 1.94 points on SuperGLUE) with fewer active prompts: 10 beside 20"
         yield scores("MEPT", says, file, method, "prompt", "prefix")

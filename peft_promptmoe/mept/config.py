@@ -71,7 +71,7 @@ class MEPTConfig(VirtualTokensConfig):
             that the median row has a root mean square of 1. The norm in front of attention removes this factor again,
             so rows of all layers move alike at one learning rate, and added shared experts weigh a tenth of routed
             ones. Without such a norm rows keep their size. "inputs": rows keep the size of the layer's inputs, which
-            in deep layers can be a hundred times as large as in the first.
+            in deep layers can be a hundred times as large as in the first and then hardly move in training.
         init_std: standard deviation of randomly initialised rows. "match": that of the layer's input if a norm
             produces it (post-norm models), otherwise 1, because the block's own norm removes any scale.
         prompt_weights: how much the rows of each of several static prompts count in attention (the logarithm is added
@@ -119,7 +119,7 @@ class MEPTConfig(VirtualTokensConfig):
         default="auto", metadata={"help": "Initial prompt rows: 'sample_vocab', 'random' or 'auto'."}
     )
     start_scale: StartScale = field(
-        default="inputs", metadata={"help": "Size of rows initialised from layer inputs: 'unit' or 'inputs'."}
+        default="unit", metadata={"help": "Size of rows initialised from layer inputs: 'unit' or 'inputs'."}
     )
     init_std: Spread = field(default="match", metadata={"help": "Std of random initial rows, or 'match'."})
     prompt_weights: list[float] | None = field(

@@ -45,7 +45,7 @@ def test_methods_have_the_settings_in_their_names() -> None:
     for name, method in learning_mixture.METHODS.items():
         made: Any = learning_causal.adapter(method)
         if name.startswith(("mept", "static")):
-            assert made.start_scale == ("unit" if name.endswith("-unit") else "inputs")
+            assert made.start_scale == ("inputs" if name.endswith("-inputs") else "unit")
             assert made.router_centering == (name == "mept-centered")
             assert made.routing == ("token" if "token" in name else "sample")
 
