@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that hold trained tensors: one tensor, or what all layers of a method share."""
+"""Modules that hold an adapter's trained tensors, for one layer or shared by all layers of a method."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PROMPT_CHILD = "promptmoe"
 
 
 class PromptTable(nn.Module):
-    """A trained tensor as a module of its own, which is what wrappers that shard or offload modules expect.
+    """A module with one trained tensor. Call the module to get the tensor.
 
-    They have the tensor at hand while the module is called, so it is read by calling.
+    Tools that shard or offload modules (FSDP, DeepSpeed, accelerate) only have the tensor available during a call.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -28,7 +28,7 @@ class PromptTable(nn.Module):
 
 
 class AffineTable(PromptTable):
-    """A trained weight and its bias."""
+    """A module with a trained weight and its bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__(weight)
@@ -39,7 +39,7 @@ class AffineTable(PromptTable):
 
 
 class TensorGroup(nn.Module):
-    """Several trained tensors by name, such as those of a dispatcher or a denoiser."""
+    """A module with several trained tensors by name, such as those of a dispatcher or a denoiser."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
@@ -52,17 +52,17 @@ class TensorGroup(nn.Module):
 
 
 def kept(tensor: Tensor) -> Tensor:
-    """A module's tensor as it may be read after the module's forward.
+    """A module's tensor in a form that is still valid after the module's forward pass.
 
-    In the place of a parameter FSDP1 puts a view of what it has gathered, and frees that when the forward is over.
+    FSDP1 replaces a parameter by a view of gathered memory, and frees this memory after the forward pass.
     """
     return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
 
 
 def put_away(matrix: Tensor) -> bool:
-    """Whether an engine that shards parameters has at most a part of a matrix at hand now.
+    """Whether a matrix is not completely in memory now, because a tool shards parameters.
 
-    FSDP2 leaves a DTensor in its place, FSDP1 a flat part, or the view of freed memory that `kept` tells of.
+    FSDP2 leaves a DTensor in its place. FSDP1 leaves a flat part, or a view of freed memory (see `kept`).
     """
     if isinstance(matrix, nn.Parameter):
         return hasattr(matrix, "full_tensor") or matrix.ndim != 2
@@ -70,11 +70,11 @@ def put_away(matrix: Tensor) -> bool:
 
 
 class AdapterState(nn.Module, BaseTunerLayer):
-    """A module that holds adapters' tensors beside a frozen layer of the base model."""
+    """Base of the modules that hold the tensors of adapters next to a frozen layer of the base model."""
 
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("prompt_config",)
-    # The container and name of a tensor that a checkpoint may lack when it has the container's others; else empty.
+    # (container, name) of a tensor that a checkpoint may lack if it has the container's other tensors, or empty.
     dispensable: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -83,29 +83,29 @@ class AdapterState(nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def get_base_layer(self) -> nn.Module:
-        """The frozen layer, which says on which device the tensors belong."""
+        """The frozen layer. Its device is the device of the adapters' tensors."""
 
     def working_adapters(self) -> list[str]:
-        """Active adapters that have tensors here; none while adapters are disabled."""
+        """The active adapters that have tensors here. Empty while adapters are disabled."""
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if name in self.prompt_config]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Do nothing: PEFT's loop over all layers passes here when an adapter of another method is merged.
+        """Do nothing. PEFT calls this for all layers when an adapter of another method is merged.
 
-        `PromptTuner.merge_adapter` and its like refuse to merge adapters of this package.
+        Merging adapters of this package is refused by `PromptTuner.merge_adapter`.
         """
 
     def unmerge(self) -> None:
-        """Do nothing, as `merge`."""
+        """Do nothing, like `merge`."""
 
     @abstractmethod
     def update_layer(self, adapter: str, config: Any) -> None:
-        """Add an adapter: keep its config in `prompt_config` and make its tensors, in float32 on the CPU."""
+        """Add an adapter: store its config in `prompt_config` and create its tensors, in float32 on the CPU."""
 
     def freeze_kept(self, adapter: str) -> None:
-        """Freeze what an adapter has that never trains; loaders that make new parameters thaw it."""
+        """Freeze the tensors of an adapter that never train. Needed after loaders that create new parameters."""
         for name in self.other_param_names:
             held = getattr(self, name)
             if isinstance(held, nn.ModuleDict) and adapter in held:
@@ -116,35 +116,36 @@ class AdapterState(nn.Module, BaseTunerLayer):
     ) -> tuple[torch.device | None, torch.dtype | None]:
         own = {id(parameter) for parameter in self.parameters()}
         others = [parameter for parameter in base_layer.parameters() if id(parameter) not in own]
-        # A quantised layer may have no floating parameter; then the adapter keeps the dtype it was made in.
+        # A quantised layer may have no floating-point parameter. The adapter then keeps its dtype.
         dtype = next((parameter.dtype for parameter in others if parameter.is_floating_point()), None)
         return (others[0].device if others else None), dtype
 
 
 class SharedLayer(AdapterState):
-    """State that all layers of a method share, owned once by the base model's `ModelHooks`.
+    """State that all layers of a method share. The base model's `ModelHooks` owns it.
 
-    Layers hold references that are not registered, so that it is stored once and stays tied under a deep copy.
+    Layers hold references to it that are not registered as submodules. So it is saved once, and stays shared in a deep
+    copy.
 
     Args:
         anchor: a frozen layer of the base model.
-        width: D of the layers.
+        width: width D of the layers.
     """
 
     def __init__(self, anchor: nn.Module, width: int) -> None:
         super().__init__()
         self.width = width
-        self._anchor = (anchor,)  # a tuple, so that it is no child
+        self._anchor = (anchor,)  # a tuple, so that it is not registered as a submodule
 
     def get_base_layer(self) -> nn.Module:
         return self._anchor[0]
 
     def join(self, layer: Any) -> None:
-        """Hear of a prompt layer that shares; called once for each adapter of the layer."""
+        """Register a prompt layer that uses this state. Called once for each adapter of the layer."""
 
     def close(self) -> None:
-        """Take away what the shared layer has changed on the base model, before it goes."""
+        """Undo what this shared layer changed in the base model. Called before it is removed."""
 
     def report(self, adapter: str) -> Any:
-        """What `routing_report` shows of the last forward; None where the layers' own records say it all."""
+        """Report on the last forward pass, for `routing_report`. None: the report is made from the layers' records."""
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every method refuses before the model is touched."""
+"""Checks of config and model that every method runs before it changes the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .models.patches import hides_patches, says_hidden
 from .models.sites import Site
 from .sharing.rollback import running_load
 
-# Settings under which all blocks count.
+# Settings that select all blocks.
 ALL_BLOCKS: dict[str, Any] = {"layers_to_transform": None, "layers_pattern": None}
 
 
 def is_target(config: Any, path: str) -> Any:
-    """PEFT's rule, except that `layers_to_transform` counts for regular expressions and whole paths, too."""
+    """PEFT's rule for target modules, with `layers_to_transform` also for regular expressions and full paths."""
     found = check_target_module_exists(config, path)
     asked, targets = config.layers_to_transform, config.target_modules
     if not found or asked is None or not (isinstance(targets, str) or path in targets):
@@ -34,7 +34,7 @@ def is_target(config: Any, path: str) -> Any:
 
 
 def _block(config: Any, path: str) -> int | None:
-    """The number that `layers_to_transform` counts: the first in the path, or the one behind `layers_pattern`."""
+    """Number of the block in a path: the first number, or the one after `layers_pattern`."""
     named = config.layers_pattern
     lists = "|".join(f"(?:{name})" for name in ([named] if isinstance(named, str) else named or ()))
     match = re.search(rf"(?:^|\.){f'(?:{lists})' if lists else ''}{r'[.]' if lists else ''}(\d+)(?=\.)", path)
@@ -46,10 +46,10 @@ def _several(layers: Any) -> set[int]:
 
 
 def no_match(model: nn.Module, config: PromptConfig, chosen: bool) -> str:
-    """Why there is nothing to prompt.
+    """The message that says why no attention layer matches the config.
 
     Args:
-        chosen: whether `target_modules` was left to us.
+        chosen: whether `target_modules` was unset, and so chosen by the package.
     """
     name = type(model).__name__
     free = _paths(model, config, **ALL_BLOCKS)
@@ -57,19 +57,19 @@ def no_match(model: nn.Module, config: PromptConfig, chosen: bool) -> str:
         if config.layers_pattern and not any(_block(config, path) is not None for path in free):
             return (
                 f"layers_pattern={config.layers_pattern!r} names no list of blocks in the paths of {name}'s attention "
-                f"layers, such as {free[0]!r}. Leave it unset, or name the module that holds the blocks."
+                f"layers, such as {free[0]!r}. Leave layers_pattern unset, or name the module that holds the blocks."
             )
         return _no_such_layer(model, config, _several(config.layers_to_transform), chosen)
     field = left_out_by(model, config)
     if field == "exclude_modules":
         return (
-            f"exclude_modules={config.exclude_modules!r} leaves out all attention layers of {name} that prompts would "
-            "join. Exclude fewer, or leave exclude_modules unset."
+            f"exclude_modules={config.exclude_modules!r} leaves out all attention layers of {name} that prompts can "
+            "join. Exclude fewer layers, or leave exclude_modules unset."
         )
     if field == "modules_to_save":
         return (
-            f"modules_to_save={config.modules_to_save!r} holds all attention layers of {name} that prompts would "
-            "join, and prompts join none that is copied. Name heads only."
+            f"modules_to_save={config.modules_to_save!r} copies all attention layers of {name} that prompts can join, "
+            "and prompts cannot join a copied layer. Name heads only in modules_to_save."
         )
     if running_load() is not None:
         made_for = f": {config.base_model_name_or_path!r:.200}." if config.base_model_name_or_path else "."
@@ -80,7 +80,7 @@ def no_match(model: nn.Module, config: PromptConfig, chosen: bool) -> str:
     if config.base_record is not None and not chosen:
         return (
             f"This config was used for another model before, which has set target_modules={config.target_modules!r}, "
-            f"and {name} has no such layers. Make a new config for each model."
+            f"but {name} has no such layers. Make a new config for each model."
         )
     return (
         f"target_modules={config.target_modules!r} matches no module of {name}. Leave target_modules unset, or name "
@@ -89,7 +89,7 @@ def no_match(model: nn.Module, config: PromptConfig, chosen: bool) -> str:
 
 
 def _paths(model: nn.Module, config: PromptConfig, **changed: Any) -> list[str]:
-    """The paths that the config would match with some of its settings changed."""
+    """The paths that the config would match with some settings changed."""
     other = copy.copy(config)
     for name, value in changed.items():
         setattr(other, name, value)
@@ -98,7 +98,7 @@ def _paths(model: nn.Module, config: PromptConfig, **changed: Any) -> list[str]:
 
 
 def left_out_by(model: nn.Module, config: PromptConfig) -> str | None:
-    """Which of `exclude_modules` and `modules_to_save` keeps layers from being prompted; None if neither does."""
+    """Which of `exclude_modules` and `modules_to_save` keeps layers from getting prompts. None if neither does."""
     matched = _paths(model, config, **ALL_BLOCKS)
     for fields in (["exclude_modules"], ["modules_to_save"], ["exclude_modules", "modules_to_save"]):
         if len(_paths(model, config, **ALL_BLOCKS, **dict.fromkeys(fields))) > len(matched):
@@ -107,7 +107,7 @@ def left_out_by(model: nn.Module, config: PromptConfig) -> str | None:
 
 
 def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], chosen: bool) -> str:
-    """What to say of numbers in `layers_to_transform` that are those of no prompted layer."""
+    """The message about numbers in `layers_to_transform` that belong to no prompted layer."""
     there = _numbers(config, _paths(model, config, **ALL_BLOCKS))
     all_there = _numbers(config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None, modules_to_save=None))
     whole = there == list(range(len(there)))
@@ -116,22 +116,22 @@ def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], ch
     if not missing:
         return (
             f"layers_to_transform={config.layers_to_transform!r} leaves no layer of {name} to prompt. Leave it unset "
-            f"for all, or name some of {known}."
+            f"for all layers, or choose from {known}."
         )
     strange = missing - set(all_there)
     subject = f"layers_to_transform names {_named(strange or missing)}"
     if strange:
         may = "that prompts can join" if chosen else f"that target_modules={config.target_modules!r} names"
-        return f"{subject}, not among the layers of {name} {may}: {known} (from 0 on).{_used_before(config)}"
+        return f"{subject}, not among the layers of {name} {may}: {known} (counted from 0).{_used_before(config)}"
     without = _numbers(config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None))
     if missing & set(without):
         return (
-            f"layers_to_transform names {_named(missing & set(without))}, which exclude_modules="
-            f"{config.exclude_modules!r} leaves out. Take it out of one of the two."
+            f"layers_to_transform names {_named(missing & set(without))}, but exclude_modules="
+            f"{config.exclude_modules!r} leaves this out. Remove it from one of the two."
         )
     return (
-        f"{subject}, of which modules_to_save={config.modules_to_save!r} makes a copy, and prompts join no copy. Name "
-        "heads only in modules_to_save."
+        f"{subject}, but modules_to_save={config.modules_to_save!r} makes a copy of this, and prompts cannot join a "
+        "copied layer. Name heads only in modules_to_save."
     )
 
 
@@ -155,10 +155,10 @@ def _used_before(config: PromptConfig) -> str:
 
 
 def check_layers(model: nn.Module, config: PromptConfig, sites: list[Site], chosen: bool) -> None:
-    """Refuse numbers of layers that there are not, or that other settings leave out.
+    """Raise ValueError if `layers_to_transform` names layers that do not exist or that other settings leave out.
 
     Args:
-        chosen: whether `target_modules` was left to us.
+        chosen: whether `target_modules` was unset, and so chosen by the package.
     """
     asked = config.layers_to_transform
     if asked is None:
@@ -169,7 +169,7 @@ def check_layers(model: nn.Module, config: PromptConfig, sites: list[Site], chos
 
 
 def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site]) -> None:
-    """Refuse copies of what prompts pass through: the text would go through the copy, prompts through the old."""
+    """Raise ValueError if `modules_to_save` copies a module that prompts use: the model would run the copy instead."""
     paths = {id(module): path for path, module in model.named_modules()}
     for site in sites:
         parts = site.name.split(".")
@@ -177,14 +177,14 @@ def check_saved_modules(model: nn.Module, config: PromptConfig, sites: list[Site
         for name in config.modules_to_save or ():
             if (path := next((path for path in sorted(touched) if takes(name, path)), None)) is not None:
                 raise ValueError(
-                    f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through: PEFT takes "
-                    f"every module whose path ends so, also {path!r}. Leave it out of modules_to_save, write more of "
-                    "the path that you mean, or leave that layer out by exclude_modules."
+                    f"modules_to_save={name!r} would copy what the prompts of {site.name!r} pass through: PEFT copies "
+                    f"every module whose path ends with this name, also {path!r}. Remove it from modules_to_save, "
+                    "write more of the path that you mean, or leave that layer out with exclude_modules."
                 )
 
 
 def check_tokens(model: nn.Module, config: PromptConfig) -> None:
-    """Refuse tokens to train that the model's embeddings do not have."""
+    """Raise ValueError if `trainable_token_indices` names tokens that the embeddings do not have."""
     tokens = config.trainable_token_indices
     if tokens is None:
         return
@@ -198,18 +198,18 @@ def check_tokens(model: nn.Module, config: PromptConfig) -> None:
         rows = [weight.shape[0] for weight in weights if weight.ndim == 2]
         if not rows:
             raise ValueError(
-                f"trainable_token_indices trains rows of {name!r}, and {type(model).__name__} has no such embeddings "
-                "of tokens. Name modules that hold one row for each token, or leave it unset."
+                f"trainable_token_indices names {name!r}, but {type(model).__name__} has no such token embeddings. "
+                "Name modules with one row per token, or leave trainable_token_indices unset."
             )
         if max(ids) >= min(rows):
             raise ValueError(
-                f"trainable_token_indices names token {max(ids)}, and {name!r} has {min(rows)} rows. Call "
+                f"trainable_token_indices names token {max(ids)}, but {name!r} has {min(rows)} rows. Call "
                 "resize_token_embeddings on the base model first."
             )
 
 
 def check_attention(site: Site) -> None:
-    """Refuse attention kernels that rows cannot join."""
+    """Raise ValueError if prompts cannot join the attention kernel in use."""
     if site.is_timm:
         check_fused(site.attention, site.name)
     elif site.own is None:
@@ -217,33 +217,33 @@ def check_attention(site: Site) -> None:
 
 
 def check_has_patches(site: Site, method: str) -> None:
-    """Refuse attention layers of models without one patch grid."""
+    """Raise ValueError if the attention layer does not attend over one patch grid."""
     if site.patches is None:
         raise ValueError(
-            f"{site.name!r} does not attend over one patch grid, on which {method} works: it is no vision "
-            "transformer's, or one's of windows or several resolutions (Swin, Hiera, PVT). Use a plain vision "
-            "transformer of transformers or timm."
+            f"{site.name!r} does not attend over one patch grid, which {method} needs. Either the model is no vision "
+            "transformer, or it has windows or several resolutions (Swin, Hiera, PVT). Use a plain vision transformer "
+            "of transformers or timm."
         )
 
 
 def check_whole_grid(model: nn.Module, config: PromptConfig, site: Site, method: str) -> None:
-    """Refuse settings by which patches get lost, or the patch embedding is not the one that the engine watches."""
+    """Raise ValueError if patches can be dropped, or if `modules_to_save` copies the patch embedding."""
     assert site.patches is not None
     if hides_patches(site.patches.owner):
         raise ValueError(says_hidden(site.patches.owner))
     dropped = getattr(site.patches.owner, "patch_drop", None)
     if not config.backbone_eval and getattr(dropped, "prob", 0.0) > 0.0:
         raise ValueError(
-            f"backbone_eval=False lets the model drop patches in training, and {method} works on all of them. Set "
-            "backbone_eval=True, or make the model with patch_drop_rate=0."
+            f"With backbone_eval=False the model drops patches in training, but {method} needs all patches. Set "
+            "backbone_eval=True, or create the model with patch_drop_rate=0."
         )
     paths = {id(module): path for path, module in model.named_modules()}
     read = [paths[id(site.patches.embedding)], paths[id(site.patches.owner)]]
     for name in config.modules_to_save or ():
         if any(takes(name, part) for path in read for part in _and_above(path)):
             raise ValueError(
-                f"modules_to_save={name!r} would copy the patch embedding, by which {method} knows the grid of an "
-                "image. Leave it out of modules_to_save."
+                f"modules_to_save={name!r} would copy the patch embedding, from which {method} reads the grid of an "
+                "image. Remove it from modules_to_save."
             )
 
 
@@ -253,16 +253,15 @@ def _and_above(path: str) -> list[str]:
 
 
 def refuse_task_type(config: PromptConfig) -> None:
-    """Raise ValueError where a config for images asks for one of PEFT's wrappers, which are for text."""
+    """Raise ValueError if `task_type` is set for an image model: PEFT's task wrappers are for text models."""
     if config.task_type is not None:
         raise ValueError(
-            f"task_type={config.task_type!r} wraps the model in a class of PEFT that passes text on. Leave "
-            "task_type unset for vision models; their heads are found without it."
+            f"task_type={config.task_type!r} wraps the model in a class of PEFT that is for text models. Leave "
+            "task_type unset for vision models: their heads are found without it."
         )
 
 
-# What to write in a config whose model has a head of its own, by the end of the model's class name; PEFT's wrappers
-# for these tasks train the head.
+# The task_type with which PEFT trains a model's head, by the end of the model's class name.
 TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -271,9 +270,9 @@ TASKS = {
 
 
 def warn_of_frozen_head(model: Any, config: PromptConfig, sites: list[Site]) -> None:
-    """Say that a head will be neither trained nor saved, where nothing in the config speaks of it.
+    """Warn if the model has a head that will be neither trained nor saved.
 
-    `modules_to_save=[]` says that this is meant.
+    There is no warning if `task_type` or `modules_to_save` is set; `modules_to_save=[]` means that this is wanted.
     """
     if config.task_type is not None or config.modules_to_save is not None or running_load() is not None:
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the configs of all methods share: common fields, checks with clear errors, stable saving, the model card."""
+"""Base classes of the method configs: shared fields, value checks, saving and the model card."""
 
 from __future__ import annotations
 
@@ -29,61 +29,62 @@ class PromptConfig(PeftConfig):
     """Base of the method configs.
 
     Args:
-        target_modules: attention layers that prompts join, as in PEFT: a list of name endings or a regular expression.
-            Unset, they follow from the model's architecture.
+        target_modules: attention layers that get prompts, as in PEFT: a list of name endings or a regular expression.
+            Unset: chosen by the model's architecture.
         exclude_modules: attention layers to leave out, in the same form.
-        layers_to_transform: numbers of the blocks to prompt, from 0 on, a list or one; unset for all. Prompts live in
-            these blocks only.
-        layers_pattern: name of the module list that holds the blocks, where the first number in a path is another one.
-        modules_to_save: modules to train and save besides the prompts, usually a head.
-        trainable_token_indices: tokens of the vocabulary whose embeddings train and are saved, as in PEFT: a list of
-            token ids, or a dict from names of embeddings to such lists. Tied output embeddings follow.
-        init_weights: True for the method's initialisation, False for large random values (tests).
-        check_base_weights: whether to keep a cheap hash of the base model's weights with the adapter, and to warn when
-            it is loaded onto a model of the same shape with other weights.
-        base_record: what the base model was when the adapter was made (type, width, depth, classes, that hash). Filled
-            in when the model is made and checked when the adapter is loaded.
+        layers_to_transform: numbers of the blocks to prompt, counted from 0: a list or one number. Unset: all blocks.
+        layers_pattern: name of the module list that holds the blocks. Set it if the first number in a module's path is
+            not the number of the block.
+        modules_to_save: other modules to train and save with the adapter, usually a head.
+        trainable_token_indices: vocabulary tokens whose embeddings are trained and saved, as in PEFT: a list of token
+            ids, or a dict from names of embedding layers to such lists. Tied output embeddings change with them.
+        init_weights: True for the method's initialisation, False for large random values (for tests).
+        check_base_weights: whether to store a cheap hash of the base model's weights with the adapter. A warning is
+            then given when the adapter is loaded onto a model of the same shape with other weights.
+        base_record: description of the base model (type, width, depth, classes, hash). Filled in by `get_peft_model`
+            and checked when the adapter is loaded.
     """
 
-    # Where prompt keys stand for rotary embeddings and T5 biases; a method that offers the choice makes it a field.
+    # Position of the prompt keys for rotary embeddings and T5 biases. A method that offers a choice makes it a field.
     prompt_positions: ClassVar[str] = "unrotated"
-    # Whether the frozen model stays in evaluation mode while the adapter trains; a field where a method asks for it.
+    # Whether the frozen base model stays in evaluation mode in training. A field in methods that offer the choice.
     backbone_eval: ClassVar[bool] = False
-    # What the model card says of the base model; the tuner notes it, and it is no part of the saved config.
+    # What the model card says about the base model. The tuner sets it; it is not saved with the config.
     card_base: ClassVar[BaseModelCard] = BaseModelCard()
 
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Attention layers that prompts join; unset, the architecture decides."}
+        default=None, metadata={"help": "Attention layers that get prompts. Unset: chosen by architecture."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Attention layers to leave out."})
     layers_to_transform: Layers = field(
-        default=None, metadata={"help": "Numbers of the blocks to prompt; unset for all."}
+        default=None, metadata={"help": "Numbers of the blocks to prompt, from 0. Unset: all blocks."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list that holds the blocks."}
+        default=None, metadata={"help": "Name of the module list in which layers_to_transform counts."}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train and save besides the prompts, usually a head."}
+        default=None, metadata={"help": "Other modules to train and save with the adapter, usually a head."}
     )
     trainable_token_indices: TokenIds = field(
-        default=None, metadata={"help": "Tokens whose embeddings train and are saved along, as ids or by embedding."}
+        default=None, metadata={"help": "Token ids whose embeddings are trained and saved too."}
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "True for the method's initialisation, False for large random values."}
+        default=True, metadata={"help": "True: the method's initialisation. False: large random values (tests)."}
     )
 
     check_base_weights: bool = field(
-        default=True, metadata={"help": "Whether to warn when the adapter is loaded onto other base weights."}
+        default=True, metadata={"help": "Whether to warn if the base model has other weights at loading."}
     )
     base_record: dict[str, Any] | None = field(
-        default=None, metadata={"help": "What the base model was when the adapter was made."}
+        default=None, metadata={"help": "Description of the base model. Filled in automatically."}
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Name the field that was meant where there is none of a name.
+        """Refuse unknown fields, and suggest the field that was probably meant.
 
         Raises:
-            TypeError: there is no such field. In files PEFT knows the error by its first words, and goes on without.
+            TypeError: the config has no such field. The message starts like Python's own: PEFT looks for these words
+                when it loads a config file with unknown fields, and then leaves such fields out.
         """
         known = inspect.signature(cls.__init__).parameters
         if odd := [name for name in kwargs if name not in known]:
@@ -93,7 +94,7 @@ class PromptConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # TaskType.SEQ_CLS and "SEQ_CLS" are the same to PEFT, but str() makes different words of them.
+        # PEFT takes TaskType.SEQ_CLS and "SEQ_CLS" for the same, but str() gives different texts for them.
         self.task_type = getattr(self.task_type, "value", self.task_type)
         check_bool("inference_mode", self.inference_mode)
         check_bool("init_weights", self.init_weights)
@@ -119,14 +120,14 @@ class PromptConfig(PeftConfig):
                 check_int("layers_to_transform", layer, 0)
         if self.layers_pattern and layers is None:
             raise ValueError(
-                "layers_pattern says in which list of modules layers_to_transform counts, and layers_to_transform is "
-                "unset. Set it, or leave layers_pattern out."
+                f"layers_pattern={self.layers_pattern!r} has no effect: layers_to_transform is unset. Set "
+                "layers_to_transform, or leave layers_pattern out."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as a dict; sets become sorted lists, so that two processes write the same bytes.
+        """Return the config as a dict. Sets become sorted lists, so that every process writes the same bytes.
 
-        PEFT's task wrappers add the names of heads to `modules_to_save` on every load; each is written once.
+        PEFT's task wrappers add the names of heads to `modules_to_save` at every load. Each name is written once.
         """
         fields = {
             name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()
@@ -136,11 +137,11 @@ class PromptConfig(PeftConfig):
         return fields
 
     def card_preparation(self) -> str:
-        """Lines of the model card's snippet that make `config`, where loading needs more than the adapter's folder."""
+        """Lines of the model card's snippet that make `config`. Empty if the adapter's folder is enough to load it."""
         return ""
 
     def card_values(self) -> CardValues:
-        """What the model card says of loading this adapter."""
+        """What the model card needs to say how this adapter is loaded."""
         return CardValues(
             method=str(getattr(self.peft_type, "value", self.peft_type)),
             task_type=self.task_type,
@@ -151,13 +152,13 @@ class PromptConfig(PeftConfig):
         )
 
     def card_settings(self) -> dict[str, Any]:
-        """Numbers, switches and choices of the method, which are checked; names and patterns may be a stranger's."""
+        """The method's numbers, switches and choices. Names and patterns are left out: they may hold any text."""
         inherited = {each.name for each in fields(PromptConfig)}
         named = [each.name for each in fields(self) if each.name not in inherited]
         return {name: value for name in named if isinstance(value := getattr(self, name), (int, float, str))}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and the lines a stranger needs to load the adapter into the model card."""
+        """Write `adapter_config.json`, and add to the model card the code that loads the adapter."""
         super().save_pretrained(str(save_directory), **kwargs)
         write_card(self.card_values(), save_directory)
         write_card_of_run(self.card_values(), save_directory)
@@ -168,10 +169,10 @@ class VirtualTokensConfig(PromptConfig):
     """Base of the configs of methods that add prompts.
 
     Args:
-        num_virtual_tokens: prompt slots per layer, P.
+        num_virtual_tokens: number of prompt slots per layer, P. A slot is the place of one prompt token.
     """
 
-    num_virtual_tokens: int = field(default=10, metadata={"help": "Prompt slots per layer, P."})
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Number of prompt tokens (slots) per layer, P."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,7 +180,7 @@ class VirtualTokensConfig(PromptConfig):
 
 
 def _meant(cls: type, name: str, known: list[str]) -> str:
-    """What to write in the place of a field that a config has not."""
+    """The end of the message about an unknown field: which field to use instead."""
     if close := difflib.get_close_matches(name, known, n=1, cutoff=0.6):
         return f"Did you mean {close[0]!r}?"
     others = [each.__name__ for each in _configs(PromptConfig) if name in {own.name for own in fields(each)}]
@@ -189,13 +190,13 @@ def _meant(cls: type, name: str, known: list[str]) -> str:
 
 
 def _configs(cls: type) -> list[Any]:
-    """The configs of methods below a class."""
+    """The method configs derived from a class."""
     below: list[type] = cls.__subclasses__()
     return [each for child in below for each in _configs(child)] or [cls]
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise TypeError unless `value` is an int (no bool), ValueError unless it lies in [low, high]."""
+    """Raise TypeError if `value` is not an int (or is a bool), ValueError if it is not in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     if value < low or (high is not None and value > high):
@@ -204,11 +205,11 @@ def check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise TypeError unless `value` is a number (no bool), ValueError unless it is finite and in [low, high)."""
+    """Raise TypeError if `value` is no number (or a bool), ValueError if it is not finite or not in [low, high)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if isinstance(value, int) and abs(value) >= MAX_INTEGER:
-        raise ValueError(f"{name} must be an integer that tensors can hold, or a float.")
+        raise ValueError(f"{name} must be an integer that fits a tensor (below 2**63), or a float.")
     if not math.isfinite(value) or value < low or (open_low and value == low) or value >= high:
         above = f"greater than {low}" if open_low else f"at least {low}"
         below = "finite" if high == math.inf else f"below {high}"
@@ -216,13 +217,13 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, o
 
 
 def check_bool(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is a bool."""
+    """Raise TypeError if `value` is not a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`, a `Literal` or a tuple."""
+    """Raise TypeError if `value` is not a string, ValueError if it is not in `choices` (a `Literal` or a tuple)."""
     choices = choices if isinstance(choices, tuple) else get_args(choices)
     if not isinstance(value, str):
         raise TypeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
@@ -231,7 +232,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 
 def check_names(name: str, value: Any, *, alone: bool = False) -> None:
-    """Raise TypeError unless `value` is None or a collection of strings; with `alone`, one string will do, too."""
+    """Raise TypeError if `value` is not None or a list, tuple or set of strings. `alone` also allows one string."""
     if value is None or (alone and isinstance(value, str)):
         return
     if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
@@ -239,23 +240,23 @@ def check_names(name: str, value: Any, *, alone: bool = False) -> None:
 
 
 def check_patterns(name: str, value: Any) -> None:
-    """Raise ValueError unless PEFT can take `value`, None or one or several strings, for regular expressions."""
+    """Raise ValueError if a string in `value` (None, one string or several) is not a valid regular expression."""
     for pattern in [value] if isinstance(value, str) else value or ():
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{name} holds {pattern!r:.200}, which is no regular expression: {error}.") from error
+            raise ValueError(f"{name} holds {pattern!r:.200}, which is not a regular expression: {error}.") from error
 
 
 def check_token_ids(name: str, value: Any) -> None:
-    """Raise TypeError unless `value` is None, a list of integers or a dict of such lists; ValueError for bad ids."""
+    """Raise TypeError if `value` is not None, a list of integers or a dict of such lists, ValueError for bad ids."""
     lists = list(value.values()) if isinstance(value, dict) else [] if value is None else [value]
     if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
-        raise TypeError(f"{name} must name embeddings by strings, got {value!r:.200}.")
+        raise TypeError(f"{name} must have names of embedding layers as keys, got {value!r:.200}.")
     for ids in lists:
         if not isinstance(ids, list) or any(isinstance(each, bool) or not isinstance(each, int) for each in ids):
             raise TypeError(
-                f"{name} must be a list of token ids, or a dict from embeddings to lists, got {ids!r:.200}."
+                f"{name} must be a list of token ids, or a dict from names to such lists, got {ids!r:.200}."
             )
         if not ids or len(set(ids)) < len(ids) or not 0 <= min(ids) <= max(ids) < MAX_INTEGER:
-            raise ValueError(f"{name} must list each token once, by a number that is not negative, got {ids!r:.200}.")
+            raise ValueError(f"{name} must list token ids of at least 0, each of them once, got {ids!r:.200}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optional dependencies, and the error that names the missing extra."""
+"""The error for a missing optional dependency. It names the extra to install."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str, what: str) -> Iterator[None]:
-    """Name the extra to install where an import within the block fails.
+    """Context manager: if an import in the block fails, say which extra to install.
 
     Args:
-        name: of the extra in this package's metadata.
-        what: needs it, as the subject of a sentence.
+        name: name of the extra in this package's metadata.
+        what: what needs the package; the first words of the message.
 
     Raises:
-        ModuleNotFoundError: the package that is missing is not installed.
+        ModuleNotFoundError: the package is not installed.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of config fields that take two kinds of values: exact for type checkers, parseable at run time.
+"""Types of config fields that take two kinds of values.
 
-transformers' `HfArgumentParser` makes command lines of configs. It knows choices (`Literal`) and `X | None`, and calls
-any other type with the text that it is given.
+Type checkers see the exact type. At run time the type is one that transformers' `HfArgumentParser` can parse: it
+supports choices (`Literal`) and `X | None`, and calls any other type with the text of the command line.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 
 class NumberOr:
-    """Reads a number, or one of a few words.
+    """Parser of a number or one of a few words.
 
     Args:
-        number: int or float.
-        words: the words.
+        number: type of the number, int or float.
+        words: the words that are allowed.
     """
 
     def __init__(self, number: type, *words: str) -> None:

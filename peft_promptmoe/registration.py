@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registration of out-of-tree tuner types with PEFT.
 
-PEFT looks its methods up by members of the `PeftType` enum and offers `register_peft_method` for everything but the
-member itself. This module adds the member and then calls the stock function, so that nothing else in PEFT needs to
-know where a method comes from.
+PEFT finds methods by members of the `PeftType` enum. Its `register_peft_method` does everything except adding the
+member. This module adds the member and then calls `register_peft_method`; nothing else in PEFT has to change.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from .sharing.rollback import all_or_nothing
 
 
 def ensure_peft_type(name: str) -> PeftType:
-    """Return the `PeftType` member called `name`, adding it to the enum when PEFT does not have it.
+    """Return the `PeftType` member called `name`. If PEFT does not have it, add it to the enum first.
 
-    The member is a real one: lookup by attribute, item and value, iteration, `in`, hashing, pickling and JSON behave
-    as for PEFT's own. `type.__setattr__` is needed because the enum's metaclass refuses assignment of members.
+    The new member behaves like PEFT's own: lookup by attribute, item and value, iteration, `in`, hashing, pickling and
+    JSON work. `type.__setattr__` is needed because the enum's metaclass refuses assignment of members.
 
     Args:
         name: upper-case name of the method, for example `"MEPT"`.
@@ -53,7 +52,7 @@ def ensure_peft_type(name: str) -> PeftType:
 def register_tuner(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], name: str) -> None:
     """Register a tuner type under `name` and the parameter prefix of its tuner class.
 
-    Registering the same classes twice (a second import, a reload) does nothing.
+    Registering the same classes again (second import, reload) does no harm.
 
     Args:
         config_cls: the method's config class.
@@ -61,8 +60,8 @@ def register_tuner(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], nam
         name: upper-case name of the method.
 
     Raises:
-        RuntimeError: the name or the prefix is held by PEFT itself or by another package. PEFT notices a taken name
-            late and a taken prefix never, and a shared prefix would mix the weights of two methods in one file.
+        RuntimeError: the name or the prefix is already used by PEFT or by another package. PEFT itself notices a used
+            name late and a used prefix never. With a shared prefix the weights of two methods could not be told apart.
     """
     keep_cards()
     undo_failed_loads()
@@ -88,7 +87,7 @@ def register_tuner(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner], nam
 
 
 def _rebind(member: PeftType, config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
-    """Point PEFT at the classes of a reloaded module, which are new objects with the old names."""
+    """Make PEFT use the classes of a reloaded module. They are new objects with the old names."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
@@ -96,11 +95,11 @@ def _rebind(member: PeftType, config_cls: type[PeftConfig], tuner_cls: type[Base
 
 
 def keep_cards() -> None:
-    """Let what a card says of an adapter survive everybody who writes cards.
+    """Wrap all writers of model cards, so that the section about the adapter is kept.
 
-    There are three: PEFT when it saves (from a template of blanks), the Trainer when it pushes (its own text over the
-    card, then PEFT's), and whoever saves a card of huggingface_hub over the one that is there (`push_to_hub` of
-    models, TRL's trainers). None of them asks anything of ours. The wrappers do nothing for adapters of other methods.
+    There are three writers: PEFT when it saves (an empty template), the Trainer when it pushes (its own text, then
+    PEFT's), and code that saves a card of huggingface_hub over an existing one (`push_to_hub` of models, TRL's
+    trainers). None of them calls code of this package. The wrappers do nothing for adapters of other methods.
     """
     if getattr(PeftModel.create_or_update_model_card, "keeps_cards", False):
         return
@@ -113,9 +112,9 @@ def keep_cards() -> None:
             update(self, output_dir)
             return
         os.makedirs(output_dir, exist_ok=True)
-        write_card(config.card_values(), output_dir)  # before PEFT takes its template
+        write_card(config.card_values(), output_dir)  # first, so that PEFT does not start from its template
         update(self, output_dir)
-        write_card(config.card_values(), output_dir)  # PEFT sets the header anew
+        write_card(config.card_values(), output_dir)  # again, because PEFT rewrites the header
 
     @functools.wraps(save)
     def save_and_keep(self: RepoCard, filepath: Path | str) -> None:
@@ -128,11 +127,11 @@ def keep_cards() -> None:
 
 
 def undo_failed_loads() -> None:
-    """Let a model be what it was when an adapter could not be loaded into it, whatever the reason.
+    """Wrap the loaders of PEFT and transformers, so that a failed load leaves the model unchanged.
 
-    PEFT and transformers make an adapter first and read its file then; where the file cannot be read, or a head does
-    not fit, nothing of ours is asked. Hence the wrapper around their loaders; it does nothing for adapters of other
-    methods, and for those that were in the model before.
+    Both add an adapter first and read its file afterwards. If the file cannot be read or a head does not fit, they
+    call no code of this package. The wrappers do nothing for adapters of other methods, or for adapters that were in
+    the model before.
     """
     if getattr(PeftModel.load_adapter, "undoes", False):
         return
@@ -144,10 +143,10 @@ def undo_failed_loads() -> None:
 
 
 def explain_auto_models() -> None:
-    """Say what to do where PEFT's `AutoPeftModel` cannot make an adapter's base model.
+    """Wrap PEFT's `AutoPeftModel`, so that it says what to do if it cannot create an adapter's base model.
 
-    It reads the model's class and name off the adapter and ends in an error about either. The wrapper does nothing
-    for adapters of other methods, or where there is no error.
+    It reads class and name of the base model from the adapter, and fails with an error about one of them. The wrapper
+    does nothing for adapters of other methods, or if there is no error.
     """
     auto: Any = _BaseAutoPeftModel
     if getattr(auto.from_pretrained, "explains", False):
@@ -165,7 +164,7 @@ def explain_auto_models() -> None:
             said = _cannot_make(PeftConfig.from_pretrained(path, revision=given.get("revision"), **own))
             if said is None:
                 raise
-            fix = f"Make it yourself and call PeftModel.from_pretrained(model, {str(path)!r:.200})."
+            fix = f"Create that model and call PeftModel.from_pretrained(model, {str(path)!r:.200})."
             raise ValueError(f"{said} {fix}") from error
 
     make_or_explain.explains = True  # type: ignore[attr-defined]
@@ -173,7 +172,7 @@ def explain_auto_models() -> None:
 
 
 def _cannot_make(config: PeftConfig) -> str | None:
-    """Why an adapter's base model cannot be made from what its config says; None if it is not one of ours, or can."""
+    """Why `AutoPeftModel` cannot create the base model of an adapter of this package. None if there is no reason."""
     if not isinstance(config, PromptConfig):
         return None
     library, name = (
@@ -182,11 +181,11 @@ def _cannot_make(config: PeftConfig) -> str | None:
     )
     if library == "timm":
         how = f"timm.create_model({name!r:.200}, pretrained=True)" if name else "timm.create_model"
-        return f"AutoPeftModel makes models of transformers, and the adapter's base model is one of timm ({how})."
+        return f"AutoPeftModel makes models of transformers, but the adapter's base model is one of timm ({how})."
     if library not in ("", "transformers", "peft_promptmoe"):
-        return f"AutoPeftModel makes models of transformers, and the adapter's base model is one of {library}."
+        return f"AutoPeftModel makes models of transformers, but the adapter's base model is one of {library}."
     if not name:
-        return "The adapter does not say what its base model is called, so AutoPeftModel cannot load that one."
+        return "The adapter's config does not name its base model, so AutoPeftModel cannot load it."
     return None
 
 

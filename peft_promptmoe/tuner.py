@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuner that all methods share: put prompt layers in, take them out, switch them, refuse what cannot work."""
+"""Base of the method tuners: adds prompt layers to a model, removes and switches them, and checks the config."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from .sharing.base_record import check_base, note_base
 from .sharing.rollback import Unread
 from .sharing.saved_modules import saved_modules, take_saved_modules_out
 
-# Heads that transformers puts on models and PEFT does not know of when it adds `classifier` and `score`.
+# Heads of transformers models that PEFT does not know: it only adds `classifier` and `score`.
 MORE_HEADS = {"SEQ_CLS": ("pre_classifier", "classification_head")}
 
 
 class PromptTuner(BaseTuner):
     """Base of the method tuners.
 
-    A subclass names its `prefix`, its `method`, its `prompt_layer_cls` and the `tuner_layer_cls` of all its state, and
-    may override `resolve`, `check_site` and the like.
+    A subclass sets `prefix`, `method`, `prompt_layer_cls` and `tuner_layer_cls` (the class of all its state). It may
+    override `resolve`, `check_site` and the other methods of the first section.
     """
 
     prefix: str
@@ -58,30 +58,30 @@ class PromptTuner(BaseTuner):
 
     # -- what a method may define -------------------------------------------------------------------------------------
 
-    # Holds what all layers of the method share, one per model; None where they share nothing.
+    # Class of the state that all layers of the method share, one per model. None: they share nothing.
     shared_layer_cls: type[SharedLayer] | None = None
-    # Config and saved modules of another method's adapter that has the name of this tuner's first one.
+    # Config and saved modules of another method's adapter with the same name as this tuner's first adapter.
     _replaced: dict[str, Any]
     _not_ours: list[nn.Module]
 
     def default_targets(self) -> str | list[str]:
-        """Attention layers to prompt when the user names none; ValueError if the model has none."""
+        """Return the attention layers to prompt if the user names none. ValueError if the model has none."""
         return default_targets(self.model)
 
     def resolve(self, config: Any, sites: list[Site]) -> None:
-        """Fill in settings of the config that follow from the model, before anything is changed."""
+        """Fill in settings of the config that depend on the model. Called before the model is changed."""
 
     def initialize(self, config: Any, adapter_name: str) -> None:
-        """Initialise a new adapter's tensors by running the model, once its layers are in place."""
+        """Initialise the tensors of a new adapter by running the model. Called after its layers were added."""
 
     def check_site(self, config: Any, site: Site) -> None:
-        """Raise ValueError where the config cannot work at this attention layer."""
+        """Raise ValueError if the config cannot work at this attention layer."""
 
     def prepare_shared(self, shared: Any, adapter_name: str) -> None:
-        """Hand what `resolve` has found for an adapter to the shared layer, before that makes its tensors."""
+        """Pass what `resolve` found for an adapter to the shared layer. Called before it makes its tensors."""
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # PEFT's register of adapters is the model's, where this one takes the place of another of the same name.
+        # PEFT keeps configs on the model by adapter name, so this adapter replaces another one of the same name.
         held = getattr(model, "peft_config", {})
         vars(self)["_replaced"] = {adapter_name: held[adapter_name]} if adapter_name in held else {}
         vars(self)["_not_ours"] = saved_modules(model) if adapter_name in held else []
@@ -90,23 +90,23 @@ class PromptTuner(BaseTuner):
     # -- checks before the model is touched ---------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put prompt layers into the model's attention layers, as PEFT's `BaseTuner.inject_adapter`.
+        """Add prompt layers to the model's attention layers, as PEFT's `BaseTuner.inject_adapter`.
 
         Raises:
-            ValueError: the adapter's name, its config and the model do not fit; the model is as it was.
+            ValueError: the adapter's name or its config does not fit the model. The model is then unchanged.
         """
         check_adapter_name(adapter_name, self.prefix)
         check_apart(adapter_name, model)
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
-            # PEFT finds the target modules by what precedes the prefix; here the child stands between them.
+            # PEFT takes the path before the prefix for the target module. Here the prompt layer's name stands between.
             inner = f".{PROMPT_CHILD}.{self.prefix}"
             kwargs["state_dict"] = {key.replace(inner, f".{self.prefix}"): value for key, value in state_dict.items()}
         unread = Unread(self, adapter_name, self._replaced.get(adapter_name))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config = self.peft_config[adapter_name]
-            # An adapter that is loaded for inference gets its values from a file.
+            # An adapter that is loaded for inference gets its values from a file, so it is not initialised.
             layers = prompt_layers(model)
             try_generic(model, layers)
             if not config.inference_mode and not any(p.is_meta for layer in layers for p in layer.parameters()):
@@ -141,8 +141,8 @@ class PromptTuner(BaseTuner):
                 check_attention(site)
             if not isinstance(getattr(site.attention, PROMPT_CHILD, None), (self.prompt_layer_cls, type(None))):
                 raise ValueError(
-                    f"{site.name!r} already carries prompts of another method. Unload that adapter first; "
-                    f"{self.method} cannot share an attention layer with it."
+                    f"{site.name!r} already carries prompts of another method, and {self.method} cannot share an "
+                    "attention layer with it. Unload that adapter first."
                 )
         self._save_heads(peft_config, next((site.patches for site in sites if site.patches is not None), None))
         warn_of_frozen_head(self.model, peft_config, sites)
@@ -156,7 +156,7 @@ class PromptTuner(BaseTuner):
         return peft_config
 
     def _save_heads(self, config: PromptConfig, patches: Patches | None) -> None:
-        """Train and save the heads that PEFT's task wrappers do not know; `modules_to_save=[]` keeps an image head."""
+        """Train and save heads that PEFT's task wrappers do not know. `modules_to_save=[]`: no image head."""
         present = dict(self.model.named_children())
         heads = [head for head in MORE_HEADS.get(str(config.task_type or ""), ()) if head in present]
         if patches is not None and config.task_type is None and config.modules_to_save != []:
@@ -166,7 +166,7 @@ class PromptTuner(BaseTuner):
         config.card_base = base_model_card(self.model)  # type: ignore[misc]
 
     def _own_names(self) -> set[str]:
-        """Names of modules that the method puts into the base model."""
+        """Names of the modules that the method adds to the base model."""
         holders = [cls for cls in (self.prompt_layer_cls, self.shared_layer_cls) if cls is not None]
         names = (name for cls in holders for name in cls.adapter_layer_names + cls.other_param_names)
         return {PROMPT_CHILD, *names}
@@ -206,7 +206,7 @@ class PromptTuner(BaseTuner):
         self._share(layer, adapter_name, peft_config)
 
     def _share(self, layer: PromptLayer, adapter_name: str, config: Any) -> None:
-        """Give the layer what it shares with the model's other layers."""
+        """Connect the layer to what it shares with other layers: the record of patch grids, and shared state."""
         hooks: Any = getattr(self.model, PROMPT_CHILD)
         if layer.needs_patches(adapter_name) and layer.grids is None:
             layer.grids = hooks.grid_book(layer.site.patches)
@@ -222,7 +222,7 @@ class PromptTuner(BaseTuner):
             shared._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _is_read_by_decoder(self, site: Site) -> bool:
-        """Whether this is the attention layer of the last encoder block of an encoder-decoder."""
+        """Whether this attention layer is in the last encoder block of an encoder-decoder model."""
         if not is_encoder_decoder(self.model):
             return False
         blocks = site.name.split(f".{site.index}.")[0]
@@ -233,7 +233,7 @@ class PromptTuner(BaseTuner):
         return [layer for layer in prompt_layers(self.model) if isinstance(layer, self.prompt_layer_cls)]
 
     def take_out(self, layers: list[PromptLayer]) -> None:
-        """Take prompt layers of the method out of the model, and what they shared when none is left."""
+        """Remove prompt layers of the method from the model, and their shared state when no layer is left."""
         hooks: Any = getattr(self.model, PROMPT_CHILD, None)
         if hooks is None:
             return
@@ -249,7 +249,7 @@ class PromptTuner(BaseTuner):
         self.take_out(self.layers())
         if not any(isinstance(module, BaseTunerLayer) for module in self.model.modules()):
             return super()._unload_and_optionally_merge(False, *args, **kwargs)
-        # PEFT's would take other methods' adapters out as well, which stood in the model that it is to give back.
+        # PEFT's method would also remove other methods' adapters, which were in the model before this tuner.
         own = [name for name, config in self.peft_config.items() if config.peft_type == self.prefix[:-1].upper()]
         take_saved_modules_out(self.model, own, but=self._not_ours)
         for name in own:
@@ -260,17 +260,17 @@ class PromptTuner(BaseTuner):
         return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's also copies a weight and bias between the two, and a head of several layers has none.
+        # PEFT's method also copies weight and bias, and a head of several layers has none.
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            f"{self.method} cannot be merged into the base weights: {self.prompt_layer_cls.joins_as}, no change of a "
-            "weight. Keep the adapter loaded, or use unload() to get the base model back."
+            f"{self.method} cannot be merged into the base weights: {self.prompt_layer_cls.joins_as}, and no "
+            "weight is changed. Keep the adapter loaded, or call unload() to get the base model back."
         )
 
     def unmerge_adapter(self) -> None:
-        """Refuse, as `merge_adapter` does.
+        """Refuse, like `merge_adapter`: prompts are not merged into weights.
 
         Raises:
             ValueError: always.
@@ -278,7 +278,7 @@ class PromptTuner(BaseTuner):
         self._check_merge_allowed()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse; a method whose adapters can be combined overrides this.
+        """Refuse. A method whose adapters can be combined overrides this.
 
         Raises:
             ValueError: always.
@@ -288,7 +288,7 @@ class PromptTuner(BaseTuner):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Calls the base model, not its `forward`: its hooks carry labels and the balance loss.
+        # Calls the base model and not its `forward`, because its hooks handle labels and the balance loss.
         return self.model(*args, **kwargs)
 
     @contextmanager

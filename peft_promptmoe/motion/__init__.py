@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optical flow and depth over frozen vision backbones: models, metrics, data, pictures."""
+"""Optical flow and depth on frozen vision backbones: models, metrics, data sets and pictures."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .metrics import DepthError, EndPointError, trainer_metrics
     from .pictures import depth_picture, error_picture, flow_legend, flow_picture
 
-# Loaded when asked for: they need evaluate, torchvision or matplotlib, which the models do without.
+# Imported on first use: these need evaluate, torchvision or matplotlib, and the models do not.
 LATER = {
     "DepthError": "metrics",
     "EndPointError": "metrics",

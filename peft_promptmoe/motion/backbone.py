@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature maps of several levels from any vision backbone, through its library's own interface."""
+"""Reads feature maps of several blocks from any vision backbone, through its library's own interface."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from ..models.patches import Grid, count_prefix
 
 Kind = Literal["feature_maps", "hidden_states", "timm"]
 
-# Levels by task, as shares of the blocks. Flow: where DINOv2's features match best; its last ones do not match at all.
+# Blocks per task, as shares of the depth. Flow: where DINOv2's features match best. Its last blocks do not match.
 SHARES = {"flow": (1 / 3, 5 / 12, 1 / 2), "depth": (1 / 2, 3 / 4, 1.0)}
 
 PYRAMID = 32  # pixels of the coarsest cell in models without a patch embedding
-PROBE = 16  # patches along a side of the image that shapes are read from
+PROBE = 16  # patches along a side of the image that shapes are measured with
 
 
 def default_levels(task: str, depth: int) -> list[int]:
-    """Blocks that a task reads in a backbone of `depth` blocks, counted from 0; for flow in twelve: 3, 4, 5."""
+    """Numbers of the blocks that a task reads in a backbone of `depth` blocks, from 0. For flow with 12: 3, 4, 5."""
     return sorted({max(round(share * depth) - 1, 0) for share in SHARES[task]})
 
 
 @dataclass
 class Reader:
-    """How to read maps from one backbone; holds no module, so that copies and threads share it.
+    """How to read feature maps from one backbone. It holds no module, so copies of the model and threads can share it.
 
     Attributes:
         kind: what is read: feature maps (AutoBackbone), hidden states (other models of transformers), or timm's
             intermediates.
-        levels: which of them, counted from 0: blocks, or the feature maps' places in `out_features`.
-        patch: (rows, columns) pixels of a patch, to whose multiples images have to be padded.
-        prefix: tokens in front of the patches, for hidden states.
-        interpolates: whether the forward has to be told that images may have any size.
-        only: (rows, columns) pixels that images must have, where a model of timm takes no others.
+        levels: which of them, counted from 0: blocks, or places in the backbone's `out_features`.
+        patch: size of a patch in pixels, (rows, columns). Images are padded to multiples of it.
+        prefix: number of tokens in front of the patches, for hidden states.
+        interpolates: whether the forward pass takes `interpolate_pos_encoding=True`, to accept images of any size.
+        only: the only image size in pixels, (rows, columns), that a timm model accepts. None: any size.
         widths: channels of each level's map, found by running the backbone once.
-        strides: (rows, columns) pixels of each level's cell.
+        strides: size of each level's cell in pixels, (rows, columns).
     """
 
     kind: Kind
@@ -56,7 +56,7 @@ class Reader:
     strides: dict[int, Grid] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the backbone's forward."""
+        """Keyword arguments for the backbone's forward pass."""
         found: dict[str, Any] = {"return_dict": True}
         if self.kind == "hidden_states" and self.levels:
             found["output_hidden_states"] = True
@@ -65,7 +65,7 @@ class Reader:
         return found
 
     def read(self, backbone: nn.Module, pixels: Tensor) -> dict[int, Tensor]:
-        """Maps (B, D_l, H_l, W_l) by level, of images (B, channels, rows, columns) of whole patches."""
+        """Maps (B, D_l, H_l, W_l) by level, from images (B, channels, rows, columns) padded to whole patches."""
         if self.kind == "timm":
             self._check_size(backbone, pixels)
             maps: Any = timm_part(backbone).forward_intermediates(
@@ -75,21 +75,21 @@ class Reader:
         return self.maps_of(backbone(pixel_values=pixels, **self.arguments()), pixels)
 
     def maps_of(self, output: Any, pixels: Tensor) -> dict[int, Tensor]:
-        """Maps by level, from the output of a forward of transformers."""
+        """Maps by level, from the output of a model of transformers."""
         if self.kind == "feature_maps":
             if any(each.ndim != 4 for each in output.feature_maps):
                 raise ValueError(
-                    "The backbone gives tokens, not maps. Load it with reshape_hidden_states=True, or set "
+                    "The backbone returns tokens, not feature maps. Load it with reshape_hidden_states=True, or set "
                     "backbone.config.reshape_hidden_states = True."
                 )
             return {level: output.feature_maps[level] for level in self.levels}
         rows, columns = (size // patch for size, patch in zip(pixels.shape[-2:], self.patch, strict=True))
-        states = [output.hidden_states[level + 1] for level in self.levels]  # the first one is the embedding
+        states = [output.hidden_states[level + 1] for level in self.levels]  # the first state is the embedding
         if any(state.ndim != 3 or state.shape[1] != rows * columns + self.prefix for state in states):
             raise ValueError(
-                f"The backbone makes tokens of shape {tuple(states[0].shape)} from {rows} x {columns} patches and "
-                f"{self.prefix} tokens in front of them, so that they cannot be put on a grid: it drops, merges or "
-                "adds tokens. Use a plain vision transformer, or an AutoBackbone."
+                f"The backbone returns tokens of shape {tuple(states[0].shape)} for {rows} x {columns} patches and "
+                f"{self.prefix} tokens in front of them. They cannot be put on a grid, because the backbone drops, "
+                "merges or adds tokens. Use a plain vision transformer, or an AutoBackbone."
             )
         states = [state[:, self.prefix :].transpose(1, 2).unflatten(2, (rows, columns)) for state in states]
         return dict(zip(self.levels, states, strict=True))
@@ -103,25 +103,28 @@ class Reader:
             )
 
     def of(self, levels: Sequence[int]) -> tuple[list[int], Grid]:
-        """Widths of some levels, and the stride of the first."""
+        """Widths of these levels, and the stride of the first of them."""
         return [self.widths[level] for level in levels], self.strides[levels[0]]
 
 
 def make_reader(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tuple[Reader, dict[str, list[int]]]:
-    """How to read a backbone, and the levels of each task; runs the backbone once, on a grey image.
+    """Find out how to read a backbone. This runs the backbone once, on an empty image.
 
     Args:
-        backbone: an AutoBackbone, another model of transformers for images, or one of timm.
-        levels: blocks that each task reads, counted from 0; None for the task's own. Without tasks nothing is read but
-            the patch size: a model with a decoder of its own reads its maps itself.
+        backbone: an AutoBackbone, another image model of transformers, or a timm model.
+        levels: for each task the numbers of its blocks, counted from 0, or None for the task's default. Without tasks
+            only the patch size is read: a depth model with its own decoder reads its maps itself.
+
+    Returns:
+        The reader, and the levels of each task.
 
     Raises:
-        ValueError: it is none of these, or has no such levels.
+        ValueError: the backbone is of another kind, or does not have these levels.
     """
     if isinstance(backbone, PeftModel):
         raise ValueError(
-            "The backbone already is a PeftModel. Put the head on the plain backbone and add the adapter to both: "
-            "get_peft_model(FlowModel(backbone), config)."
+            "The backbone is already a PeftModel. Build the model on the plain backbone, then add the adapter to "
+            "both: get_peft_model(FlowModel(backbone), config)."
         )
     embedding = _patch_embedding(backbone)
     if not levels:
@@ -134,8 +137,8 @@ def make_reader(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tup
         kind, chosen = _hidden_states(backbone, levels)
     else:
         raise ValueError(
-            f"{type(backbone).__name__} is no backbone whose maps can be read. Use an AutoBackbone, an AutoModel for "
-            "images, or a vision transformer of timm."
+            f"{type(backbone).__name__} is no backbone that feature maps can be read from. Use an AutoBackbone, an "
+            "AutoModel for images, or a vision transformer of timm."
         )
     reader = Reader(
         kind=kind,
@@ -150,7 +153,7 @@ def make_reader(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tup
 
 
 def timm_part(backbone: nn.Module) -> Any:
-    """The model of timm within its wrapper in transformers."""
+    """The timm model inside transformers' wrapper of it, or the backbone itself."""
     return getattr(backbone, "timm_model", backbone)
 
 
@@ -162,16 +165,16 @@ def _feature_maps(backbone: Any, levels: dict[str, list[int] | None]) -> tuple[K
         names = given if asked is None else [blocks[level] if 0 <= level < len(blocks) else "" for level in asked]
         if missing := [level for level, name in zip(asked or (), names, strict=False) if name not in given]:
             raise ValueError(
-                f"levels={asked} asks for the blocks {missing}, whose maps this {type(backbone).__name__} does not "
-                f"give: it gives {given}. Load it with "
+                f"levels={asked} needs the maps of the blocks {missing}, but this {type(backbone).__name__} returns "
+                f"only {given}. Load it with "
                 f"out_indices={[level + len(stages) - len(blocks) for level in asked or ()]}, or leave levels unset "
-                "to read all that it gives."
+                "to read all maps that it returns."
             )
         if task == "flow" and asked is None and given == stages[-1:] and len(blocks) > 4:
             middle = [level + len(stages) - len(blocks) for level in default_levels("flow", len(blocks))]
             warnings.warn(
-                f"This {type(backbone).__name__} gives the map of its last block only, and last blocks match "
-                f"patches badly. Load it with maps from the middle, such as out_indices={middle}.",
+                f"This {type(backbone).__name__} returns the map of its last block only, and last blocks match "
+                f"patches badly. Load it with maps of middle blocks, such as out_indices={middle}.",
                 stacklevel=4,
             )
         chosen[task] = [given.index(name) for name in names]
@@ -181,14 +184,14 @@ def _feature_maps(backbone: Any, levels: dict[str, list[int] | None]) -> tuple[K
 def _hidden_states(backbone: Any, levels: dict[str, list[int] | None]) -> tuple[Kind, dict[str, list[int]]]:
     if "noise" in _arguments(backbone):
         raise ValueError(
-            f"{type(backbone).__name__} hides and shuffles patches. Load the weights into the model's plain form, "
-            "such as ViTModel."
+            f"{type(backbone).__name__} masks and shuffles patches. Load its weights into the plain model class, such "
+            "as ViTModel."
         )
     depth = next((d for d in (_depth(config) for config in _configs(backbone.config)) if d is not None), None)
     if depth is None:
         raise ValueError(
-            f"{type(backbone).__name__} does not say of how many blocks it is (config.num_hidden_layers): it is no "
-            "plain vision transformer. Use its AutoBackbone, whose maps are read whatever it is made of."
+            f"{type(backbone).__name__} is no plain vision transformer: its config has no usable num_hidden_layers. "
+            "Load it as an AutoBackbone instead."
         )
     return "hidden_states", _blocks(levels, depth, type(backbone).__name__)
 
@@ -203,12 +206,12 @@ def _blocks(levels: dict[str, list[int] | None], depth: int, name: str) -> dict[
     chosen = {task: default_levels(task, depth) if asked is None else asked for task, asked in levels.items()}
     for asked in chosen.values():
         if not all(0 <= level < depth for level in asked):
-            raise ValueError(f"levels={asked}: {name} has the blocks 0 to {depth - 1}.")
+            raise ValueError(f"levels={asked}: {name} only has the blocks 0 to {depth - 1}.")
     return chosen
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """The config of the backbone within, and a config itself."""
+    """The config of the backbone inside a model, if there is one, then the config itself."""
     if getattr(config, "backbone_config", None) is not None:
         yield config.backbone_config
     yield config
@@ -235,10 +238,10 @@ def _patch_embedding(backbone: nn.Module) -> nn.Conv2d | None:
 
 
 def _prefix(backbone: nn.Module, embedding: nn.Conv2d | None) -> int:
-    """Tokens in front of the patches."""
+    """Number of tokens in front of the patches."""
     if embedding is None:
         raise ValueError(
-            f"{type(backbone).__name__} does not begin with a convolution that makes one token of each patch. Use a "
+            f"{type(backbone).__name__} does not start with a convolution that turns each patch into one token. Use a "
             "plain vision transformer, or an AutoBackbone."
         )
     owners = [m for m in backbone.modules() if any(module is embedding for module in m.modules())]
@@ -247,7 +250,7 @@ def _prefix(backbone: nn.Module, embedding: nn.Conv2d | None) -> int:
 
 @torch.no_grad()
 def _probe(reader: Reader, backbone: nn.Module, embedding: nn.Conv2d | None) -> None:
-    """Fill in widths and strides."""
+    """Run the backbone once, and fill in widths and strides."""
     first: Any = (
         embedding if embedding is not None else next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
     )
@@ -264,7 +267,7 @@ def _probe(reader: Reader, backbone: nn.Module, embedding: nn.Conv2d | None) -> 
 
 
 def _probe_size(reader: Reader, backbone: nn.Module) -> Grid:
-    """Pixels of an image that the backbone takes: a small one where it takes any size, else its own."""
+    """Image size for the trial run: a small one if the backbone takes any size, otherwise the backbone's own."""
     small = (PROBE * reader.patch[0], PROBE * reader.patch[1]) if reader.patch != (1, 1) else (224, 224)
     if reader.kind == "timm":
         return reader.only or small

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Common base of the models for flow, for depth and for both."""
+"""Common base of the models for optical flow, for depth and for both."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from .flow_head import FlowHead
 from .losses import depth_loss, flow_loss, valid_depth, valid_flow
 from .saving import Saved
 
-# What is asked for where the user asks for nothing: rounds of refinement, and weights in the sum of losses.
+# Defaults: rounds of refinement, and weights in the sum of losses.
 REFINEMENTS = {"flow": 3, "depth": 2}
 
 
 @dataclass
 class MotionOutput(ModelOutput):
-    """What the models of motion and depth return.
+    """Output of the models for flow and depth.
 
     Attributes:
-        loss: the loss, where labels were given.
-        flow: (B, 2, rows, columns) from frame 1 to frame 2 in pixels, x to the right, y down, in frame 1's pixels.
-        depth: (B, rows, columns) of frame 1.
+        loss: weighted sum of the losses; None without labels.
+        flow: (B, 2, rows, columns) flow from frame 1 to frame 2, in pixels: x to the right, y down. The flow at a
+            pixel of frame 1 points to its position in frame 2.
+        depth: (B, rows, columns) depth of frame 1, in units of the labels.
     """
 
     loss: Tensor | None = None
@@ -43,35 +44,35 @@ class MotionOutput(ModelOutput):
 
 
 class MotionBase(Saved, Checkpointed, nn.Module):
-    """What [`FlowModel`], [`DepthModel`] and [`MotionModel`] share; their docstrings say how they are used.
+    """Base of [`FlowModel`], [`DepthModel`] and [`MotionModel`]. Their docstrings show how they are used.
 
-    It keeps no `config`, by which PEFT would take it for a model of transformers; the backbone's is at
+    The model has no `config` attribute: PEFT would take it for a model of transformers. The backbone's config is at
     `backbone.config`.
 
     Args:
-        backbone: an AutoBackbone, an AutoModel for images, or a vision transformer of timm; for depth also a DPT, a
-            Depth Anything or a GLPN, whose own decoder is used and trained.
-        levels: blocks whose maps the heads read, counted from 0: a list, or one for each task
-            (`{"flow": [3, 4, 5], "depth": [5, 8, 11]}`). Unset, an AutoBackbone is read at all its `out_indices`;
-            in other models flow reads the blocks at 1/3, 5/12 and 1/2 of the depth, depth those at 1/2, 3/4 and the
-            last. Blocks behind the last level are computed in vain (not in timm), and an adapter in them gets no
-            gradient, for which DDP needs `find_unused_parameters` (the Trainer's default). Leave them out when
-            loading: `AutoBackbone.from_pretrained(id, num_hidden_layers=6, out_indices=[4, 5, 6])`, or
+        backbone: an AutoBackbone, an AutoModel for images, or a vision transformer of timm. For depth also a DPT,
+            Depth Anything or GLPN model; its own decoder is then used and trained.
+        levels: numbers of the blocks whose feature maps the heads read, counted from 0: a list, or one list per task
+            (`{"flow": [3, 4, 5], "depth": [5, 8, 11]}`). Unset: all `out_indices` of an AutoBackbone. In other models
+            flow reads the blocks at 1/3, 5/12 and 1/2 of the depth, and depth those at 1/2, 3/4 and the last.
+            Blocks after the last level are computed without use (except in timm), and an adapter in them gets no
+            gradient. DDP then needs `find_unused_parameters` (the Trainer's default). It is better to load fewer
+            blocks: `AutoBackbone.from_pretrained(id, num_hidden_layers=6, out_indices=[4, 5, 6])`, or
             `AutoModel.from_pretrained(id, num_hidden_layers=6)`.
-        channels: of the features that are matched, and of the map that depth is read from.
-        refinements: rounds of refinement; 3 for flow and 2 for depth if unset.
-        max_flow: flow that is longer, in pixels of the labels, is not trained on.
-        min_depth: least depth that is predicted and trained on, in units of the labels.
-        max_depth: largest depth.
-        task_weights: of the losses by task ("flow", "depth"), 1 each if unset. The two differ in size by an order of
-            magnitude: see `last_losses`.
-        decoder_output: what the model's own decoder predicts, "inverse" depth up to a factor or "depth"; read from the
-            model if unset.
-        freeze_backbone: whether the backbone is frozen and in evaluation mode. False trains all of it; PEFT
-            freezes it itself.
+        channels: channels of the features that flow matches, and of the map from which depth is computed.
+        refinements: rounds of refinement. Unset: 3 for flow and 2 for depth.
+        max_flow: longest flow that counts in the loss, in pixels of the labels.
+        min_depth: smallest depth that is predicted and counts in the loss, in units of the labels.
+        max_depth: largest depth that is predicted and counts in the loss, in units of the labels.
+        task_weights: weight of each task's loss ("flow", "depth"). Unset: 1 each. The two losses differ in size by an
+            order of magnitude: see `last_losses`.
+        decoder_output: what the backbone's own decoder predicts: "inverse" depth up to a factor, or "depth". Unset: by
+            the type of the backbone.
+        freeze_backbone: whether the backbone is frozen and stays in evaluation mode. False trains the whole backbone.
+            With an adapter, PEFT freezes it in any case.
 
     Attributes:
-        last_losses: the losses of the last forward with labels, by task, detached and without their weights.
+        last_losses: losses of the last forward pass with labels, by task, detached and without their weights.
 
     Raises:
         TypeError: the backbone is no model.
@@ -124,17 +125,19 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         name = type(backbone).__name__
         if self.decoder and "depth" not in self.tasks:
             raise ValueError(
-                f"{name} brings a depth decoder, which flow does not read. Give its backbone (its child "
-                "`backbone`, `dpt` or `glpn`), or use MotionModel for both."
+                f"{name} has a depth decoder, which flow does not use. Pass its backbone (its child `backbone`, `dpt` "
+                "or `glpn`), or use MotionModel for flow and depth."
             )
         if self.decoder and asked.get("depth") is not None:
-            raise ValueError(f"{name} reads depth with its own decoder, at that one's levels. Leave them unset.")
+            raise ValueError(
+                f"{name} computes depth with its own decoder, which has fixed levels. Leave levels unset for depth."
+            )
         if output is not None and not self.decoder:
             raise ValueError(f"decoder_output={output!r}, but {name} has no depth decoder of its own. Leave it unset.")
 
     @property
     def head_names(self) -> list[str]:
-        """Paths of the parts that are trained beside any adapter: what PEFT's `modules_to_save` has to name."""
+        """Paths of the heads and decoders that are trained. Pass them to PEFT as `modules_to_save`."""
         own = [name for name in ("flow_head", "depth_head", "depth_scale") if hasattr(self, name)]
         found = [name for name in own if next(self.get_submodule(name).parameters(), None) is not None]
         return found + [f"backbone.{part}" for part in self.decoder]
@@ -185,9 +188,9 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         two = next_pixel_values is not None
         pixels = pixel_values if next_pixel_values is None else torch.cat([pixel_values, next_pixel_values])
         maps, decoded = self._encode(_pad(pixels, self.reader.patch))
-        # No attribute of the model is written before the end: forwards of other threads may run beside this one.
+        # The model is changed at the end only: other threads may run forward passes at the same time.
         losses: dict[str, Tensor] = {}
-        # Heads work in float32 where a model does: their coordinates have more digits than half precision.
+        # No autocast in the heads: their coordinates need more digits than half precision has.
         with torch.autocast(pixels.device.type, enabled=False):
             output = MotionOutput()
             if "flow" in self.tasks and two:
@@ -201,7 +204,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         return output
 
     def _encode(self, pixels: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Maps by level, and what the model's own decoder predicts."""
+        """Feature maps by level, and the prediction of the backbone's own decoder, if there is one."""
         if not self.decoder:
             return self.reader.read(self.backbone, pixels), None
         check_grid(self.backbone, pixels, self.reader.patch)
@@ -258,7 +261,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         return depths[-1]
 
     def _scale(self) -> DepthScale:
-        """The scale in use, which PEFT has copied for the active adapter."""
+        """The depth scale in use: PEFT's copy for the active adapter, if there is one."""
         found: Any = self.depth_scale
         if not isinstance(found, DepthScale):
             active = found.active_adapters
@@ -267,7 +270,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
 
 
 def _pad(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Images padded at the right and below to whole patches, by their border."""
+    """Images padded to whole patches, at the right and at the bottom, by repeating their border."""
     rows, columns = (-length % size for length, size in zip(pixels.shape[-2:], patch, strict=True))
     return F.pad(pixels, (0, columns, 0, rows), mode="replicate") if rows or columns else pixels
 
@@ -277,6 +280,6 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
-    """Flow at another size; its values are scaled as the axes are."""
+    """Flow resized to another size. Its values are scaled like the axes."""
     ratio = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]])
     return _resize(flow, size) * ratio[:, None, None]

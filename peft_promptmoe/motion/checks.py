@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusals of the models for motion and depth: settings out of range, and labels of another kind."""
+"""Checks of the models for flow and depth: settings in range, labels of the right shape and type."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ def check_settings(
     task_weights: Mapping[str, float] | None,
     decoder_output: str | None,
 ) -> tuple[dict[str, list[int] | None], dict[str, float]]:
-    """Levels and loss weights of every task.
+    """Check the settings, and return levels and loss weights of every task.
 
     Raises:
         ValueError: a setting is out of range, or names a task that the model does not have.
     """
     if not _is_whole(channels) or not 1 <= channels <= 4096:
-        raise ValueError(f"channels={channels!r} has to be a whole number from 1 to 4096.")
+        raise ValueError(f"channels must be an integer from 1 to 4096, got {channels!r}.")
     if refinements is not None and (not _is_whole(refinements) or not 0 <= refinements <= 64):
-        raise ValueError(f"refinements={refinements!r} has to be a whole number from 0 to 64, or None.")
+        raise ValueError(f"refinements must be an integer from 0 to 64 or None, got {refinements!r}.")
     if not (_is_number(max_flow) and max_flow > 0):
-        raise ValueError(f"max_flow={max_flow!r} has to be a positive number of pixels.")
+        raise ValueError(f"max_flow must be a positive number of pixels, got {max_flow!r}.")
     if not (_is_number(min_depth) and _is_number(max_depth) and 0 < min_depth < max_depth):
-        raise ValueError(f"min_depth={min_depth!r}, max_depth={max_depth!r}: has to be 0 < min_depth < max_depth.")
+        raise ValueError(
+            f"min_depth={min_depth!r} and max_depth={max_depth!r} must satisfy 0 < min_depth < max_depth."
+        )
     if decoder_output not in (None, "inverse", "depth"):
-        raise ValueError(f"decoder_output={decoder_output!r} has to be 'inverse', 'depth' or None.")
+        raise ValueError(f"decoder_output must be 'inverse', 'depth' or None, got {decoder_output!r}.")
     if task_weights is not None and not isinstance(task_weights, Mapping):
-        raise ValueError(f"task_weights={task_weights!r} has to name its tasks: {dict.fromkeys(tasks, 1.0)}.")
+        raise ValueError(f"task_weights must name its tasks, as {dict.fromkeys(tasks, 1.0)}, got {task_weights!r}.")
     weights = dict.fromkeys(tasks, 1.0) | dict(task_weights or {})
     for task, weight in weights.items():
         if task not in tasks:
-            raise ValueError(f"task_weights names {task!r}; this model has {' and '.join(tasks)}.")
+            raise ValueError(f"task_weights names {task!r}, but this model has the tasks {' and '.join(tasks)}.")
         if not (_is_number(weight) and weight >= 0):
-            raise ValueError(f"task_weights[{task!r}]={weight!r} has to be a number from 0.")
+            raise ValueError(f"task_weights[{task!r}] must be a number of at least 0, got {weight!r}.")
     return _levels(tasks, levels), weights
 
 
@@ -52,19 +54,13 @@ def _levels(
 ) -> dict[str, list[int] | None]:
     asked: Mapping[str, Any] = levels if isinstance(levels, Mapping) else dict.fromkeys(tasks, levels)
     if unknown := set(asked) - set(tasks):
-        raise ValueError(f"levels names {sorted(unknown)}; this model has {' and '.join(tasks)}.")
+        raise ValueError(f"levels names {sorted(unknown)}, but this model has the tasks {' and '.join(tasks)}.")
     for task, chosen in asked.items():
         if chosen is None:
             continue
-        is_list = isinstance(chosen, Sequence) and not isinstance(chosen, str)
-        if (
-            not is_list
-            or not chosen
-            or not all(_is_whole(level) and level >= 0 for level in chosen)
-            or len({*chosen}) < len(chosen)
-        ):
+        if not _are_levels(chosen):
             raise ValueError(
-                f"levels of {task} is {chosen!r}: has to be one or more different blocks, counted from 0."
+                f"levels of {task} must list one or more different blocks, counted from 0, got {chosen!r}."
             )
     return {task: None if asked.get(task) is None else sorted(asked[task]) for task in tasks}
 
@@ -84,80 +80,80 @@ def _is_number(value: Any) -> bool:
 
 
 def check_backbone(backbone: Any) -> None:
-    """Raise TypeError where a backbone is no model, but its name, say."""
+    """Raise TypeError if a backbone is no model, but for example its name."""
     if not isinstance(backbone, nn.Module):
         raise TypeError(
-            f"The backbone is {backbone!r}, and has to be a model: AutoBackbone.from_pretrained(...) or "
+            f"The backbone must be a model, got {backbone!r}. Load it first: AutoBackbone.from_pretrained(...) or "
             "timm.create_model(...)."
         )
 
 
 def check_tensors(**inputs: Any) -> None:
-    """Raise TypeError where an input is given and no tensor."""
+    """Raise TypeError if an input is given and is not a tensor."""
     for name, value in inputs.items():
         if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__} and has to be a tensor: torch.as_tensor(...).")
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}. Convert it: torch.as_tensor(...).")
 
 
 def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor | None) -> None:
-    """Raise ValueError where two frames are missing or do not belong together."""
+    """Raise ValueError if a frame is missing, or has a wrong shape or type."""
     if pixels.ndim != 4:
-        raise ValueError(f"pixel_values of shape {tuple(pixels.shape)}: has to be (B, channels, rows, columns).")
+        raise ValueError(f"pixel_values must have the shape (B, channels, rows, columns), got {tuple(pixels.shape)}.")
     if not pixels.is_floating_point():
-        raise ValueError(f"pixel_values of {pixels.dtype}: has to be floating point, normalised for the backbone.")
+        raise ValueError(f"pixel_values must be floating point, normalised for the backbone, got {pixels.dtype}.")
     if next_pixels is None:
         if flow_labels is not None:
-            raise ValueError("flow_labels without next_pixel_values: flow is between two frames. Give both.")
+            raise ValueError("flow_labels need next_pixel_values: flow is between two frames. Pass both.")
     elif next_pixels.shape != pixels.shape:
         raise ValueError(
-            f"The frames have different shapes, {tuple(pixels.shape)} and {tuple(next_pixels.shape)}. Bring them to "
-            "one size, and the flow with them."
+            f"pixel_values and next_pixel_values have different shapes, {tuple(pixels.shape)} and "
+            f"{tuple(next_pixels.shape)}. Resize the frames to one size, and the flow with them."
         )
     elif next_pixels.dtype != pixels.dtype:
         raise ValueError(
-            f"The frames have different types, {pixels.dtype} and {next_pixels.dtype}. Prepare both alike: floating "
-            "point, normalised for the backbone."
+            f"pixel_values and next_pixel_values have different types, {pixels.dtype} and {next_pixels.dtype}. "
+            "Prepare both alike: floating point, normalised for the backbone."
         )
 
 
 def check_flow(labels: Tensor | None, mask: Tensor | None, batch: int) -> None:
-    """Raise ValueError where labels are no flow, or not of `batch` images."""
+    """Raise ValueError if the labels have a wrong shape or type, or another batch size than `batch`."""
     _check_mask("flow", labels, mask)
     if labels is None:
         return
     if labels.ndim != 4 or labels.shape[1] != 2:
         hint = " Put the channels in front: flow.movedim(-1, 1)." if labels.ndim == 4 and labels.shape[-1] == 2 else ""
         raise ValueError(
-            f"flow_labels of shape {tuple(labels.shape)}: has to be (B, 2, rows, columns), x first.{hint}"
+            f"flow_labels must have the shape (B, 2, rows, columns), x first, got {tuple(labels.shape)}.{hint}"
         )
     _check_batch("flow", labels, batch)
     if not labels.is_floating_point():
-        raise ValueError(f"flow_labels of {labels.dtype}: has to be pixels as floating point, decoded from the file.")
+        raise ValueError(f"flow_labels must be floating point, in pixels decoded from the file, got {labels.dtype}.")
 
 
 def check_depth(labels: Tensor | None, mask: Tensor | None, batch: int) -> None:
-    """Raise ValueError where labels are no depth, or not of `batch` images."""
+    """Raise ValueError if the labels have a wrong shape or type, or another batch size than `batch`."""
     _check_mask("depth", labels, mask)
     if labels is None:
         return
     if labels.ndim != 3:
-        hint = " Take the channel away: depth.squeeze(1)." if labels.ndim == 4 and labels.shape[1] == 1 else ""
-        raise ValueError(f"depth_labels of shape {tuple(labels.shape)}: has to be (B, rows, columns).{hint}")
+        hint = " Remove the channel: depth.squeeze(1)." if labels.ndim == 4 and labels.shape[1] == 1 else ""
+        raise ValueError(f"depth_labels must have the shape (B, rows, columns), got {tuple(labels.shape)}.{hint}")
     _check_batch("depth", labels, batch)
     if not labels.is_floating_point():
-        raise ValueError(f"depth_labels of {labels.dtype}: has to be floating point, decoded from the file.")
+        raise ValueError(f"depth_labels must be floating point, decoded from the file, got {labels.dtype}.")
 
 
 def _check_mask(task: str, labels: Tensor | None, mask: Tensor | None) -> None:
     if mask is None:
         return
     if labels is None:
-        raise ValueError(f"{task}_mask without {task}_labels masks nothing. Give both.")
+        raise ValueError(f"{task}_mask without {task}_labels has no effect. Pass both.")
     expected = (labels.shape[0], *labels.shape[-2:])
     if tuple(mask.shape) != expected:
-        raise ValueError(f"{task}_mask of shape {tuple(mask.shape)}: has to be {expected}, as the labels'.")
+        raise ValueError(f"{task}_mask must have the shape {expected} of its labels, got {tuple(mask.shape)}.")
 
 
 def _check_batch(task: str, labels: Tensor, batch: int) -> None:
     if labels.shape[0] != batch:
-        raise ValueError(f"{task}_labels are of {labels.shape[0]} images, and pixel_values of {batch}.")
+        raise ValueError(f"{task}_labels have {labels.shape[0]} images, but pixel_values have {batch}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of the usual flow and depth data sets as map-style sets for the Trainer."""
+"""Data sets for the Trainer, read from the folders of the usual flow and depth benchmarks."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ Read = Callable[[], Array]
 
 @dataclass(frozen=True)
 class Example:
-    """Files of one example, and how to read what is true of it.
+    """Files of one example, and functions that read its labels.
 
     Attributes:
-        name: for tables and pictures.
-        frame: file of the image, or of the first of two.
-        next_frame: file of the second.
-        flow: gives (2, rows, columns), NaN where unknown.
-        depth: gives (rows, columns), NaN where unknown.
-        occluded: file of a mask that is not zero where the second frame does not show the point.
+        name: name for tables and pictures.
+        frame: file of the image, or of the first of two frames.
+        next_frame: file of the second frame.
+        flow: function that returns the flow, (2, rows, columns) in pixels, NaN where unknown.
+        depth: function that returns the depth, (rows, columns), NaN where unknown.
+        occluded: file of a mask. It is not zero where the point is hidden in the second frame.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Example:
 
 
 def prepare(image: Image.Image | np.ndarray[Any, Any], size: Size | None, mean: Any, std: Any) -> Tensor:
-    """(3, rows, columns) normalised pixels of an image, resized to `size` with antialiasing."""
+    """Normalised pixels of an image, (3, rows, columns), resized to `size` with antialiasing."""
     values = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     pixels = torch.from_numpy(np.array(values)).permute(2, 0, 1).float() / 255
     if size is not None and tuple(pixels.shape[-2:]) != tuple(size):
@@ -67,20 +67,19 @@ def prepare(image: Image.Image | np.ndarray[Any, Any], size: Size | None, mean: 
 
 
 class MotionDataset(Dataset[dict[str, Tensor]]):
-    """Frames with flow or depth, as [`FlowModel`], [`DepthModel`] and [`MotionModel`] take them.
+    """Data set of frames with flow or depth, for [`FlowModel`], [`DepthModel`] and [`MotionModel`].
 
-    Labels keep their own size, whatever size the frames are shown at: the models predict at the labels'. Those of
-    different sizes do not fit into one batch: use batches of one.
+    An item is a dict with `pixel_values` and, if the example has them, `next_pixel_values`, `flow_labels`,
+    `depth_labels` and `occluded`.
+
+    Labels keep their own size, even if the frames are resized: the models predict at the size of the labels. Labels of
+    different sizes do not fit into one batch: then use a batch size of 1.
 
     Args:
-        examples: what [`middlebury_flow`] and the like find.
-        size: (rows, columns) to resize frames to; None for their own.
-        mean: of the backbone's processor.
-        std: of the backbone's processor.
-
-    Returns:
-        Items of `pixel_values`, and, where an example has them, `next_pixel_values`, `flow_labels`, `depth_labels`,
-        `occluded`.
+        examples: examples, for instance from [`find_examples`].
+        size: (rows, columns) in pixels to resize the frames to. None: their own size.
+        mean: mean of each channel, as in the backbone's processor.
+        std: standard deviation of each channel, as in the backbone's processor.
     """
 
     def __init__(
@@ -118,13 +117,13 @@ class MotionDataset(Dataset[dict[str, Tensor]]):
 
 
 class TorchvisionPairs(Dataset[dict[str, Tensor]]):
-    """torchvision's optical flow sets (`FlyingThings3D`, `HD1K`, ...) as the models take them.
+    """Data set around one of torchvision's optical flow sets (`FlyingThings3D`, `HD1K`, ...).
 
     Args:
-        dataset: gives (image, next image, flow) or (image, next image, flow, valid).
-        size: (rows, columns) to resize frames to; None for their own.
-        mean: of the backbone's processor.
-        std: of the backbone's processor.
+        dataset: data set with items (image, next image, flow) or (image, next image, flow, valid).
+        size: (rows, columns) in pixels to resize the frames to. None: their own size.
+        mean: mean of each channel, as in the backbone's processor.
+        std: standard deviation of each channel, as in the backbone's processor.
     """
 
     def __init__(
@@ -142,7 +141,7 @@ class TorchvisionPairs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         frame, next_frame, flow, *valid = self.dataset[index]
         if flow is None:
-            raise ValueError("This split has no true flow. Use split='train'.")
+            raise ValueError("This split has no flow labels. Use split='train'.")
         labels = torch.as_tensor(flow).float()
         if valid and valid[0] is not None:
             labels = labels.where(torch.as_tensor(valid[0]).bool(), torch.nan)
@@ -169,8 +168,8 @@ def sintel(root: Path, pass_name: str = "clean") -> Iterator[Example]:
     """`training/<clean|final>/<scene>/frame_0001.png`, `training/flow/...flo`, `depth/...dpt`, `occlusions/...png`.
 
     Args:
-        root: of what Sintel's archives unpack to; flow, depth or both.
-        pass_name: "clean" or "final".
+        root: folder into which Sintel's archives (flow, depth or both) were unpacked.
+        pass_name: rendering pass, "clean" or "final".
     """
     training = root / "training"
     for frame in sorted((training / pass_name).glob("*/frame_[0-9][0-9][0-9][0-9].png")):
@@ -193,8 +192,8 @@ def kitti_flow(root: Path, occluded: bool = True) -> Iterator[Example]:
     """`training/<image_2|colored_0>/000000_10.png, 000000_11.png`, `training/<flow_occ|flow_noc>/000000_10.png`.
 
     Args:
-        root: of KITTI 2015 or 2012.
-        occluded: whether the flow of points that the second frame does not show counts.
+        root: folder of KITTI 2015 or 2012.
+        occluded: whether to include the flow of points that are hidden in the second frame.
     """
     training = root / "training"
     images = next((training / name for name in ("image_2", "colored_0") if (training / name).is_dir()), training)
@@ -222,7 +221,7 @@ def kitti_depth(root: Path) -> Iterator[Example]:
 def nyu_depth(root: Path) -> Iterator[Example]:
     """`<any folders>/rgb_00045.jpg` with `sync_depth_00045.png` beside it, or `images/*.jpg` with `annotations/*.png`.
 
-    Depth is in metres, of 16-bit files in millimetres.
+    Depth is in metres. The 16-bit files hold millimetres.
     """
     for file in sorted(root.glob("**/sync_depth_*.png")):
         frame = file.with_name(file.name.replace("sync_depth_", "rgb_")).with_suffix(".jpg")
@@ -278,18 +277,18 @@ LAYOUTS = (
 
 
 def find_examples(root: str | Path) -> list[Example]:
-    """All examples in a folder, whichever of the known layouts it has.
+    """Find all examples in a folder that has one of the layouts above.
 
     Raises:
-        FileNotFoundError: it has none of them, or a frame that belongs to a label is missing.
+        FileNotFoundError: the folder has none of these layouts, or the frame of a label is missing.
     """
     root = Path(root)
     found = [example for layout in LAYOUTS for example in layout(root)]
     if not found:
         kinds = "\n".join(f"  {(layout.__doc__ or '').splitlines()[0]}" for layout in LAYOUTS)
-        raise FileNotFoundError(f"{root} has none of the layouts that can be read:\n{kinds}")
+        raise FileNotFoundError(f"{root} has none of the folder layouts that can be read:\n{kinds}")
     for example in found:
         for frame in (example.frame, example.next_frame):
             if frame is not None and not frame.exists():
-                raise FileNotFoundError(f"{frame} is missing, the frame of {example.name}.")
+                raise FileNotFoundError(f"The frame {frame} of {example.name} is missing.")
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth models that bring a decoder of their own: which parts are the decoder, and what its output means."""
+"""Depth models that have a decoder: which modules belong to it, and what its output means."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..models.levels import put_out
 
 DecoderOutput = Literal["inverse", "depth"]
 
-# The parts of a depth model that decode, by its config's model_type.
+# The modules of a depth model's decoder, by the model_type of its config.
 DECODERS = {"dpt": ("neck", "head"), "depth_anything": ("neck", "head"), "glpn": ("decoder", "head")}
 
 
 def decoder_parts(model: nn.Module) -> tuple[str, ...]:
-    """Names of the children that decode depth; none for a model without a decoder.
+    """Names of the child modules that decode depth. Empty for a model without a depth decoder.
 
     Raises:
-        ValueError: a depth model whose decoder is not known here.
+        ValueError: the model has a depth decoder that is not supported.
     """
     if type(model).__name__ not in MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES.values():
         return ()
     config: Any = model.config
     if config.model_type not in DECODERS:
         raise ValueError(
-            f"{type(model).__name__} has a depth decoder that is not supported; those of {sorted(DECODERS)} are. Give "
-            "its backbone instead, on which a new head is put."
+            f"{type(model).__name__} has a depth decoder that is not supported; those of {sorted(DECODERS)} are. "
+            "Pass its backbone instead; it then gets a new head."
         )
     return DECODERS[config.model_type]
 
@@ -46,8 +46,8 @@ def decoder_reads(model: nn.Module) -> list[int]:
 def predicted_by(model: nn.Module) -> DecoderOutput:
     """What a depth model predicts: "depth", or "inverse" depth up to a factor.
 
-    Depth Anything says it in its config. GLPN is trained on metric depth, DPT on inverse depth; some later weights of
-    DPT (`facebook/dpt-dinov2-*-nyu`, `-kitti`) are metric, which nothing in their files says.
+    The config of Depth Anything says it. GLPN is trained on metric depth, DPT on inverse depth. Some later DPT weights
+    (`facebook/dpt-dinov2-*-nyu`, `-kitti`) are metric, but nothing in their files says so: set `decoder_output` then.
     """
     config: Any = model.config
     if config.model_type == "depth_anything":
@@ -59,28 +59,29 @@ def check_grid(model: nn.Module, pixels: Tensor, patch: tuple[int, int]) -> None
     """Refuse images whose patches the model's decoder would put on a wrong grid.
 
     Raises:
-        ValueError: a DPT that guesses a square grid from the number of patches, and an image that is not square.
+        ValueError: the model is a DPT that assumes a square patch grid, and the image is not square.
     """
     config: Any = model.config
     rows, columns = pixels.shape[-2] // patch[0], pixels.shape[-1] // patch[1]
     if config.model_type == "dpt" and getattr(model, "backbone", None) is None and rows != columns:
         raise ValueError(
-            f"This DPT takes every image for a square one, and here are {rows} x {columns} patches. Resize or crop to "
-            "a square, or use a DPT on an AutoBackbone."
+            f"This DPT assumes a square patch grid, but the image has {rows} x {columns} patches. Resize or crop it "
+            "to a square, or use a DPT with an AutoBackbone."
         )
 
 
 class DepthScale(nn.Module):
-    """Depth from what a model's own decoder predicts.
+    """Turns the prediction of a depth decoder into depth.
 
-    Inverse depth is `scale * prediction + 1 / max_depth`, with one learned scale, as such decoders know depth up to a
-    factor only. The scale starts from the first training batch (mean logarithms over its valid pixels agree), because
-    the factor may be a thousand, which no ordinary learning rate reaches; until then it is 1. Metric depth is
-    taken as it is. Both are kept between `min_depth` and `max_depth`.
+    output="inverse": such decoders predict inverse depth up to a factor. Inverse depth is therefore
+    `scale * prediction + 1 / max_depth` with one trained scale. The scale is 1 until the first training batch, which
+    sets it so that the mean logarithms over the valid pixels agree. The factor may be a thousand, which training alone
+    would not reach at an ordinary learning rate. output="depth": the prediction is the depth. In both cases depth is
+    limited to [min_depth, max_depth].
 
     Args:
-        output: "inverse" or "depth".
-        min_depth: least depth.
+        output: what the decoder predicts, "inverse" or "depth".
+        min_depth: smallest depth.
         max_depth: largest depth.
     """
 
@@ -95,7 +96,7 @@ class DepthScale(nn.Module):
             self.register_buffer("started", torch.tensor(False))
 
     def forward(self, predicted: Tensor, size: tuple[int, int]) -> Tensor:
-        """Depth (B, rows, columns) of `size`, float32, of what the decoder predicts, (B, h, w)."""
+        """Depth (B, rows, columns) at `size`, float32, from the decoder's prediction (B, h, w)."""
         predicted = F.interpolate(predicted[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
         if self.output == "depth":
             return predicted.clamp(self.min_depth, self.max_depth)
@@ -104,12 +105,13 @@ class DepthScale(nn.Module):
 
     @torch.no_grad()
     def start(self, predicted: Tensor, target: Tensor, valid: Tensor) -> None:
-        """Set the scale by a first batch; later ones change nothing. All processes agree on the mean of theirs.
+        """Set the scale from the first batch; later calls change nothing. All processes take the mean over all of
+        them.
 
         Args:
-            predicted: (B, h, w) of the decoder.
+            predicted: (B, h, w) prediction of the decoder.
             target: (B, H, W) true depth.
-            valid: (B, H, W) of bool.
+            valid: (B, H, W) bool, True where the target is known.
         """
         if self.output == "depth":
             return

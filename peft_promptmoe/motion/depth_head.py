@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Depth from the patch maps of one image."""
+"""Head that computes depth from the feature maps of one image."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from .layers import ConvexUpsampling, Reduce
 
 HIDDEN, UPDATE = 64, 96
-START = 5  # depth that an untrained head gives, as a share: max_depth / START
+START = 5  # an untrained head predicts max_depth / START
 
 
 class DepthHead(nn.Module):
-    """Inverse depth of one image, by a sigmoid between `1 / max_depth` and `1 / min_depth`, then refined.
+    """Depth head: predicts inverse depth by a sigmoid from `1 / max_depth` to `1 / min_depth`, then refines it.
 
-    Our reading of the light decoder of ProMotion (arXiv 2406.04999). It starts from a depth of `max_depth / 5`: from
-    the middle of the sigmoid, which is a depth of twice `min_depth`, training would take long to come back.
+    Our reading of the light decoder of ProMotion (arXiv 2406.04999). An untrained head predicts about `max_depth / 5`.
+    The middle of the sigmoid would be about twice `min_depth`, and training would need long to leave it.
 
     Args:
         widths: channels of each level's map.
-        stride: (rows, columns) pixels of a cell of the first level.
-        channels: of the map that the levels are brought together in.
-        refinements: rounds after the first depth.
-        min_depth: least depth that can be predicted.
-        max_depth: largest one.
+        stride: size of a cell of the first level in pixels, (rows, columns).
+        channels: channels of the map that the levels are merged into.
+        refinements: rounds of refinement after the first prediction.
+        min_depth: smallest depth that can be predicted.
+        max_depth: largest depth that can be predicted.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class DepthHead(nn.Module):
         self.upsample = ConvexUpsampling(channels, stride)
 
     def forward(self, maps: Sequence[Tensor], all_rounds: bool = True) -> list[Tensor]:
-        """Depth, round by round.
+        """Predict depth.
 
         Args:
             maps: (B, D_l, H_l, W_l) for each level.
-            all_rounds: whether to upsample the depth of every round, or of the last one only.
+            all_rounds: whether to return the depth of every round or of the last round only.
 
         Returns:
-            Depths (B, H * s_r, W * s_c), float32, the last round's last.
+            Depths (B, H * s_r, W * s_c), float32, in the order of the rounds.
         """
         context = self.context(maps)
         hidden, logit = torch.tanh(context), self.first(context)

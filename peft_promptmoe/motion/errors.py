@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of flow and depth, of one image at a time, as sums that can be added up."""
+"""Errors of flow and depth, computed per image as sums that can be added over images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 THRESHOLDS = (1, 3, 5)  # pixels
-F1_PIXELS, F1_SHARE = 3.0, 0.05  # KITTI counts an error that is larger than both
+F1_PIXELS, F1_SHARE = 3.0, 0.05  # KITTI counts errors above both
 DELTA = 1.25
-PADDING = -100.0  # what the Trainer fills labels of different sizes up with
-# Shares of rows and columns that are evaluated: Garg et al. 2016, Eigen et al. 2014 (KITTI), and Eigen's on NYU.
+PADDING = -100.0  # the Trainer pads labels of different sizes with this
+# Evaluated shares of rows and columns: Garg et al. 2016, Eigen et al. 2014 (KITTI), and Eigen's crop for NYU.
 CROPS = {
     "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
     "eigen": (0.3324324, 0.91351351, 0.0359477, 0.96405229),
@@ -21,22 +21,22 @@ CROPS = {
 
 
 def known_flow(reference: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(H, W) of bool: pixels of flow (2, H, W) that are finite, no padding of the Trainer's, and not masked out."""
+    """Bool mask (H, W) of flow (2, H, W): True where finite, not padded by the Trainer, and not masked out."""
     known = torch.isfinite(reference).all(dim=0) & (reference != PADDING).any(dim=0)
     return known if mask is None else known & mask.bool()
 
 
 def flow_sums(prediction: Tensor, reference: Tensor, known: Tensor) -> dict[str, float]:
-    """Sums over the known pixels of one image.
+    """Sums of flow errors over the known pixels of one image.
 
     Args:
         prediction: (2, H, W) in pixels, float64.
-        reference: (2, H, W).
-        known: (H, W) of bool, some true.
+        reference: (2, H, W) in pixels.
+        known: (H, W) bool, True for at least one pixel.
 
     Returns:
-        `pixels`, and sums of end-point errors (`epe`, `zero_flow`, `constant_flow`), of errors below thresholds
-        (`1px` ...), of outliers (`f1`).
+        Number of `pixels`; sums of end-point errors (`epe`, `zero_flow`, `constant_flow`); numbers of pixels with an
+        error below a threshold (`1px` ...) and of outliers (`f1`).
     """
     found, true = prediction[:, known], reference[:, known]
     error, length = (found - true).norm(dim=0), true.norm(dim=0)
@@ -50,7 +50,7 @@ def flow_sums(prediction: Tensor, reference: Tensor, known: Tensor) -> dict[str,
 
 
 def geometric_median(points: Tensor, rounds: int = 50) -> Tensor:
-    """The point (C,) whose mean distance to points (C, N) is least, by Weiszfeld's iteration from their mean."""
+    """The point (C,) with the smallest mean distance to points (C, N), by Weiszfeld's iteration from their mean."""
     middle = points.mean(dim=1)
     for _ in range(rounds):
         weights = 1 / (points - middle[:, None]).norm(dim=0).clamp(min=1e-9)
@@ -65,7 +65,7 @@ def median(values: Tensor) -> Tensor:
 
 
 def crop_mask(size: tuple[int, int], crop: str, device: torch.device) -> Tensor:
-    """(H, W) of bool: the part of an image that a crop leaves."""
+    """Bool mask (H, W): True in the part of an image that a crop keeps."""
     rows, columns = size
     top, bottom, left, right = CROPS[crop]
     mask = torch.zeros(size, dtype=torch.bool, device=device)
@@ -74,15 +74,16 @@ def crop_mask(size: tuple[int, int], crop: str, device: torch.device) -> Tensor:
 
 
 def depth_sums(prediction: Tensor, reference: Tensor) -> dict[str, float]:
-    """Sums over the known pixels of one image.
+    """Sums of depth errors over the known pixels of one image.
 
     Args:
-        prediction: (N,) depths, positive, float64.
-        reference: (N,)
+        prediction: (N,) positive depths, float64.
+        reference: (N,) positive depths.
 
     Returns:
-        `pixels`, and sums of relative, squared relative and squared errors, of differences of logarithms and their
-        squares, of ratios within 1.25, 1.25^2 and 1.25^3, and of the relative error of the reference's own median.
+        Number of `pixels`; sums of relative, squared relative and squared errors, of differences of logarithms and
+        their squares; numbers of pixels with a ratio below 1.25, 1.25^2 and 1.25^3; and the sum of the relative error
+        that the reference's median would have as a prediction.
     """
     error = prediction - reference
     logs = prediction.log() - reference.log()
@@ -102,7 +103,7 @@ def depth_sums(prediction: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def depth_errors(sums: dict[str, float]) -> dict[str, float]:
-    """Errors of sums of `depth_sums`: all but `delta1` to `delta3`, shares of pixels, are the smaller the better."""
+    """Errors from the sums of `depth_sums`. Smaller is better, except for `delta1` to `delta3` (shares of pixels)."""
     count = sums["pixels"]
     mean, square = sums["log"] / count, sums["log_square"] / count
     errors = {
@@ -117,7 +118,7 @@ def depth_errors(sums: dict[str, float]) -> dict[str, float]:
 
 
 def add_up(images: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Sums of sums."""
+    """Add the sums of all images."""
     total: dict[str, float] = {}
     for sums in images:
         for key, value in sums.items():

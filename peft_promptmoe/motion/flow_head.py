@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optical flow from patch maps of two frames: match all with all, then refine."""
+"""Head that computes optical flow from the feature maps of two frames: match all cells, then refine."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ HIDDEN, UPDATE, RADIUS = 64, 96, 2
 
 
 def correlate(one: Tensor, two: Tensor) -> Tensor:
-    """Cosine of every cell of frame 1 with every cell of frame 2.
+    """Cosine similarity of every cell of frame 1 with every cell of frame 2.
 
     Args:
-        one: (B, C, H, W)
-        two: (B, C, H, W)
+        one: (B, C, H, W) map of frame 1.
+        two: (B, C, H, W) map of frame 2.
 
     Returns:
         (B, H * W, H * W)
@@ -33,25 +33,26 @@ def expected_flow(scores: Tensor, grid: Tensor) -> Tensor:
     """Flow to the expected position in frame 2 under a softmax over its cells.
 
     Args:
-        scores: (B, H * W, H * W), a row for every cell of frame 1.
-        grid: (2, H, W) coordinates of cells.
+        scores: (B, H * W, H * W), one row per cell of frame 1.
+        grid: (2, H, W) coordinates of the cells.
 
     Returns:
-        (B, 2, H, W) in cells.
+        Flow (B, 2, H, W), in cells.
     """
     target = torch.einsum("bnm,cm->bcn", scores.softmax(dim=-1), grid.flatten(1))
     return target.unflatten(2, grid.shape[1:]) - grid
 
 
 def look_up(correlation: Tensor, targets: Tensor, radius: int = RADIUS) -> Tensor:
-    """The correlation around the place in frame 2 that every cell of frame 1 has come to.
+    """For every cell of frame 1, read the correlation in a window around its current position in frame 2.
 
     Args:
-        correlation: (B, H * W, H * W).
+        correlation: (B, H * W, H * W) from `correlate`.
         targets: (B, 2, H, W) positions in frame 2, in cells.
+        radius: half the side of the window, in cells.
 
     Returns:
-        (B, (2 * radius + 1)^2, H, W), row by row of the window.
+        (B, (2 * radius + 1)^2, H, W), the window row by row.
     """
     batch, _, rows, columns = targets.shape
     steps = torch.arange(-radius, radius + 1, device=targets.device, dtype=targets.dtype)
@@ -62,16 +63,16 @@ def look_up(correlation: Tensor, targets: Tensor, radius: int = RADIUS) -> Tenso
 
 
 class FlowHead(nn.Module):
-    """Flow by global matching and local refinement, with far fewer parameters than a flow network.
+    """Flow head: global matching, then local refinement, with far fewer parameters than a flow network.
 
-    Our reading of the light decoder that ProMotion (arXiv 2406.04999) puts on its features; parts are known from
-    GMFlow (arXiv 2111.13680, matching) and RAFT (arXiv 2003.12039, lookup and upsampling).
+    Our reading of the light decoder of ProMotion (arXiv 2406.04999). Matching is as in GMFlow (arXiv 2111.13680),
+    lookup and upsampling are as in RAFT (arXiv 2003.12039).
 
     Args:
         widths: channels of each level's map.
-        stride: (rows, columns) pixels of a cell of the first level.
-        channels: of the features that are matched.
-        refinements: rounds after the first flow.
+        stride: size of a cell of the first level in pixels, (rows, columns).
+        channels: channels of the features that are matched.
+        refinements: rounds of refinement after the first prediction.
     """
 
     def __init__(self, widths: Sequence[int], stride: tuple[int, int], channels: int = 64, refinements: int = 3):
@@ -95,15 +96,15 @@ class FlowHead(nn.Module):
         self.upsample = ConvexUpsampling(HIDDEN, stride)
 
     def forward(self, one: Sequence[Tensor], two: Sequence[Tensor], all_rounds: bool = True) -> list[Tensor]:
-        """Flow from frame 1 to frame 2, round by round.
+        """Predict the flow from frame 1 to frame 2.
 
         Args:
             one: maps of frame 1, (B, D_l, H_l, W_l) for each level.
-            two: those of frame 2.
-            all_rounds: whether to upsample the flow of every round, or of the last one only.
+            two: maps of frame 2, of the same shapes.
+            all_rounds: whether to return the flow of every round or of the last round only.
 
         Returns:
-            Flows (B, 2, H * s_r, W * s_c) in pixels, float32, the last round's last.
+            Flows (B, 2, H * s_r, W * s_c) in pixels, float32, in the order of the rounds.
         """
         context = self.context(one)
         correlation = correlate(self.matching(one).float(), self.matching(two).float())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the heads for flow and depth share: maps of several levels brought together, sampling, convex upsampling."""
+"""Layers shared by the heads for flow and depth: merging of levels, sampling, convex upsampling."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def cell_grid(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(2, rows, columns) coordinates (x, y) of cells, centres at integers."""
+    """Coordinates (x, y) of all cells, (2, rows, columns). Cell centres are at integers."""
     y, x = torch.meshgrid(
         torch.arange(rows, device=device, dtype=torch.float32),
         torch.arange(columns, device=device, dtype=torch.float32),
@@ -21,11 +21,11 @@ def cell_grid(rows: int, columns: int, device: torch.device) -> Tensor:
 
 
 def sample(maps: Tensor, positions: Tensor) -> Tensor:
-    """Maps read at positions, bilinearly; outside, the nearest cell of the border counts.
+    """Read maps at positions, bilinearly. Outside the map, the nearest border cell is read.
 
     Args:
         maps: (B, C, rows, columns).
-        positions: (B, 2, P, Q) coordinates (x, y) in cells, centres at integers.
+        positions: (B, 2, P, Q) coordinates (x, y) in cells. Cell centres are at integers.
 
     Returns:
         (B, C, P, Q)
@@ -37,12 +37,12 @@ def sample(maps: Tensor, positions: Tensor) -> Tensor:
 
 
 def convex_upsample(coarse: Tensor, logits: Tensor, stride: tuple[int, int]) -> Tensor:
-    """Every fine pixel as a weighted mean of the 3 x 3 cells around its own (RAFT, arXiv 2003.12039).
+    """Upsample: every fine pixel is a weighted mean of the 3 x 3 cells around its own cell (RAFT, arXiv 2003.12039).
 
     Args:
         coarse: (B, C, rows, columns).
-        logits: (B, 9 * s_r * s_c, rows, columns) of the weights; a softmax over the nine makes them sum to one.
-        stride: (s_r, s_c) pixels of a cell.
+        logits: (B, 9 * s_r * s_c, rows, columns). A softmax over the nine cells gives the weights.
+        stride: (s_r, s_c) size of a cell in pixels.
 
     Returns:
         (B, C, rows * s_r, columns * s_c)
@@ -55,11 +55,11 @@ def convex_upsample(coarse: Tensor, logits: Tensor, stride: tuple[int, int]) -> 
 
 
 class Reduce(nn.Module):
-    """Maps of several levels as one: a norm for each level, then one linear layer over all of them.
+    """Merges the maps of several levels: a norm for each level, then one linear layer over all channels.
 
     Args:
         widths: channels of each level's map.
-        channels: of the result.
+        channels: channels of the result.
     """
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
@@ -68,7 +68,7 @@ class Reduce(nn.Module):
         self.linear = nn.Linear(sum(widths), channels)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """(B, channels, H, W) of maps (B, D_l, H_l, W_l); levels of other grids are resized to the first one's."""
+        """(B, channels, H, W) from maps (B, D_l, H_l, W_l). All levels are resized to the grid of the first."""
         size = maps[0].shape[-2:]
         maps = [m if m.shape[-2:] == size else F.interpolate(m, size, mode="bilinear", antialias=True) for m in maps]
         rows = [norm(m.permute(0, 2, 3, 1)) for norm, m in zip(self.norms, maps, strict=True)]
@@ -76,11 +76,11 @@ class Reduce(nn.Module):
 
 
 class ConvexUpsampling(nn.Module):
-    """Convex upsampling whose weights are read from a map.
+    """Convex upsampling with weights computed from a hidden map.
 
     Args:
-        hidden: channels of that map.
-        stride: (rows, columns) pixels of a cell.
+        hidden: channels of the hidden map.
+        stride: size of a cell in pixels, (rows, columns).
     """
 
     def __init__(self, hidden: int, stride: tuple[int, int]) -> None:
@@ -89,5 +89,5 @@ class ConvexUpsampling(nn.Module):
         self.weights = nn.Sequential(nn.Conv2d(hidden, 64, 1), nn.GELU(), nn.Conv2d(64, 9 * stride[0] * stride[1], 1))
 
     def forward(self, coarse: Tensor, hidden: Tensor) -> Tensor:
-        """(B, C, rows * s_r, columns * s_c), float32, of `coarse` (B, C, rows, columns)."""
+        """(B, C, rows * s_r, columns * s_c), float32, from `coarse` (B, C, rows, columns)."""
         return convex_upsample(coarse.float(), self.weights(hidden).float(), self.stride)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of flow and depth as `evaluate.Metric`s, which need no download and keep no predictions."""
+"""Metrics of flow and depth as `evaluate.Metric`s. They download nothing and keep no predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAP = datasets.Sequence(datasets.Sequence(datasets.Value("float32")))
 
 
 class PixelMetric(evaluate.Metric):
-    """What the metrics share: every image is read once and leaves sums, so that images may have different sizes."""
+    """Base of the metrics. Only sums are kept of each image, so images may have different sizes."""
 
     def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("num_process", 1) != 1:
@@ -35,7 +35,12 @@ class PixelMetric(evaluate.Metric):
         return len(self._images)
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **masks: Any) -> None:
-        """Read a batch. Arrays or tensors; masks are (B, H, W), true where a pixel counts.
+        """Add a batch of arrays or tensors.
+
+        Args:
+            predictions: (B, ...) predicted flow or depth.
+            references: (B, ...) true flow or depth, of the same shape.
+            masks: (B, H, W) by name, True where a pixel counts.
 
         Raises:
             ValueError: shapes or numbers of images differ, or one of the two is missing.
@@ -44,13 +49,15 @@ class PixelMetric(evaluate.Metric):
         counts = {"predictions": predictions, "references": references}
         counts |= {name: mask for name, mask in masks.items() if mask is not None}
         if len({len(values) for values in counts.values()}) > 1:
-            raise ValueError(" and ".join(f"{len(values)} {name}" for name, values in counts.items()) + ".")
+            found = " and ".join(f"{len(values)} {name}" for name, values in counts.items())
+            raise ValueError(f"There are {found}. Pass one for each image.")
         for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
             own = {name: mask[index] for name, mask in masks.items() if mask is not None}
             self.add(prediction=prediction, reference=reference, **own)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **masks: Any) -> None:
-        """Read one image. `evaluate.combine` calls its arguments `predictions` and `references`.
+        """Add one image, without the batch dimension. `evaluate.combine` names the arguments in the plural.
+
 
         Raises:
             ValueError: shapes differ, or one of the two is missing.
@@ -60,20 +67,20 @@ class PixelMetric(evaluate.Metric):
         found, true = _tensor(prediction).double(), _tensor(reference).double()
         if found.shape != true.shape:
             raise ValueError(
-                f"A prediction of shape {tuple(found.shape)} for a reference of {tuple(true.shape)}. The models of "
-                "this package predict at the size of the labels they are given."
+                f"The prediction has shape {tuple(found.shape)}, the reference {tuple(true.shape)}. Pass the labels "
+                "to the model: it then predicts at the size of the labels."
             )
         given = {name: _tensor(mask).bool() for name, mask in masks.items() if mask is not None}
         for name, mask in given.items():
             if mask.shape != true.shape[-2:]:
-                raise ValueError(f"{name} has shape {tuple(mask.shape)}, and the image {tuple(true.shape[-2:])}.")
+                raise ValueError(f"{name} has shape {tuple(mask.shape)}, but the image has {tuple(true.shape[-2:])}.")
         self._images.append(self._sums(found, true, **given))
 
     def compute(self, *, predictions: Any = None, references: Any = None, **masks: Any) -> dict[str, float]:
-        """Errors over all that was read since the last `compute`, and over a batch given here.
+        """Return the errors over all images added since the last `compute`, including a batch passed here.
 
         Raises:
-            ValueError: nothing was read, or no pixel of it is valid.
+            ValueError: no image was added, or no pixel is valid.
         """
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references, **masks)
@@ -85,7 +92,7 @@ class PixelMetric(evaluate.Metric):
         return evaluate.MetricInfo(description=type(self).__doc__ or "", citation="", features=features)
 
     def _sums(self, found: Tensor, true: Tensor, **masks: Tensor) -> dict[str, dict[str, float]]:
-        """Sums over an image's valid pixels, by group of pixels; none for an image without any."""
+        """Sums over an image's valid pixels, by group of pixels. Empty for an image without valid pixels."""
         raise NotImplementedError
 
     def _errors(self, images: list[dict[str, dict[str, float]]]) -> dict[str, float]:
@@ -105,27 +112,27 @@ def _check_both(predictions: Any, references: Any) -> None:
 def _check_some(images: Sequence[Any]) -> None:
     if not images:
         raise ValueError(
-            "No pixel with a known reference was read. Unknown are NaN, infinite and masked pixels, for depth also "
-            "what is not between min_depth and cap."
+            "No pixel with a known reference was added. Pixels that are NaN, infinite or masked out do not count; for "
+            "depth neither do pixels outside min_depth to cap."
         )
 
 
 class EndPointError(PixelMetric):
-    """End-point error of optical flow, beside what it would be for no motion and for one motion of each image.
+    """Metric of optical flow: end-point error, with two baselines (no motion, one motion per image).
 
-    Unknown pixels, which do not count, are NaN or infinite in the reference, or false in `mask`. `occluded`, where it
-    is given, is true where the second frame does not show the point.
+    Pixels do not count if the reference is NaN or infinite, or `mask` is False. The optional mask `occluded` is True
+    where the point is hidden in the second frame.
 
     `compute` returns
 
-    - `epe`: mean distance to the true flow in pixels, over the valid pixels of all images; `epe_per_image`: mean of
-      the images' means
-    - `1px`, `3px`, `5px`: shares of pixels with an error below that
-    - `f1_all`: KITTI's outliers in per cent: an error of more than 3 pixels and of more than 5 % of the true length
-    - `epe_zero_flow`: of predicting no motion, a strong baseline where motions are small; `epe_constant_flow`: of the
-      best one motion for each image
-    - `epe_visible`, `epe_occluded`: where `occluded` was given
-    - `images`, `pixels`: how many counted
+    - `epe`: mean distance to the true flow in pixels, over the valid pixels of all images; `epe_per_image`: mean over
+      the images of their means
+    - `1px`, `3px`, `5px`: shares of pixels with an error below 1, 3 and 5 pixels
+    - `f1_all`: KITTI's outliers in per cent: errors above 3 pixels and above 5 % of the true length
+    - `epe_zero_flow`: `epe` of the prediction "no motion", a strong baseline if motions are small;
+      `epe_constant_flow`: `epe` of the best single motion for each image
+    - `epe_visible`, `epe_occluded`: if `occluded` was passed
+    - `images`, `pixels`: numbers that counted
 
     Example:
 
@@ -139,7 +146,7 @@ class EndPointError(PixelMetric):
 
     def _sums(self, found: Tensor, true: Tensor, **masks: Tensor) -> dict[str, dict[str, float]]:
         if true.ndim != 3 or true.shape[0] != 2:
-            raise ValueError(f"Flow of shape {tuple(true.shape)}: has to be (2, rows, columns), x first.")
+            raise ValueError(f"Flow must have the shape (2, rows, columns), x first, got {tuple(true.shape)}.")
         if unknown := set(masks) - {"mask", "occluded"}:
             raise ValueError(f"EndPointError takes the masks `mask` and `occluded`, not {sorted(unknown)}.")
         known = known_flow(true, masks.get("mask"))
@@ -171,21 +178,23 @@ class EndPointError(PixelMetric):
 
 
 class DepthError(PixelMetric):
-    """Errors of depth, over the valid pixels of all images and, as most published figures are, as means of images.
+    """Metric of depth: errors over the valid pixels of all images, and as means over images.
 
-    Unknown pixels, which do not count, are zero, NaN or infinite in the reference, outside `min_depth` to `cap`,
-    outside the crop, or false in `mask`. Predictions are brought into `min_depth` to `cap`, as is usual.
+    Most published figures are means over images (`_per_image`). Pixels do not count if the reference is zero, NaN,
+    infinite or outside `min_depth` to `cap`, if they are outside the crop, or if `mask` is False. Predictions are
+    clipped to `min_depth` and `cap`, as usual.
 
-    `compute` returns `abs_rel`, `sq_rel`, `rmse`, `rmse_log`, `silog` (100 times the spread of the difference of
-    logarithms), `delta1` to `delta3` (shares of pixels whose ratio is below 1.25, 1.25^2, 1.25^3),
-    `abs_rel_constant` (of predicting each image's true median everywhere), each also with `_per_image`; `images` and
-    `pixels`. With `median_scaling` all of them end in `_median_scaled`, so that nobody takes them for metric depth.
+    `compute` returns `abs_rel`, `sq_rel`, `rmse`, `rmse_log`, `silog` (100 times the standard deviation of the
+    difference of logarithms), `delta1` to `delta3` (shares of pixels with a ratio below 1.25, 1.25^2, 1.25^3) and
+    `abs_rel_constant` (`abs_rel` of predicting each image's true median everywhere). Each also comes with
+    `_per_image`. Then `images` and `pixels`, the numbers that counted. With `median_scaling` the names of the errors
+    end in `_median_scaled`, so that they are not taken for errors of metric depth.
 
     Args:
-        min_depth: least depth that counts.
-        cap: largest one; None for no limit.
-        crop: "garg" or "eigen" (KITTI), "nyu", or None.
-        median_scaling: whether every prediction is scaled to its reference's median before it is compared.
+        min_depth: smallest depth that counts.
+        cap: largest depth that counts. None: no limit.
+        crop: part of the image that counts: "garg" or "eigen" (KITTI), "nyu", or None for all.
+        median_scaling: whether every prediction is first scaled to the median of its reference.
     """
 
     def __init__(
@@ -197,15 +206,15 @@ class DepthError(PixelMetric):
         **kwargs: Any,
     ) -> None:
         if crop is not None and crop not in CROPS:
-            raise ValueError(f"crop={crop!r} has to be one of {sorted(CROPS)}, or None.")
+            raise ValueError(f"crop must be one of {sorted(CROPS)} or None, got {crop!r}.")
         if not 0 < min_depth < (float("inf") if cap is None else cap):
-            raise ValueError(f"min_depth={min_depth!r}, cap={cap!r}: has to be 0 < min_depth < cap.")
+            raise ValueError(f"min_depth={min_depth!r} and cap={cap!r} must satisfy 0 < min_depth < cap.")
         self.min_depth, self.cap, self.crop, self.median_scaling = min_depth, cap, crop, median_scaling
         super().__init__(**kwargs)
 
     def _sums(self, found: Tensor, true: Tensor, **masks: Tensor) -> dict[str, dict[str, float]]:
         if true.ndim != 2:
-            raise ValueError(f"Depth of shape {tuple(true.shape)}: has to be (rows, columns).")
+            raise ValueError(f"Depth must have the shape (rows, columns), got {tuple(true.shape)}.")
         if unknown := set(masks) - {"mask"}:
             raise ValueError(f"DepthError takes the mask `mask`, not {sorted(unknown)}.")
         cap = float("inf") if self.cap is None else self.cap
@@ -234,10 +243,10 @@ class DepthError(PixelMetric):
 
 
 def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
-    """The Trainer's `compute_metrics` from one metric for each task, in the order of the model's labels.
+    """Make the Trainer's `compute_metrics` from one metric per task, in the order of the model's labels.
 
-    With `TrainingArguments(batch_eval_metrics=True)` batch after batch is read; without it the Trainer keeps the
-    predictions of the whole set in memory.
+    Use `TrainingArguments(batch_eval_metrics=True)`: the metrics then read batch after batch. Without it the Trainer
+    keeps the predictions of the whole data set in memory.
 
     Args:
         metrics: `EndPointError()` for a FlowModel, `DepthError()` for a DepthModel, both for a MotionModel.

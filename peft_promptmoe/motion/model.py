@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of motion and depth over any vision backbone, as the stock Trainer and PEFT want them."""
+"""Models for optical flow and depth on any vision backbone, for the standard Trainer and PEFT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from .base import MotionBase, MotionOutput
 
 
 class FlowModel(MotionBase):
-    """Optical flow over any vision backbone.
+    """Optical flow on any vision backbone.
+
+    The arguments are those of `peft_promptmoe.motion.base.MotionBase`.
 
     Example:
 
@@ -26,8 +28,8 @@ class FlowModel(MotionBase):
         >>> output = model(pixel_values=frames, next_pixel_values=next_frames, flow_labels=flow)
         ```
 
-    It is a class of its own because the Trainer takes every forward argument with "label" in its name for a label, and
-    reports `eval_loss` and metrics only where all of them are in the batch.
+    There is one class per task because of the Trainer: it takes every forward argument with "label" in its name for a
+    label, and reports `eval_loss` and metrics only if a batch has all of them.
     """
 
     tasks = ("flow",)
@@ -39,25 +41,30 @@ class FlowModel(MotionBase):
         flow_labels: Tensor | None = None,
         flow_mask: Tensor | None = None,
     ) -> MotionOutput:
-        """Flow from one frame to the next.
+        """Predict the flow from the first frame to the second.
 
         Args:
-            pixel_values: (B, channels, rows, columns) first frames, normalised for the backbone; any size.
+            pixel_values: (B, channels, rows, columns) first frames of any size, normalised for the backbone.
             next_pixel_values: second frames, of the same shape.
-            flow_labels: (B, 2, H, W) true flow in pixels of its own size, x first, NaN where unknown. Predictions are
-                resized to this size, their values with it.
-            flow_mask: (B, H, W), true where the flow counts in the loss.
+            flow_labels: (B, 2, H, W) true flow in pixels of the label's own size, x first, NaN where unknown. The
+                prediction is resized to this size, and its values are scaled with it.
+            flow_mask: (B, H, W), True where a pixel counts in the loss.
 
         Returns:
-            Flow of the labels' size, or without labels of the images', and the loss.
+            The flow at the size of the labels, or of the images without labels, and the loss.
+
+        Raises:
+            ValueError: the second frames are missing, or an input has a wrong shape or type.
         """
         if next_pixel_values is None:
-            raise ValueError("Flow is between two frames: give next_pixel_values, of the shape of pixel_values.")
+            raise ValueError("Flow is between two frames. Pass next_pixel_values, of the same shape as pixel_values.")
         return self._run(pixel_values, next_pixel_values, flow_labels=flow_labels, flow_mask=flow_mask)
 
 
 class DepthModel(MotionBase):
-    """Depth of single images, from any vision backbone, or from DPT, Depth Anything or GLPN with their own decoder.
+    """Depth of single images, on any vision backbone, or by DPT, Depth Anything or GLPN with their own decoder.
+
+    The arguments are those of `peft_promptmoe.motion.base.MotionBase`.
 
     Example:
 
@@ -79,25 +86,29 @@ class DepthModel(MotionBase):
     def forward(
         self, pixel_values: Tensor, depth_labels: Tensor | None = None, depth_mask: Tensor | None = None
     ) -> MotionOutput:
-        """Depth of images.
+        """Predict the depth of images.
 
         Args:
-            pixel_values: (B, channels, rows, columns), normalised for the backbone; any size.
-            depth_labels: (B, H, W) true depth; 0 or NaN where unknown. Predictions are resized to this size.
-            depth_mask: (B, H, W), true where the depth counts in the loss.
+            pixel_values: (B, channels, rows, columns) images of any size, normalised for the backbone.
+            depth_labels: (B, H, W) true depth, 0 or NaN where unknown. The prediction is resized to this size.
+            depth_mask: (B, H, W), True where a pixel counts in the loss.
 
         Returns:
-            Depth of the labels' size, or without labels of the images', and the loss.
+            The depth at the size of the labels, or of the images without labels, and the loss.
+
+        Raises:
+            ValueError: an input has a wrong shape or type.
         """
         return self._run(pixel_values, None, depth_labels=depth_labels, depth_mask=depth_mask)
 
 
 class MotionModel(MotionBase):
-    """Flow and depth at once, from one pass of the backbone over both frames.
+    """Flow and depth together, from one forward pass of the backbone over both frames.
 
-    A batch may lack the labels of one task, whose loss is left out then; all processes of a distributed run have to
-    lack it alike. The Trainer reports `eval_loss` for such batches if `TrainingArguments.label_names` names the labels
-    they have.
+    The arguments are those of `peft_promptmoe.motion.base.MotionBase`. A batch may lack the labels of one task: its
+    loss is then left out. In a distributed run the batches of all processes must have labels of the same tasks. The
+    Trainer reports `eval_loss` for such batches if `TrainingArguments.label_names` names only the labels that they
+    have.
     """
 
     tasks = ("flow", "depth")
@@ -111,17 +122,20 @@ class MotionModel(MotionBase):
         flow_mask: Tensor | None = None,
         depth_mask: Tensor | None = None,
     ) -> MotionOutput:
-        """Flow from one frame to the next, and depth of the first.
+        """Predict the flow from the first frame to the second, and the depth of the first.
 
         Args:
-            pixel_values: (B, channels, rows, columns) first frames, normalised for the backbone; any size.
-            next_pixel_values: second frames, of the same shape; without them there is no flow.
-            flow_labels: as [`FlowModel.forward`].
-            depth_labels: (B, H, W) true depth of the first frames, as [`DepthModel.forward`].
-            flow_mask: (B, H, W).
-            depth_mask: (B, H, W).
+            pixel_values: (B, channels, rows, columns) first frames of any size, normalised for the backbone.
+            next_pixel_values: second frames, of the same shape. Without them no flow is predicted.
+            flow_labels: (B, 2, H, W) true flow, as in [`FlowModel.forward`].
+            depth_labels: (B, H, W) true depth of the first frames, as in [`DepthModel.forward`].
+            flow_mask: (B, H, W), True where a pixel counts in the flow loss.
+            depth_mask: (B, H, W), True where a pixel counts in the depth loss.
 
         Returns:
-            Flow and depth, and the weighted sum of the losses there are labels for.
+            Flow and depth, and the weighted sum of the losses of the tasks with labels.
+
+        Raises:
+            ValueError: an input has a wrong shape or type.
         """
         return self._run(pixel_values, next_pixel_values, flow_labels, depth_labels, flow_mask, depth_mask)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of flow, errors and depth."""
+"""Pictures of flow, flow errors and depth."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ def _array(values: Any) -> NDArray[np.float32]:
 
 
 def flow_picture(flow: Any, max_flow: float | None = None) -> Picture:
-    """Flow by the usual colour wheel (Baker et al. 2011): direction is hue, length saturation, unknown black.
+    """Draw flow with the usual colour wheel (Baker et al. 2011): hue for direction, saturation for length.
 
     Args:
-        flow: (2, rows, columns) array or tensor, NaN where unknown.
-        max_flow: length of full colour, in pixels; longer flow looks like it. None for the longest here.
+        flow: (2, rows, columns) array or tensor in pixels, NaN where unknown. Unknown pixels are black.
+        max_flow: length that gets the full colour, in pixels; longer flow looks the same. None: the longest flow.
 
     Returns:
-        (rows, columns, 3) bytes.
+        (rows, columns, 3) uint8.
     """
     from torchvision.utils import flow_to_image
 
     values = torch.from_numpy(_array(flow))
     if values.ndim != 3 or values.shape[0] != 2:
-        raise ValueError(f"Flow of shape {tuple(values.shape)}: has to be (2, rows, columns), x first.")
+        raise ValueError(f"Flow must have the shape (2, rows, columns), x first, got {tuple(values.shape)}.")
     known = torch.isfinite(values).all(dim=0)
     values = torch.where(known, values, 0.0)
     length = values.norm(dim=0)
     top = float(length.max()) if max_flow is None else max_flow
     values = values * (top / length.clamp(min=1e-9)).clamp(max=1)
-    # torchvision divides by the longest flow of a picture: one more column brings it to the same length for all.
+    # torchvision divides by the longest flow of a picture. An extra column sets this length to `max_flow`.
     scale = torch.zeros(2, values.shape[1], 1)
     scale[0] = max(top, 1e-9)
     picture = flow_to_image(torch.cat([values, scale], dim=2))[..., :-1].permute(1, 2, 0).numpy()
@@ -46,35 +46,37 @@ def flow_picture(flow: Any, max_flow: float | None = None) -> Picture:
 
 
 def flow_legend(side: int = 64) -> Picture:
-    """(side, side, 3) the colour wheel: the colour of flow from the middle to there, white outside."""
+    """The colour wheel, (side, side, 3): a pixel has the colour of flow from the centre to it. White outside."""
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) * 2 / max(side - 1, 1) - 1
     wheel = flow_picture(np.stack([x, y]), max_flow=1.0)
     return np.where((np.hypot(x, y) <= 1)[..., None], wheel, np.uint8(255))
 
 
 def error_picture(found: Any, true: Any, max_error: float) -> Picture:
-    """End-point errors from dark (none) to bright (`max_error` pixels or more), unknown black.
+    """Draw end-point errors, from dark (no error) to bright (`max_error` or more).
 
     Args:
-        found: (2, rows, columns) flow.
-        true: (2, rows, columns) flow, NaN where unknown.
-        max_error: in pixels.
+        found: (2, rows, columns) predicted flow.
+        true: (2, rows, columns) true flow, NaN where unknown. Unknown pixels are black.
+        max_error: error that gets the brightest colour, in pixels.
 
     Returns:
-        (rows, columns, 3) bytes.
+        (rows, columns, 3) uint8.
     """
     error = np.linalg.norm(_array(found) - _array(true), axis=0)
     return _colours(error / max_error, "inferno")
 
 
 def depth_picture(depth: Any, near: float, far: float) -> Picture:
-    """Depth, bright at `near` and dark at `far`, in steps of inverse depth, unknown black.
+    """Draw depth, bright at `near` and dark at `far`. The colour follows inverse depth.
 
     Args:
-        depth: (rows, columns), zero or NaN where unknown.
+        depth: (rows, columns), zero or NaN where unknown. Unknown pixels are black.
+        near: depth of the brightest colour.
+        far: depth of the darkest colour.
 
     Returns:
-        (rows, columns, 3) bytes.
+        (rows, columns, 3) uint8.
     """
     values = _array(depth)
     inverse = 1 / np.where(np.isfinite(values) & (values > 0), values, np.nan)

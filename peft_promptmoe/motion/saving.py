@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving a model of motion or depth with its backbone, and loading it from a folder or the Hub."""
+"""Saves a model for flow or depth with its backbone, and loads it from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CARD = """---
 
 # {{ model_class }}
 
-Optical flow or depth over a vision backbone. What `save_pretrained` wrote here is loaded by
+A model for optical flow or depth on a vision backbone. To load it:
 
 ```
 pip install peft-promptmoe
@@ -40,18 +40,18 @@ model = {{ model_class }}.from_pretrained(".")  # this folder, or the id of this
 
 
 class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", "depth-estimation"]):
-    """`save_pretrained`, `from_pretrained` and `push_to_hub`.
+    """Adds `save_pretrained`, `from_pretrained` and `push_to_hub`.
 
-    A folder holds the heads (`model.safetensors`), the arguments of the model (`config.json`), and below `backbone/`
-    what the backbone's own library saves. Weights are safetensors only, and no code is read from a folder.
+    A saved folder holds the heads (`model.safetensors`), the model's arguments (`config.json`), and in `backbone/`
+    what the backbone's own library saves. Weights are stored as safetensors only, and no code is loaded from a folder.
     """
 
     def _save_pretrained(self, save_directory: Path) -> None:
         model: Any = self
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
-                f"This {type(self).__name__} carries an adapter. Save the PeftModel, whose save_pretrained writes "
-                "adapter and heads, or take the adapter out (unload, merge_and_unload) and save then."
+                f"This {type(self).__name__} carries an adapter. Call save_pretrained of the PeftModel, which saves "
+                "adapter and heads. Or remove the adapter (unload, merge_and_unload) and save again."
             )
         own = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith(f"{BACKBONE}.")}
         save_file(own, save_directory / WEIGHTS, metadata={"format": "pt"})
@@ -61,7 +61,7 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def generate_model_card(self, **values: Any) -> ModelCard:
-        """The card that says how to load the model."""
+        """Return the model card, which shows how to load the model."""
         data = self._hub_mixin_info.model_card_data
         return ModelCard.from_template(data, template_str=CARD, model_class=type(self).__name__, **values)
 
@@ -79,10 +79,11 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         backbone: nn.Module | None = None,
         **arguments: Any,
     ) -> Any:
-        """The model in a folder or a repository.
+        """Load the model from a folder or a Hub repository.
 
         Args:
-            backbone: instead of the saved one; needed where that is neither of transformers nor of timm.
+            backbone: backbone to use instead of the saved one. Needed if the backbone is neither of transformers nor
+                of timm, because such a backbone is not saved.
 
         Raises:
             ValueError: the folder holds another model, or no backbone that can be loaded.
@@ -112,16 +113,18 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False, assign=True)
         missing = [key for key in missing if not key.startswith(f"{BACKBONE}.")]
         if missing or unexpected:
-            raise ValueError(f"{model_id!r} does not fit its backbone: missing {missing}, not expected {unexpected}.")
-        model.name_or_path = model_id  # which PEFT writes into adapters, and AutoPeftModel reads there
+            raise ValueError(
+                f"The weights of {model_id!r} do not fit its backbone: missing {missing}, unexpected {unexpected}."
+            )
+        model.name_or_path = model_id  # PEFT writes this name into adapters, and AutoPeftModel reads it
         return model.eval()
 
 
 def _save_backbone(backbone: nn.Module, folder: Path) -> str | None:
-    """Save a backbone as its library does.
+    """Save a backbone in the format of its library.
 
     Returns:
-        The library: "transformers" or "timm"; None for any other, which is not saved.
+        The library, "transformers" or "timm". None for any other backbone, which is not saved.
     """
     if isinstance(backbone, PreTrainedModel):
         backbone.save_pretrained(folder)
@@ -137,10 +140,10 @@ def _save_backbone(backbone: nn.Module, folder: Path) -> str | None:
 
 
 def _drop_stages(file: Path) -> None:
-    """Take out of a config what only an AutoBackbone reads.
+    """Remove the config entries that only an AutoBackbone reads.
 
-    A model that was loaded with fewer blocks than it had (`num_hidden_layers=6`) still names its old last stage there,
-    and transformers refuses to load it again.
+    The config of a model that was loaded with fewer blocks (`num_hidden_layers=6`) still names the old last stage in
+    them, and transformers would refuse to load it.
     """
     config = json.loads(file.read_text())
     kept = {key: value for key, value in config.items() if key not in STAGES}
@@ -148,7 +151,7 @@ def _drop_stages(file: Path) -> None:
 
 
 def _timm_arguments(backbone: Any) -> dict[str, Any]:
-    """What has to be said to make the same model of timm again."""
+    """The arguments that are needed to create the same timm model again."""
     found = {name: getattr(backbone, name, None) for name in TIMM_ARGUMENTS}
     found = {name: value for name, value in found.items() if isinstance(value, int | str)}  # a ResNet's is a layer
     embedding = getattr(backbone, "patch_embed", None)
@@ -163,7 +166,7 @@ def _timm_arguments(backbone: Any) -> dict[str, Any]:
 def _load_backbone(folder: Path, library: str | None, name: str) -> nn.Module:
     if library == "transformers" and (folder / CONFIG).is_file():
         architecture = (json.loads((folder / CONFIG).read_text()).get("architectures") or [""])[0]
-        # transformers' own classes only: a name in a file must not choose what is imported
+        # Only transformers' own classes: a name in a file must not choose what is imported.
         cls: Any = getattr(transformers, str(architecture), None)
         if cls is transformers.TimmBackbone:
             # its own from_pretrained takes names of timm only
@@ -175,7 +178,7 @@ def _load_backbone(folder: Path, library: str | None, name: str) -> nn.Module:
 
         return _with_weights(timm.create_model(f"local-dir:{folder}", pretrained=False), folder)
     raise ValueError(
-        f"{name!r} holds no backbone of transformers or timm. Make it yourself and hand it over: "
+        f"{name!r} holds no backbone of transformers or timm. Create the backbone and pass it: "
         "from_pretrained(path, backbone=backbone)."
     )
 

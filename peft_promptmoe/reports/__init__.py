@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of routing and assignment, the recorder, callbacks, pictures."""
+"""Reports on routing and assignment, the routing recorder, Trainer callbacks and pictures."""

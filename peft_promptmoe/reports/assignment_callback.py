@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ProMotion's losses and prototypes in the Trainer's logs."""
+"""Trainer callback that logs ProMotion's losses and the use of its prototypes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from ..engine.model_hooks import last_aux_losses, prompt_layers
 from .assignment_report import assigned_layers, assignment_report
 from .callback import LogCallback
 
-TOGETHER = 0.9  # a mean cosine between prototypes above which they have fallen together
+TOGETHER = 0.9  # mean cosine between prototypes above which a unit counts as collapsed
 
 
 class AssignmentCallback(LogCallback):
-    """Logs ProMotion's losses and the use of its prototypes, and warns if these fall together.
+    """Trainer callback: logs ProMotion's losses and the use of its prototypes, and warns if prototypes collapse.
 
-    Logged with the training loss, of the last step before: `promotion/denoise`, `promotion/denoise_ratio` (below 1
-    noise is taken away), `promotion/margin`, `promotion/compact`; `promotion/entropy`, `promotion/min_entropy` and
-    `promotion/max_between` of `assignment_report`.
+    It logs whenever the Trainer logs the training loss. The values are those of the last training step:
+    `promotion/denoise`, `promotion/denoise_ratio` (below 1 the denoiser removes noise), `promotion/margin`,
+    `promotion/compact`, and from `assignment_report`: `promotion/entropy`, `promotion/min_entropy` and
+    `promotion/max_between`.
 
     Args:
-        together_above: a unit whose prototypes have a mean cosine above this counts as collapsed; there is one warning
-            per training. 1 for none.
+        together_above: warn if the mean cosine between the prototypes of a unit is above this: the unit has collapsed.
+            There is one warning per training. 1: no warning.
     """
 
     def __init__(self, together_above: float = TOGETHER) -> None:
@@ -67,8 +68,8 @@ class AssignmentCallback(LogCallback):
         if together and not self._warned:
             self._warned = True
             warnings.warn(
-                f"The prototypes behind the blocks {together} have fallen together (mean cosine above "
-                f"{self.together_above}), so they group nothing. Keep center=True, raise margin_weight, or use fewer "
-                "prototypes.",
+                f"The prototypes behind the blocks {together} have become nearly equal (mean cosine above "
+                f"{self.together_above}), so they no longer group patches. Keep center=True, raise margin_weight, or "
+                "use fewer prototypes.",
                 stacklevel=2,
             )

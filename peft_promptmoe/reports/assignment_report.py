@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prototypes the patches of an image went to: as a table and as a picture.
+"""Report on which prototype each patch of an image is assigned to, as a table and as a picture.
 
 Letters: `U` units, `K` prototypes, `B` images, `N` patches.
 """
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class AssignmentReport:
-    """How the units of ProMotion group patches.
+    """How the units of ProMotion group patches. A unit is the trained module behind one frozen block.
 
     Attributes:
         layers: numbers of the blocks, length U.
-        use: (U, K) share of the patches that are nearest to a prototype; rows sum to 1.
-        entropy: (U,) entropy of the use as a share of its maximum: 1 if all serve alike, 0 if one has everything.
-        margin: (U,) by how much the nearest prototype's cosine exceeds the second one's, mean over patches.
+        use: (U, K) share of the patches whose nearest prototype is this one. Rows sum to 1.
+        entropy: (U,) entropy of `use`, relative to its maximum. 1: all prototypes are used alike. 0: one gets all.
+        margin: (U,) cosine with the nearest prototype minus cosine with the second nearest, mean over patches.
         nearest: (U,) cosine with the nearest prototype, mean over patches.
-        between: (U,) cosine between two prototypes of an image, mean over pairs; near 1 they have fallen together.
-        denoising: (U,) denoising loss over the noise's variance in the last training forward; below 1 noise is taken
-            away. NaN where there was none.
-        maps: of every unit, (B, N) nearest prototypes.
-        grids: of every unit, rows and columns of the patches; None where they are not known.
+        between: (U,) cosine between two prototypes of an image, mean over pairs. Near 1 the unit has collapsed.
+        denoising: (U,) denoising loss divided by the noise's variance, from the last training forward. Below 1 the
+            denoiser removes noise. NaN if there was no such forward.
+        maps: for every unit, (B, N) number of each patch's nearest prototype.
+        grids: for every unit, (rows, columns) of the patch grid. None if unknown.
     """
 
     layers: list[int]
@@ -56,7 +56,7 @@ class AssignmentReport:
     grids: list[tuple[int, int] | None]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per unit: layer, entropy, margin, nearest, between, denoising, used (prototypes with a patch)."""
+        """Table, one row per unit: layer, entropy, margin, nearest, between, denoising, used (prototypes in use)."""
         with extra("report", "to_dataframe()"):
             import pandas as pd
 
@@ -65,7 +65,7 @@ class AssignmentReport:
 
     @property
     def over(self) -> str:
-        """What the figures stand on, in words."""
+        """The number of images that the figures are computed from, in words."""
         images = len(self.maps[0])
         return f"over {images:,} image{'' if images == 1 else 's'} of {self.maps[0].shape[1]:,} patches"
 
@@ -87,25 +87,31 @@ class AssignmentReport:
         return (self.use > 0).sum(dim=1).tolist()
 
     def plot(self, path: str | os.PathLike[str] | None = None, images: Sequence[int] = (0,)) -> Picture:
-        """Maps of some images of the last batch; a colour is a prototype.
+        """Draw the nearest prototype of every patch for some images of the last batch. A colour stands for a
+        prototype.
 
         Args:
-            path: of an image file to write; unset for none. Notebooks show what is returned.
-            images: numbers in the batch. A `FlowModel` runs both frames of its B pairs at once, so pair 0 is (0, B).
+            path: image file to write. None: no file. A notebook shows the returned picture.
+            images: numbers of the images in the batch. A `FlowModel` runs both frames of its B pairs as one batch of
+                2B, so the frames of pair 0 are (0, B).
 
         Raises:
-            ValueError: the patches' rows and columns are not known, or there is no such image.
+            ValueError: the shape of the patch grid is unknown, or the batch has no such image.
         """
         with extra("report", "plot()"):
             from .pictures import draw_maps, finish
 
         for image in images:
             if not 0 <= image < len(self.maps[0]):
-                raise ValueError(f"The last batch had the images 0 to {len(self.maps[0]) - 1}, and not {image}.")
+                raise ValueError(
+                    f"images={image} is not in the last batch, which had the images 0 to {len(self.maps[0]) - 1}."
+                )
         maps = []
         for nearest, grid in zip(self.maps, self.grids, strict=True):
             if grid is None or math.prod(grid) != nearest.shape[1]:
-                raise ValueError("The patches' rows and columns are not known: some of them were dropped on the way.")
+                raise ValueError(
+                    "The shape of the patch grid is not known, so the patches cannot be drawn: the model drops some."
+                )
             maps.append(nearest.unflatten(1, grid))
         return finish(draw_maps(self.layers, maps, self._used(), self.use.shape[1], list(images)), path)
 
@@ -114,7 +120,7 @@ FIGURES = ("entropy", "margin", "nearest", "between", "denoising")
 
 
 def assigned_layers(model: nn.Module, adapter: str | None) -> list[tuple[BlockLayer, str]]:
-    """The units that have assigned patches, with the adapter asked for (by default the first active one)."""
+    """The units that have assigned patches, each with the adapter's name (by default the first active adapter)."""
     found = []
     for layer in prompt_layers(model):
         names = [adapter] if adapter is not None else layer.active_adapters[:1]
@@ -124,14 +130,14 @@ def assigned_layers(model: nn.Module, adapter: str | None) -> list[tuple[BlockLa
 
 
 def assignment_report(model: nn.Module, adapter: str | None = None) -> AssignmentReport:
-    """Report of the last forward pass of a model with ProMotion.
+    """Report how a model with ProMotion assigned patches to prototypes in its last forward pass.
 
     Args:
         model: the model.
-        adapter: which adapter; by default the first active one.
+        adapter: name of the adapter. None: the first active one.
 
     Raises:
-        ValueError: the model has no units, or there has been no forward yet.
+        ValueError: the model has no ProMotion adapter, or no forward pass was run yet.
     """
     layers = assigned_layers(model, adapter)
     if not layers:
@@ -161,12 +167,12 @@ def _why_unassigned(model: nn.Module, adapter: str | None) -> str:
     if any(isinstance(layer, BlockLayer) and (not named or adapter in layer.prompt_config) for layer in layers):
         return f"The ProMotion adapter{named} has not been run yet, or is not active. Run the model once."
     other = layers[0].method if layers else None
-    instead = f"; it has one of {other}, which routing_report may report of" if other is not None else ""
-    return f"The model has no ProMotion adapter{named}, so no patches are assigned to prototypes{instead}."
+    instead = f" Its adapter is one of {other}: try routing_report." if other is not None else ""
+    return f"The model has no ProMotion adapter{named}, so no patches are assigned to prototypes.{instead}"
 
 
 def measure(record: Assignment) -> dict[str, Tensor]:
-    """Use (K,), margin, nearest and between () of one unit."""
+    """The figures of one unit: use (K,); margin, nearest and between ()."""
     similarity, prototypes = record.similarity.float().cpu(), record.prototypes.float().cpu()
     count = similarity.shape[-1]
     use = torch.bincount(similarity.argmax(dim=-1).flatten(), minlength=count) / similarity[..., 0].numel()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing in the Trainer's logs."""
+"""Trainer callback that logs routing."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from transformers.trainer_callback import CallbackHandler
 from ..engine.model_hooks import last_balance_loss
 from .routing_report import find_routed, normalized_entropy, tally, why_unrouted
 
-FEWEST = 32  # choices that are enough to tell a collapse from chance
+FEWEST = 32  # choices needed to tell a collapse from chance
 
 
 class LogCallback(TrainerCallback):
-    """A callback that adds values to the Trainer's logs."""
+    """Base of the callbacks that add values to the Trainer's logs."""
 
     def log_first(self) -> None:
-        """Come before the Trainer's reporters; called when training begins.
+        """Move this callback to the front of the Trainer's callbacks. Called when training begins.
 
-        The Trainer puts its reporters before a user's callbacks, and they pass the logs on as they get them; values
-        added later would reach none of them. It offers no way to ask for another order, hence the look at the callers.
+        The Trainer calls its reporters (TensorBoard and others) before a user's callbacks, so values that a callback
+        adds would not reach them. The Trainer has no option for the order. So this looks for its callback handler in
+        the calling frames.
         """
         frame = inspect.currentframe()
         caller = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
@@ -34,24 +35,25 @@ class LogCallback(TrainerCallback):
             handler.callbacks.insert(0, self)
 
     def add(self, values: dict[str, float], logs: dict[str, Any], state: Any) -> None:
-        """Add values to what is being logged, and to the history."""
+        """Add values to the current log entry and to the Trainer's log history."""
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
 
 
 class RoutingCallback(LogCallback):
-    """Logs expert load, load entropy and balance loss to whatever the Trainer reports to, and warns of collapse.
+    """Trainer callback: logs expert load, load entropy and balance loss, and warns if routing collapses.
 
-    Logged with the training loss, over the steps since the last log: `routing/entropy` (mean of the layers),
-    `routing/min_entropy`, `routing/max_load`, and `routing/balance_loss` where there is one.
+    It logs whenever the Trainer logs the training loss, to wherever the Trainer reports. The values cover the steps
+    since the last log: `routing/entropy` (mean over layers), `routing/min_entropy`, `routing/max_load`, and
+    `routing/balance_loss` if the adapter has that loss.
+
+    If the model has no router, the callback warns once when training begins, and logs nothing.
 
     Args:
-        per_layer: also log `routing/layer_<n>/entropy` and `routing/layer_<n>/load_<expert>`.
-        collapse_below: a layer whose load entropy, over `FEWEST` choices or more, is under this share of its maximum
-            counts as collapsed; there is one warning per training. 0 for none.
-
-    Where the model has no routers there is one warning when training begins, and nothing is logged.
+        per_layer: whether to log `routing/layer_<n>/entropy` and `routing/layer_<n>/load_<expert>` too.
+        collapse_below: warn if the load entropy of a layer, relative to its maximum, is below this. At least 32
+            choices are counted first. There is one warning per training. 0: no warning.
     """
 
     def __init__(self, per_layer: bool = False, collapse_below: float = 0.1) -> None:
@@ -61,7 +63,7 @@ class RoutingCallback(LogCallback):
 
     def _forget(self) -> None:
         self._sums: dict[int, tuple[Tensor, Tensor]] = {}  # since the last log
-        self._watched: dict[int, tuple[Tensor, Tensor]] = {}  # since the last look for a collapse
+        self._watched: dict[int, tuple[Tensor, Tensor]] = {}  # since the last check for a collapse
         self._warned = False
 
     def on_train_begin(
@@ -79,7 +81,7 @@ class RoutingCallback(LogCallback):
                 chosen, _, count = (part.sum(dim=0) for part in tally(record))
                 self._sums[layer.site.index] = added(self._sums.get(layer.site.index), (chosen, count))
 
-    # With gradient accumulation a step is several forwards, and only the last ends in on_step_end.
+    # With gradient accumulation a step is several forward passes. The Trainer calls on_step_end after the last only.
     on_substep_end = on_step_end
 
     def on_log(
@@ -123,12 +125,12 @@ class RoutingCallback(LogCallback):
         self._warned = True
         warnings.warn(
             f"The routers of layers {collapsed} send nearly everything to one expert (load entropy below "
-            f"{self.collapse_below}), which makes them static prompts. Try router_centering=True, routing='token' or "
-            "a balance_loss_weight, or save parameters with num_experts=1.",
+            f"{self.collapse_below}), so these layers act like static prompts. Try router_centering=True, "
+            "routing='token' or a balance_loss_weight. Or use num_experts=1, which needs fewer parameters.",
             stacklevel=2,
         )
 
 
 def added(old: tuple[Tensor, Tensor] | None, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Choices and counts with those of before."""
+    """Sums of choices and counts; `old` is None at first."""
     return new if old is None else (old[0] + new[0], old[1] + new[1])

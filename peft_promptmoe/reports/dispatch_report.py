@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Report of pMoE: what dispatchers read, and which expert decides."""
+"""Report on pMoE: what the prompts of each block are made of, and which expert decides the prediction."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class DispatchReport:
-    """What the prompts of every block were made of in the last forward, and which expert decided the prediction.
+    """What the prompts of every block were made of in the last forward pass, and which expert decided the prediction.
 
-    Letters: `K` experts, the base model first; `L` blocks in all of them.
+    Letters: `K` experts, the base model first; `L` blocks of all experts together.
 
     Attributes:
-        experts: names, length K.
+        experts: names of the experts, length K.
         blocks: (number of the expert, number of the block), length L.
-        shares: (L, K + 2) mean share of each expert's prompts, of the carried prompts and of the patches. For
-            dispatchers "expert", "mean" and "none", which add the carried prompts in full, the experts' shares only.
-        decision: (K,) mean of the experts' terms in the logit of the predicted class, or None before a forward in
-            evaluation mode or without a classifier that sums over experts (fusion "mean").
-        decided: (K,) how often an expert had the largest term.
-        images: how many images the figures stand on.
+        shares: (L, K + 2) mean share of each expert's prompts, of the carried prompts and of the patches. The last two
+            are 0 for dispatchers "expert", "mean" and "none": they add the carried prompts in full, outside the
+            shares.
+        decision: (K,) mean of each expert's term in the logit of the predicted class. None before a forward pass in
+            evaluation mode, and for fusion "mean", whose classifier has no terms per expert.
+        decided: (K,) share of images for which an expert had the largest term. None like `decision`.
+        images: number of images that the figures are computed from.
     """
 
     experts: list[str]
@@ -44,16 +45,16 @@ class DispatchReport:
 
     @property
     def over(self) -> str:
-        """What the figures stand on, in words."""
+        """The number of images that the figures are computed from, in words."""
         return f"over {self.images:,} image{'' if self.images == 1 else 's'}"
 
     @property
     def groups(self) -> list[str]:
-        """What prompts can be made of: the columns of `shares`, and two more that it may lack."""
+        """Names of the columns of `shares`, length K + 2."""
         return [f"prompts of {name}" for name in self.experts] + ["carried prompts", "patches"]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per expert, block and group: expert, block, group, share."""
+        """Table, one row per expert, block and group: expert, block, group, share."""
         with extra("report", "to_dataframe()"):
             import pandas as pd
 
@@ -90,10 +91,10 @@ class DispatchReport:
         return "".join(tables)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Picture:
-        """Bars of the shares, a panel for each expert and a bar for each of its blocks.
+        """Draw the shares as bars: one panel per expert, one bar per block.
 
         Args:
-            path: of an image file to write; unset for none. Notebooks show what is returned.
+            path: image file to write. None: no file. A notebook shows the returned picture.
         """
         with extra("report", "plot()"):
             from .pictures import draw_dispatch, finish

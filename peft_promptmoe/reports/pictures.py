@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of reports. Needs matplotlib; reports import this module when a picture is asked for."""
+"""Pictures of the reports. Needs matplotlib: the reports import this module only when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-SCREEN = (12.0, 6.5)  # inches that a map may take, so that a page or screen shows all of it
-LABELS = 24  # along an axis
+SCREEN = (12.0, 6.5)  # largest size of a map in inches, so that it fits a page or screen
+LABELS = 24  # most labels along an axis
 PANELS_ABREAST = 5
-CARRIED, PATCHES = "0.55", "0.8"  # greys of what is no expert's
+CARRIED, PATCHES = "0.55", "0.8"  # greys of the parts that belong to no expert
 
 Path = str | os.PathLike[str]
 
 
 class Picture(Figure):
-    """A figure that notebooks show by itself, without pyplot."""
+    """A matplotlib figure that notebooks show without pyplot."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -33,7 +33,7 @@ class Picture(Figure):
 
 
 def draw_load(layers: Sequence[int], load: Tensor, entropy: Tensor, over: str) -> Picture:
-    """Heat map of the load, layers by experts, and beside it the entropy of each layer's load."""
+    """Draw a heat map of the load (layers by experts), with the entropy of each layer's load beside it."""
     depth, experts = load.shape
     height = min(0.3 * depth, SCREEN[1])
     figure = Picture(figsize=(min(2.6 + 0.6 * experts, SCREEN[0]), 1.9 + height), layout="constrained")
@@ -56,14 +56,14 @@ def draw_load(layers: Sequence[int], load: Tensor, entropy: Tensor, over: str) -
 def draw_pathways(
     layers: Sequence[int], ways: Tensor, names: Sequence[str], counts: Sequence[str], heading: str
 ) -> Picture:
-    """One heat map, layers by experts, for each class.
+    """Draw one heat map (layers by experts) per class.
 
     Args:
         layers: numbers of the layers.
         ways: (C, L, E) shares.
-        names: of the classes.
-        counts: what each stands on.
-        heading: of the whole.
+        names: names of the classes.
+        counts: for each class, the number of samples in words.
+        heading: heading of the picture.
     """
     count, depth, experts = ways.shape
     columns = min(count, PANELS_ABREAST)
@@ -91,7 +91,7 @@ def draw_pathways(
 def draw_dispatch(
     experts: Sequence[str], blocks: Sequence[tuple[int, int]], shares: Tensor, decided: Tensor | None, over: str
 ) -> Picture:
-    """What the prompts of every block are made of: a panel for each expert, a bar for each of its blocks."""
+    """Draw what the prompts of every block are made of: one panel per expert, one bar per block."""
     count = len(experts)
     columns = min(count, 3)
     rows = math.ceil(count / columns)
@@ -127,14 +127,14 @@ def draw_dispatch(
 def draw_maps(
     layers: Sequence[int], maps: Sequence[Tensor], used: Sequence[int], prototypes: int, images: Sequence[int]
 ) -> Picture:
-    """The nearest prototype of each patch, a row of panels for each image.
+    """Draw the nearest prototype of each patch: one row of panels per image.
 
     Args:
         layers: numbers of the blocks.
-        maps: of every block, (B, rows, columns).
-        used: of every block, how many prototypes are the nearest of some patch.
-        prototypes: how many there are.
-        images: numbers in the batch.
+        maps: for every block, (B, rows, columns) number of each patch's nearest prototype.
+        used: for every block, how many prototypes are nearest to some patch.
+        prototypes: number of prototypes.
+        images: numbers of the images in the batch.
     """
     columns = min(len(layers), PANELS_ABREAST)
     deep = math.ceil(len(layers) / columns)
@@ -163,14 +163,14 @@ def draw_maps(
 
 
 def finish(figure: Picture, path: Path | None) -> Picture:
-    """The figure, written to an image file if there is a path."""
+    """Return the figure, after writing it to an image file if there is a path."""
     if path is not None:
         figure.savefig(path, dpi=150)
     return figure
 
 
 def thin(axis: Any, labels: Sequence[Any], most: int = LABELS) -> None:
-    """Label an axis, every few places where there are too many; the first one always."""
+    """Label an axis. If there are too many labels, label every few places, always with the first."""
     step = math.ceil(len(labels) / most)
     places = range(0, len(labels), max(step, 1))
     axis.set_ticks(places, [str(labels[place]) for place in places], fontsize=8)

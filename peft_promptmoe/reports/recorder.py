@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing recorded over many forward passes."""
+"""Recorder of routing over many forward passes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .routing_report import RoutingReport, counted, routed_layers, tally
 if TYPE_CHECKING:
     from .pictures import Picture
 
-PANELS = 20  # classes that a picture shows unless they are asked for
+PANELS = 20  # most classes in a picture, unless they are named
 
 
 class RoutingRecorder:
-    """Routing summed over many forward passes, by class if the samples' classes are known.
+    """Sums of routing over many forward passes, by class if labels are given.
 
-    [`record_routing`] makes it. Training forwards do not count.
+    Use [`record_routing`] to make one. Forward passes in training mode are not counted.
 
     Args:
-        layers: layers to record, with the adapter.
-        labels: class of every sample in the order in which they will pass through the model; None for no classes.
+        layers: the layers to record, each with the name of the adapter.
+        labels: class of every sample, in the order in which samples go through the model. None: no classes.
 
     Attributes:
         classes: the classes, sorted, length C; `[None]` without labels.
@@ -45,10 +45,10 @@ class RoutingRecorder:
         self._by_token = False
 
     def observe(self, name: str, adapter: str, record: RoutingRecord) -> None:
-        """Take one layer's record in; called by the layer.
+        """Add the record of one layer's forward pass. Called by the layer.
 
         Raises:
-            ValueError: more samples have come than there are labels.
+            ValueError: there are more samples than labels.
         """
         if record.training or (name, adapter) not in {(layer.site.name, own) for layer, own in self.layers}:
             return
@@ -60,8 +60,8 @@ class RoutingRecorder:
         if self._label is not None:
             if stop > len(self._label):
                 raise ValueError(
-                    f"record_routing got {len(self._label)} labels and has now seen {stop} samples. Pass one label "
-                    "for each sample that goes through the model, in order."
+                    f"record_routing got {len(self._label)} labels but {stop} samples. Pass one label per sample, in "
+                    "the order in which samples go through the model."
                 )
             rows = torch.tensor(self._label[start:stop])
         if name not in self._sums:
@@ -71,15 +71,17 @@ class RoutingRecorder:
             total.index_add_(0, rows, part)
 
     def _stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choices and gates (L, C, E), routed inputs and samples (L, C)."""
+        """Sums of choices and gates (L, C, E), and numbers of routed inputs and of samples (L, C)."""
         if not self._sums:
-            raise ValueError("No forward pass in evaluation mode was recorded; call model.eval() and run the data.")
+            raise ValueError(
+                "No forward pass in evaluation mode was recorded. Call model.eval() and run the data in the block."
+            )
         sums = [self._sums[layer.site.name] for layer, _ in self.layers]
         chosen, gates, count, samples = (torch.stack(parts) for parts in zip(*sums, strict=True))
         return chosen, gates, count, samples
 
     def report(self) -> RoutingReport:
-        """Report over everything recorded."""
+        """Return the report over everything recorded."""
         chosen, gates, count, samples = (part.sum(dim=1) for part in self._stacked())
         tokens = count.long().tolist() if self._by_token else None
         count = count[:, None].clamp(min=1.0)
@@ -87,12 +89,12 @@ class RoutingRecorder:
         return RoutingReport(self._numbers(), load, gate, samples.long().tolist(), tokens)
 
     def pathways(self) -> Tensor:
-        """(C, L, E) share of each class's choices that fell on an expert."""
+        """Return the share of each class's choices that went to each expert, (C, L, E)."""
         chosen, _, count, _ = self._stacked()
         return (chosen / count[..., None].clamp(min=1.0)).transpose(0, 1).float()
 
     def mutual_information(self) -> Tensor:
-        """(L,) bits that the chosen expert tells about the class, every class weighing the same."""
+        """Return the mutual information of expert and class in bits, (L,). Every class has the same weight."""
         given = self.pathways().double()
         marginal = given.mean(dim=0)
         entropy = torch.special.entr(marginal).sum(dim=-1) - torch.special.entr(given).sum(dim=-1).mean(dim=0)
@@ -101,21 +103,21 @@ class RoutingRecorder:
     def plot_pathways(
         self, path: str | os.PathLike[str] | None = None, classes: Sequence[Any] | None = None
     ) -> Picture:
-        """One heat map of layers by experts for each class: where its choices fell.
+        """Draw one heat map per class (layers by experts): the share of its choices that went to each expert.
 
         Args:
-            path: of an image file to write; unset for none. Notebooks show what is returned.
-            classes: which to show. Unset, all of them, of more than 20 the first 20; the title says so.
+            path: image file to write. None: no file. A notebook shows the returned picture.
+            classes: the classes to show. None: all, or the first 20 if there are more, which the title then says.
 
         Raises:
-            ValueError: there is no such class, or nothing was recorded.
+            ValueError: a class was not recorded, or nothing was recorded.
         """
         with extra("report", "plot_pathways()"):
             from .pictures import draw_pathways, finish
 
         shown = list(classes) if classes is not None else self.classes[:PANELS]
         if missing := [each for each in shown if each not in self.classes]:
-            raise ValueError(f"classes={missing} are not among the recorded ones: {self.classes}.")
+            raise ValueError(f"classes={missing} were not recorded. The recorded classes are {self.classes}.")
         places = [self.classes.index(each) for each in shown]
         _, _, count, samples = self._stacked()
         counts = [self._over(count[:, place], samples[:, place]) for place in places]
@@ -139,20 +141,20 @@ class RoutingRecorder:
 def record_routing(
     model: nn.Module, labels: Sequence[Any] | Tensor | None = None, adapter: str | None = None
 ) -> Iterator[RoutingRecorder]:
-    """Record the routing of all evaluation forwards within the block.
+    """Record the routing of all forward passes in evaluation mode inside a `with` block.
 
-    The recorder that the block is given, a [`RoutingRecorder`], has
+    The block gets a [`RoutingRecorder`] with
 
     - `report()`: a [`RoutingReport`] over everything recorded (`to_dataframe()`, `plot()`),
-    - `pathways()`: (C, L, E) share of each class's choices that fell on an expert,
-    - `mutual_information()`: (L,) bits that the chosen expert tells about the class,
+    - `pathways()`: share of each class's choices that went to each expert, (C, L, E),
+    - `mutual_information()`: mutual information of expert and class in bits, (L,),
     - `plot_pathways(path)`: the pathways as a picture,
     - `classes`: the classes, in the order of C.
 
     Args:
         model: a model with an adapter of this package.
-        labels: class of every sample, in the order in which they pass through the model, for pathways per class.
-        adapter: which adapter; by default the first active one.
+        labels: class of every sample, in the order in which samples go through the model. None: no classes.
+        adapter: name of the adapter. None: the first active one.
 
     Raises:
         ValueError: the adapter has no router.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the routers chose: as a table, as pictures, and over a data set.
+"""Report on what the routers chose, as a table and as a picture.
 
 Letters: `L` prompted layers, `E` experts, `C` classes.
 """
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class RoutingReport:
-    """Load, gate and entropy of the experts of every layer.
+    """Load, gates and load entropy of the experts of every layer.
 
     Attributes:
         layers: numbers of the layers, length L.
-        load: (L, E) share of all choices that fell on an expert; rows sum to 1.
-        gate: (L, E) mean gate of an expert, zero where it was not chosen.
-        samples: of each layer, how many samples the figures stand on.
-        tokens: of each layer, how many tokens; None for routing by sample.
-        entropy: (L,) entropy of the load as a share of its maximum: 1 is perfect balance, 0 one expert for everything.
+        load: (L, E) share of all choices that went to an expert. Rows sum to 1.
+        gate: (L, E) mean gate of an expert over all inputs, counted as zero where it was not chosen.
+        samples: for each layer, the number of samples counted.
+        tokens: for each layer, the number of tokens counted. None for routing="sample".
+        entropy: (L,) entropy of the load, relative to its maximum. 1: perfect balance. 0: one expert gets everything.
     """
 
     layers: list[int]
@@ -53,13 +53,13 @@ class RoutingReport:
 
     @property
     def over(self) -> str:
-        """What the figures stand on, in words."""
+        """The number of samples and tokens that the figures are computed from, in words."""
         if self.tokens is None:
             return f"over {counted(self.samples, 'sample')}, each routed as a whole"
         return f"over {counted(self.tokens, 'token')} of {counted(self.samples, 'sample')}"
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per layer and expert: layer, expert, load, gate; entropy, samples and tokens of the layer."""
+        """Table, one row per layer and expert: layer, expert, load, gate; the layer's entropy, samples and tokens."""
         with extra("report", "to_dataframe()"):
             import pandas as pd
 
@@ -92,10 +92,10 @@ class RoutingReport:
         return html_table(f"Expert load by layer, {self.over}", columns, rows)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Picture:
-        """Heat map of the load, layers by experts, with the entropy of each layer's load.
+        """Draw a heat map of the load (layers by experts), with the entropy of each layer's load.
 
         Args:
-            path: of an image file to write; unset for none. Notebooks show what is returned.
+            path: image file to write. None: no file. A notebook shows the returned picture.
         """
         with extra("report", "plot()"):
             from .pictures import draw_load, finish
@@ -104,7 +104,7 @@ class RoutingReport:
 
 
 def counted(numbers: list[int], noun: str) -> str:
-    """ "12 tokens", or "9 to 12 tokens" where layers differ."""
+    """Numbers in words: "12 tokens", or "9 to 12 tokens" if layers differ."""
     low, high = min(numbers), max(numbers)
     several = f"{low:,} to {high:,}" if low < high else f"{high:,}"
     return f"{several} {noun}{'' if high == 1 else 's'}"
@@ -115,14 +115,14 @@ def _each(values: list[Any], times: int) -> list[Any]:
 
 
 def normalized_entropy(load: Tensor) -> Tensor:
-    """Entropy over the last axis as a share of its maximum; (..., E) to (...)."""
+    """Entropy over the last axis, relative to its maximum: (..., E) to (...)."""
     return torch.special.entr(load).sum(dim=-1) / math.log(load.shape[-1])
 
 
 def tally(record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over one record per sample: choices (B, E), gates (B, E) and the number of routed inputs (B,).
+    """Per-sample sums of one record: choices (B, E), gates (B, E) and the number of routed inputs (B,).
 
-    A choice of K experts counts 1/K for each, so that an input counts once; padding counts nothing.
+    Each of the K experts chosen for an input counts 1/K, so that every input counts once. Padding is not counted.
     """
     gates = record.log_gates.float().exp()
     chosen = torch.isfinite(record.log_gates).float()
@@ -135,7 +135,7 @@ def tally(record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def find_routed(model: nn.Module, adapter: str | None) -> list[tuple[PromptLayer, str]]:
-    """The prompt layers that have a router, with the adapter asked for (by default the first active one)."""
+    """The prompt layers that have a router, each with the adapter's name (by default the first active adapter)."""
     found = []
     for layer in prompt_layers(model):
         names = [adapter] if adapter is not None else layer.active_adapters[:1]
@@ -144,10 +144,10 @@ def find_routed(model: nn.Module, adapter: str | None) -> list[tuple[PromptLayer
 
 
 def routed_layers(model: nn.Module, adapter: str | None) -> list[tuple[PromptLayer, str]]:
-    """As `find_routed`.
+    """Like `find_routed`, but with an error if there is none.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no layer has a router.
     """
     found = find_routed(model, adapter)
     if not found:
@@ -156,7 +156,7 @@ def routed_layers(model: nn.Module, adapter: str | None) -> list[tuple[PromptLay
 
 
 def why_unrouted(model: nn.Module, adapter: str | None) -> str:
-    """Why there is no router to report of."""
+    """The message that says why there is no router to report on."""
     layers = [layer for layer in prompt_layers(model) if layer.prompt_config]
     if not layers:
         return (
@@ -173,20 +173,20 @@ def why_unrouted(model: nn.Module, adapter: str | None) -> str:
 
 
 def routing_report(model: nn.Module, adapter: str | None = None) -> RoutingReport | DispatchReport:
-    """Report of what the routers chose in the last forward pass.
+    """Report what the routers chose in the last forward pass.
 
-    After `generate` with a cache it is of the whole generation: the prompt and every token since. (Code that is
-    compiled keeps the last forward only; the report says how many tokens it stands on.)
+    After `generate` with a key/value cache the report covers the whole generation: the prompt and all generated tokens
+    that the model has read. Compiled code keeps the last forward pass only. The report says how many tokens it counts.
 
     Args:
         model: a model with an adapter of this package.
-        adapter: which adapter; by default the first active one.
+        adapter: name of the adapter. None: the first active one.
 
     Returns:
-        A [`RoutingReport`]; of pMoE, whose dispatchers choose, a [`DispatchReport`].
+        A [`RoutingReport`]. For pMoE, which has dispatchers instead of routers, a [`DispatchReport`].
 
     Raises:
-        ValueError: nothing is routed, or there has been no forward yet.
+        ValueError: the adapter has no router, or no forward pass was run yet.
     """
     for shared in model.modules():
         if isinstance(shared, SharedLayer):
@@ -197,7 +197,7 @@ def routing_report(model: nn.Module, adapter: str | None = None) -> RoutingRepor
     found = routed_layers(model, adapter)
     records = [layer.last_routing.get(name, []) for layer, name in found]
     if not all(records):
-        raise ValueError("No forward pass has been routed yet; run the model once before asking for a report.")
+        raise ValueError("No forward pass was routed yet. Run the model once before asking for a report.")
     loads, gates, samples, tokens = [], [], [], []
     for steps in records:
         parts = [[part.sum(dim=0).cpu() for part in tally(record)] for record in steps]

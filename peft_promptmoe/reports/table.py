@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports as HTML tables, which notebooks show."""
+"""HTML tables of the reports, for notebooks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 class Share(float):
-    """A number from 0 to 1 that fills its cell's background."""
+    """A number from 0 to 1, shown with a bar of this length behind it."""
 
 
 def html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """An HTML table; numbers get three digits, and a `Share` fills its cell as far as it goes.
+    """Make an HTML table. Floats get three digits, and a `Share` gets a bar behind it.
 
     Args:
-        caption: above the table.
-        columns: heads.
-        rows: values, one for each column; None for an empty cell.
+        caption: text above the table.
+        columns: headings of the columns.
+        rows: values, one per column. None: an empty cell.
     """
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
@@ -29,7 +29,7 @@ def html_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[Any
 def _cell(value: Any) -> str:
     if isinstance(value, Share):
         full = round(100 * min(max(value, 0.0), 1.0))
-        # Half transparent, so that it can be read on light and dark pages.
+        # Half transparent, so that the text is readable on light and dark pages.
         bar = f"linear-gradient(90deg, rgba(33, 145, 140, 0.5) {full}%, transparent {full}%)"
         return f'<td style="text-align: right; background: {bar}">{value:.3f}</td>'
     if isinstance(value, float):

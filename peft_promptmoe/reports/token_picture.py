@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Picture and animation of the routing of one text's tokens. Needs matplotlib."""
+"""Picture and animation of which expert each token of a text chose. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .pictures import LABELS, Picture, distinct, thin
 
 WIDTH = 9.0  # inches
 LINE = 74  # characters of text in a line
-REST = 2500  # milliseconds that the last layer stays
-COLOURS = 128  # of a file
+REST = 2500  # milliseconds that the last layer is shown
+COLOURS = 128  # in the palette of a file
 FADED = 0.55  # opacity behind letters, so that they can be read on any colour
 
 
 def lines_of(tokens: Sequence[str], width: int = LINE) -> list[tuple[int, int]]:
-    """Line and column of every token, lines broken between tokens.
+    """(line, column) of every token. Lines are broken between tokens.
 
     Args:
-        tokens: as they are shown.
-        width: characters in a line; a longer token has a line of its own.
+        tokens: texts of the tokens.
+        width: characters per line. A longer token gets its own line.
     """
     places, line, column = [], 0, 0
     for token in tokens:
@@ -42,13 +42,13 @@ def lines_of(tokens: Sequence[str], width: int = LINE) -> list[tuple[int, int]]:
 
 
 def shown(token: str) -> str:
-    """A token as people read it: the marks of byte-level and sentencepiece vocabularies as spaces."""
+    """A token in readable form: the space marks of byte-level and sentencepiece vocabularies become spaces."""
     text = token.replace("\u0120", " ").replace("\u2581", " ").replace("\u010a", "\u21b5").replace("\n", "\u21b5")
     return text.replace("$", r"\$") or " "
 
 
 class Frames:
-    """The picture with the map filled up to some layer."""
+    """A picture of text and map, with the map filled up to a layer."""
 
     def __init__(self, layers: Sequence[int], tokens: Sequence[str], experts: Tensor, count: int) -> None:
         self.layers, self.experts = layers, experts.numpy()
@@ -67,7 +67,7 @@ class Frames:
         self.figure.legend(handles=keys[:LABELS], loc="outside lower center", **style)
 
     def show(self, number: int) -> None:
-        """Fill the map to a layer, and give the text its colours."""
+        """Fill the map up to a layer, and colour the text by that layer's experts."""
         filled = np.ma.masked_all(self.experts.shape, dtype=int)
         filled[: number + 1] = self.experts[: number + 1]
         self.image.set_data(filled)
@@ -103,13 +103,13 @@ def _map(axes: Axes, layers: Sequence[int], tokens: int, colours: Sequence[Any])
 
 
 def draw_tokens(layers: Sequence[int], tokens: Sequence[str], experts: Tensor, count: int) -> Picture:
-    """Text and map of all layers.
+    """Draw the text and the map of all layers.
 
     Args:
         layers: numbers of the layers.
-        tokens: of the text.
+        tokens: tokens of the text.
         experts: (L, T) chosen experts.
-        count: how many experts there are.
+        count: number of experts.
     """
     frames = Frames(layers, tokens, experts, count)
     frames.show(len(layers) - 1)
@@ -124,7 +124,7 @@ def write_animation(
     count: int,
     seconds: float,
 ) -> None:
-    """One frame for each layer; the last one stays longer."""
+    """Write an animation with one frame per layer. The last one is shown longer."""
     frames = Frames(layers, tokens, experts, count)
     canvas = FigureCanvasAgg(frames.figure)
     images = []
@@ -140,9 +140,9 @@ def write_animation(
 
 
 def with_palette(images: Sequence[np.ndarray[Any, Any]]) -> list[Image.Image]:
-    """Images with one palette of their most frequent colours; others become the nearest of these.
+    """Images with one common palette: their most frequent colours. Other colours become the nearest of these.
 
-    Pillow's own choice of colours shifts those of plain areas, which here have a meaning.
+    Pillow's own palette would change the colours of plain areas, which stand for experts here.
 
     Args:
         images: (height, width, 3), uint8.

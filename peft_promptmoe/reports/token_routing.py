@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which expert each token of a text chose, layer by layer: as a picture and as an animation.
+"""Report on which expert each token of a text chose, layer by layer, as a picture and as an animation.
 
 Letters: `L` prompted layers, `T` tokens, `E` experts.
 """
@@ -28,9 +28,9 @@ class TokenRouting:
 
     Attributes:
         layers: numbers of the layers, length L.
-        tokens: the text's tokens, length T.
-        experts: (L, T) the chosen expert; of several, the one with the largest gate.
-        num_experts: E.
+        tokens: tokens of the text, length T.
+        experts: (L, T) chosen expert. For top_k above 1, the expert with the largest gate.
+        num_experts: number of experts, E.
     """
 
     layers: list[int]
@@ -39,10 +39,10 @@ class TokenRouting:
     num_experts: int
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Picture:
-        """The text in the colours of the last layer's experts, above a map of layers by tokens.
+        """Draw the text in the colours of the last layer's experts, above a map of layers by tokens.
 
         Args:
-            path: of an image file to write; unset for none. Notebooks show what is returned.
+            path: image file to write. None: no file. A notebook shows the returned picture.
         """
         with extra("report", "plot()"):
             from .pictures import finish
@@ -51,14 +51,14 @@ class TokenRouting:
         return finish(draw_tokens(self.layers, self.tokens, self.experts, self.num_experts), path)
 
     def animate(self, path: str | os.PathLike[str], seconds: float = 0.4) -> None:
-        """Write an animation that goes through the layers: a GIF, or an APNG if the path ends in ".png".
+        """Write an animation with one frame per layer: a GIF, or an APNG if the path ends in ".png" or ".apng".
 
-        It repeats for ever and stays longer on the last layer. For another background set matplotlib's `rcParams`, for
-        example by `plt.style.context("dark_background")`.
+        It repeats for ever and shows the last layer longer. To change the background, set matplotlib's `rcParams`, for
+        example with `plt.style.context("dark_background")`.
 
         Args:
-            path: of the file to write.
-            seconds: that each layer is shown.
+            path: file to write.
+            seconds: time per layer, in seconds.
         """
         with extra("report", "animate()"):
             from .token_picture import write_animation
@@ -69,20 +69,20 @@ class TokenRouting:
 def token_routing(
     model: nn.Module, tokens: Sequence[str], sample: int = 0, adapter: str | None = None
 ) -> TokenRouting:
-    """Which expert each token of one text chose in the last forward pass.
+    """Report which expert each token of one text chose in the last forward pass.
 
-    After `generate` with a cache it is of the prompt and of the generated tokens. The model has not read the last
-    generated token, so leave that out. Beams of a beam search change places, so generate without one.
+    After `generate` with a key/value cache the report covers the prompt and the generated tokens. The model has not
+    read the last generated token, so leave that token out. Do not use beam search: beams change places in the batch.
 
     Args:
-        model: a model with MEPT that routes by token.
-        tokens: the text's tokens without padding, as `tokenizer.convert_ids_to_tokens` gives them.
+        model: a model with a MEPT adapter with routing="token".
+        tokens: tokens of the text without padding, as `tokenizer.convert_ids_to_tokens` returns them.
         sample: number of the text in the batch.
-        adapter: which adapter; by default the first active one.
+        adapter: name of the adapter. None: the first active one.
 
     Raises:
-        ValueError: the adapter does not route by token, there has been no forward yet, there is no such sample, or it
-            had another number of tokens.
+        ValueError: the adapter does not route by token, no forward pass was run yet, the batch has no such sample, or
+            the sample had another number of tokens.
 
     Example:
 
@@ -94,19 +94,21 @@ def token_routing(
     found = routed_layers(model, adapter)
     records = [layer.last_routing.get(name, []) for layer, name in found]
     if not all(records):
-        raise ValueError("No forward pass has been routed yet; run the model once before asking for its tokens.")
+        raise ValueError("No forward pass was routed yet. Run the model once before asking for its tokens.")
     if not all(record.by_token for steps in records for record in steps):
         raise ValueError(
-            "The adapter routes every text as a whole (routing='sample'), so no token chose for itself. "
-            "routing_report(model) shows what was chosen."
+            "The adapter has routing='sample': it chooses experts per text, not per token. Use routing_report(model) "
+            "instead."
         )
     if not 0 <= sample < len(records[0][0]):
-        raise ValueError(f"The last batch had the samples 0 to {len(records[0][0]) - 1}, and not {sample}.")
+        raise ValueError(
+            f"sample={sample} is not in the last batch, which had the samples 0 to {len(records[0][0]) - 1}."
+        )
     experts = [torch.cat([_chosen(record, sample) for record in steps]) for steps in records]
     if wrong := [len(row) for row in experts if len(row) != len(tokens)]:
         raise ValueError(
-            f"tokens has {len(tokens)}, but the last pass routed {wrong[0]} tokens of sample {sample}. Pass them "
-            "without padding, and after generate without the last one, which the model has not read."
+            f"There are {len(tokens)} tokens, but the last forward pass routed {wrong[0]} tokens of sample {sample}. "
+            "Pass tokens without padding. After generate, leave out the last token, which the model has not read."
         )
     layers = [layer.site.index for layer, _ in found]
     return TokenRouting(layers, list(tokens), torch.stack(experts), records[0][0].log_gates.shape[-1])

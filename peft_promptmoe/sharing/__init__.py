@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving and loading adapters: checks, roll-back, names, the model card."""
+"""Saving and loading of adapters: checks of files, roll-back, adapter names, the model card."""

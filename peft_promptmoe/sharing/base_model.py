@@ -11,18 +11,18 @@ from torch import nn
 
 @dataclass(frozen=True)
 class BaseModelCard:
-    """What a card has to say of the base model.
+    """What a model card says about the base model.
 
     Attributes:
-        num_labels: outputs of its head.
-        class_names: of its outputs, in order; empty where nobody has named them.
-        timm_weights: name and tag of timm's weights; None for models of transformers.
-        trained: False for a timm model that still has the weights it was initialised with.
-        image_size: rows and columns of pixels; None for text.
-        resized: whether `image_size` is another than that of timm's weights.
-        channels: of an image.
-        classifies_images: whether its outputs are scores of an image's classes.
-        own_class: whether it is a class of this package, which PEFT imports only where it is told to.
+        num_labels: number of outputs of its head.
+        class_names: names of these outputs, in order. Empty if the user gave none.
+        timm_weights: name and tag of timm's weights. None for models of transformers.
+        trained: False for a timm model that still has its initial random weights.
+        image_size: (rows, columns) in pixels. None for text models.
+        resized: whether `image_size` differs from the size of timm's weights.
+        channels: number of channels of an image.
+        classifies_images: whether the outputs are scores of image classes.
+        own_class: whether the model's class is of this package. PEFT must then be told to import it.
     """
 
     num_labels: int = 2
@@ -37,7 +37,7 @@ class BaseModelCard:
 
 
 def base_model_card(model: Any) -> BaseModelCard:
-    """Read off a model what its card has to say."""
+    """Read from a model what its card says about it."""
     if type(model).__module__.split(".")[0] == __package__.split(".")[0]:
         return BaseModelCard(own_class=True)
     timm = getattr(model, "pretrained_cfg", None)
@@ -68,9 +68,9 @@ def _of_timm(model: Any, timm: Any) -> BaseModelCard:
 
 
 def _is_untouched(model: nn.Module) -> bool:
-    """Whether no bias of the model's linear layers has left the zero at which timm starts it.
+    """Whether all biases of the model's linear layers are still zero, their initial value in timm.
 
-    timm keeps no note of whether `pretrained=True` was asked for.
+    timm does not store whether `pretrained=True` was used.
     """
     biases = [layer.bias for layer in model.modules() if isinstance(layer, nn.Linear) and layer.bias is not None]
     biases = [bias for bias in biases if not bias.is_meta]
@@ -78,14 +78,14 @@ def _is_untouched(model: nn.Module) -> bool:
 
 
 def _class_names(config: Any) -> tuple[str, ...]:
-    """Names that somebody gave; transformers' own are `LABEL_0` and so on."""
+    """Class names that a user gave. transformers' default names (`LABEL_0`, ...) do not count."""
     named = getattr(config, "id2label", None) or {}
     names = tuple(str(named[number]) for number in sorted(named))
     return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
-    """(rows, columns) of a size that is one side or both."""
+    """(rows, columns) from a size given as one side or as both."""
     if isinstance(size, int):
         return size, size
     return (size[0], size[1]) if isinstance(size, (list, tuple)) and len(size) == 2 else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of the base model in an adapter's config, and how it is read from a model."""
+"""The description of the base model in an adapter's config: read from a model, and compared at loading."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .rollback import running_load
 
 Record = dict[str, Any]
 
-SAMPLES = 32  # values of a tensor
+SAMPLES = 32  # values that are kept of a tensor
 MAX_TENSORS = 8
-TOLERANCE = 2.0**-6  # relative, twice what bfloat16 rounds away
+TOLERANCE = 2.0**-6  # relative difference, twice the rounding of bfloat16
 NUMBERS = {"width": "hidden size", "depth": "layers", "num_labels": "num_labels"}
 
 
 def check_base(config: Any, model: nn.Module) -> None:
-    """While an adapter is loaded, refuse a model of another type; of other differences the checks of tensors tell."""
+    """At loading, refuse a model of another type. Other differences are found by the checks of tensors."""
     if (load := running_load()) is not None:
         check_type(config.base_record, model, config.base_model_name_or_path)
         if said := remark(config.base_record, model, config.base_model_name_or_path):
@@ -33,12 +33,12 @@ def check_base(config: Any, model: nn.Module) -> None:
 
 
 def note_base(config: Any, model: nn.Module, paths: list[str]) -> None:
-    """Keep what the base model is with a new adapter; of a loaded one, compare the weights.
+    """For a new adapter, write the base model's description into its config. For a loaded one, compare the weights.
 
     Args:
-        config: the adapter's.
+        config: config of the adapter.
         model: the base model.
-        paths: of its prompted attention layers.
+        paths: paths of the prompted attention layers.
     """
     if running_load() is None:
         weights = hash_weights(model, paths) if config.check_base_weights else None
@@ -48,7 +48,7 @@ def note_base(config: Any, model: nn.Module, paths: list[str]) -> None:
 
 
 def describe_base(model: Any) -> Record:
-    """Type, width, depth and number of classes of a base model; None where it does not say."""
+    """Type, width, depth and number of classes of a base model, each None if unknown."""
     timm = getattr(model, "timm_model", model)
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -70,7 +70,7 @@ def _count(*found: Any) -> int | None:
 
 
 def check_record(stored: Any) -> None:
-    """Raise TypeError or ValueError unless `stored` is None or a record."""
+    """Raise TypeError or ValueError if `stored` is neither None nor a valid record."""
     if stored is None:
         return
     if not isinstance(stored, dict):
@@ -84,7 +84,7 @@ def check_record(stored: Any) -> None:
     if weights is None:
         return
     if not isinstance(weights, dict) or not all(isinstance(item, str) for pair in weights.items() for item in pair):
-        raise TypeError(f"weights in base_record must be hashes by name, got {weights!r:.80}.")
+        raise TypeError(f"weights in base_record must be a dict from names to hashes, got {weights!r:.80}.")
     if len(weights) > MAX_TENSORS or not all(
         re.fullmatch(r"([0-9a-f]{4}){1,64}", value) for value in weights.values()
     ):
@@ -95,29 +95,29 @@ def check_type(stored: Record | None, model: nn.Module, name: str | None) -> Non
     """Refuse a model of another type than the adapter was made for.
 
     Args:
-        stored: the adapter's record, None in files of older versions.
+        stored: the adapter's record. None in files of older versions.
         model: the base model.
-        name: of the adapter's base model.
+        name: name of the base model that the adapter was made for.
 
     Raises:
-        ValueError: the types are known and differ.
+        ValueError: both types are known, and they differ.
     """
     found = describe_base(model)
     if stored is None or None in (stored.get("type"), found["type"]) or stored["type"] == found["type"]:
         return
     raise ValueError(
-        f"{_made_for(stored, name)}, and this is a {_summary(found)}. Load it onto the base model it was made for."
+        f"{_made_for(stored, name)}, but this is a {_summary(found)}. Load it onto the base model it was made for."
     )
 
 
 def remark(stored: Record | None, model: nn.Module, name: str | None) -> str | None:
-    """What to add to an error of loading, where width, depth or classes are not what the adapter was made for."""
+    """Addition to a loading error if width, depth or number of classes differ from the adapter's record; else None."""
     found = describe_base(model)
     if stored is None or not (differ := [key for key in NUMBERS if _differ(stored.get(key), found[key])]):
         return None
     if differ == ["num_labels"]:
         return classes_differ(stored["num_labels"], found["num_labels"])
-    return f"{_made_for(stored, name)}, and this one has {_numbers(found)}."
+    return f"{_made_for(stored, name)}, but this model has {_numbers(found)}."
 
 
 def _differ(stored: Any, found: Any) -> bool:
@@ -141,17 +141,17 @@ def _numbers(record: Record) -> str:
 
 
 def hash_weights(model: nn.Module, paths: list[str]) -> dict[str, str] | None:
-    """A few values each of a few frozen tensors, as hexadecimal digits of bfloat16.
+    """A few values of a few frozen tensors, as hexadecimal digits of bfloat16.
 
-    Values and not a digest of them, because copies in float32, float16 and bfloat16 are the same model.
+    These are values and not a digest, because copies in float32, float16 and bfloat16 count as the same model.
 
     Args:
         model: the base model.
-        paths: of its prompted attention layers.
+        paths: paths of the prompted attention layers.
 
     Returns:
-        By name; None where no values are at hand: quantised weights, those on the meta device or spread over
-        processes.
+        The digits by name of the tensor. None if values cannot be read: quantised weights, weights on the meta device,
+        or weights sharded over processes.
     """
     chosen = (name for path in (paths[0], paths[-1]) for name in islice(_matrices(model, path), 2))
     tensors = _frozen(model)
@@ -159,21 +159,21 @@ def hash_weights(model: nn.Module, paths: list[str]) -> dict[str, str] | None:
 
 
 def warn_of_other_weights(stored: Record | None, model: nn.Module, name: str | None) -> None:
-    """Warn once where the model is of the shape that the adapter was made for, with other weights."""
+    """Warn if the model has the right shape but other weights than the adapter was made for."""
     tensors = _frozen(model)
     weights = (stored or {}).get("weights") or {}
     pairs = [(values, _digits(tensors[key])) for key, values in weights.items() if key in tensors]
     if any(_are_other(values, found) for values, found in pairs if len(values) == len(found)):
         called = f"{name!r:.200}" if name else "another model"
         warnings.warn(
-            f"The adapter was made for other weights than this base model's, those of {called}, and may answer badly. "
-            "Load that base model, or set check_base_weights=False in the adapter's config where this is meant.",
+            f"The adapter was made for the weights of {called}, but this base model has other weights, so its results "
+            "may be bad. Load that base model, or set check_base_weights=False in the adapter's config to allow this.",
             stacklevel=2,
         )
 
 
 def _frozen(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the base model whose values are at hand, by the names they have without any adapter."""
+    """Tensors of the base model whose values can be read, by their names without adapters."""
     named = model.named_parameters(remove_duplicate=False)
     return {
         name.replace("base_layer.", "").replace("original_module.", ""): tensor
@@ -200,7 +200,7 @@ def _digits(tensor: Tensor) -> str:
 
 
 def _are_other(stored: str, found: str) -> bool:
-    """Whether more than a few values differ by more than rounding."""
+    """Whether more than an eighth of the values differ by more than rounding."""
     one, two = (_values(digits) for digits in (stored, found))
     far = (one - two).abs() > TOLERANCE * torch.maximum(one.abs(), two.abs())
     return int(far.sum()) > len(one) // 8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of loaded adapter tensors: complete, of the right shapes, finite, nothing besides; else none is loaded."""
+"""Checks of adapter tensors before they are loaded: complete, right shapes, finite, and no others."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState
 
-ALIGNMENT = 64  # bytes, torch's own for tensors on the CPU
-FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # which are loaded as one another
+ALIGNMENT = 64  # bytes, as torch aligns tensors on the CPU
+FLOATS = {
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+}  # tensors of these types may be loaded into each other
 
 
 def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Check the prompt tensors of a state dict before any of them is loaded.
 
-    An adapter comes whole or not at all; PEFT alone would load what fits and pass over the rest.
+    An adapter is loaded completely or not at all. PEFT alone would load the tensors that fit and ignore the others.
 
     Raises:
-        ValueError: tensors of an adapter are missing, superfluous, of another shape, or not finite.
+        ValueError: tensors of an adapter are missing, unknown, of another shape, or not finite.
     """
     expected: dict[str, dict[str, Tensor]] = {}
     dispensable: dict[str, str] = {}
@@ -39,7 +44,8 @@ def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
     if unknown := sorted(given - known.keys()):
         raise ValueError(
             f"The adapter file holds {len(unknown)} prompt tensors that this model has no place for, for example "
-            f"{unknown[0]!r}. It was trained on a model with other layers, or its adapter_config.json is not its own."
+            f"{unknown[0]!r}. It was trained on a model with other layers, or its adapter_config.json "
+            "is of another adapter."
         )
     for adapter, tensors in expected.items():
         if given.isdisjoint(tensors):
@@ -52,7 +58,7 @@ def check_tensors(model: nn.Module, state_dict: dict[str, Any], prefix: str) -> 
 
 
 def _dispensable(state: AdapterState, path: str) -> dict[str, str]:
-    """Tensors that a checkpoint may lack, and the one beside each that it then must have."""
+    """Tensors that a checkpoint may lack, each with the tensor that it must then have."""
     if not state.dispensable:
         return {}
     container, name = state.dispensable
@@ -65,16 +71,16 @@ def _missing(expected: Iterable[str], given: set[str], dispensable: dict[str, st
 
 
 def check_read(model: nn.Module, adapter: str) -> None:
-    """Check what transformers' own loader has read: it passes over missing tensors and does not look at values.
+    """Check what transformers' own loader has read. It ignores missing tensors and does not look at values.
 
     Raises:
-        ValueError: some of the adapter's tensors were read and others not, or some are not finite.
+        ValueError: only some of the adapter's tensors were read, or some are not finite.
     """
     tensors = {
         f"{path}.{name}": tensor
         for path, state in model.named_modules()
         if isinstance(state, AdapterState)
-        # Not by state_dict(), at which FSDP would take back the weights that it has just gathered for this forward.
+        # Not state_dict(): FSDP would then free the weights gathered for this forward pass.
         for name, tensor in chain(state.named_parameters(), state.named_buffers())
         if name.rsplit(".", 2)[1] == adapter
     }
@@ -90,9 +96,10 @@ def check_read(model: nn.Module, adapter: str) -> None:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor where vector instructions want it; tensors in a file's own memory stand anywhere.
+    """The tensor, copied if needed to memory that is aligned for vector instructions.
 
-    Matrix products round differently there, and a loaded adapter should answer bit by bit what the saved one did.
+    Tensors mapped from a file can start at any byte, and matrix products then round differently. With aligned memory a
+    loaded adapter gives bit for bit the outputs of the saved one.
     """
     return tensor if tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
@@ -104,28 +111,28 @@ def _lacks(adapter: str, missing: list[str], total: int) -> str:
     )
     if all("_center." in name for name in missing):
         return message + (
-            "Router centres do not train and yet belong to the adapter: keep what state_dict() or named_parameters() "
-            "has of it, not only what requires a gradient."
+            "Router centres are part of the adapter although they need no gradient: save all its tensors in "
+            "state_dict() or named_parameters(), not only those that require a gradient."
         )
     return message + "It was trained on a model with fewer layers, or it is damaged."
 
 
 def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str, adapter: str) -> None:
-    """Refuse tensors in an adapter's file that PEFT would not have written for this adapter.
+    """Refuse tensors in an adapter file that PEFT would not have written for this adapter.
 
-    By others a file could overwrite the base model, or another adapter. Let through are the adapter's prompts, the
-    modules saved with it, tensors of other methods' adapters of the same name, and embeddings, which PEFT saves with
-    an adapter when the vocabulary has grown.
+    Such tensors could overwrite the base model or another adapter. Allowed are the adapter's prompts, the modules
+    saved with it, tensors of other methods' adapters of the same name, and embeddings, which PEFT saves with an
+    adapter after the vocabulary was resized.
 
     Args:
         model: the base model.
-        state_dict: what is about to be loaded, under names of the model.
-        prefix: of the base model's names.
+        state_dict: the tensors to be loaded, by their names in the model.
+        prefix: prefix of the base model's names.
         adapter: name of the adapter.
 
     Raises:
-        ValueError: the file holds others.
-        RuntimeError: a saved module is of another shape than the model's.
+        ValueError: the file holds other tensors.
+        RuntimeError: a saved module has another shape than in the model.
     """
     own = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter)
     embeddings, others = saved_embeddings(model), getattr(model, "peft_config", {}).keys() - {adapter}
@@ -139,7 +146,7 @@ def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str, a
             saved |= {name: tensors[name] for name in names}
     for name in model.state_dict():
         if name.startswith(embeddings) and others.isdisjoint(parts := name.split(".")):
-            # PEFT takes the adapter's name out of all that it writes, also where it will not put it in again.
+            # PEFT removes the adapter's name from every name that it writes, even where it does not restore it.
             own |= {name, ".".join(part for part in parts if part != adapter)}
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
     refuse_strangers([name for name in names if name not in saved and not _is_key_under_prefixes(name, own)], prefix)
@@ -149,22 +156,22 @@ def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str, a
 
 
 def refuse_strangers(names: list[str], prefix: str = "") -> None:
-    """Raise ValueError if there are names."""
+    """Raise ValueError if `names`, the names of tensors that are not allowed, is not empty."""
     if names:
         raise ValueError(
             f"The adapter file holds {len(names)} tensors that are neither prompts nor saved modules, for example "
-            f"{prefix + min(names)!r}. An adapter must not bring weights of the base model or of another adapter; do "
-            "not trust this file."
+            f"{prefix + min(names)!r}. An adapter must not contain weights of the base model or of another "
+            "adapter. Do not trust this file."
         )
 
 
 def saved_embeddings(model: Any) -> tuple[str, ...]:
-    """Beginnings of the names of what PEFT saves with an adapter when the vocabulary has grown."""
+    """Prefixes of the embeddings that PEFT saves with an adapter after the vocabulary was resized."""
     found = []
     for which in ("get_input_embeddings", "get_output_embeddings"):
         try:
             found.append(getattr(model, which)())
-        except (AttributeError, NotImplementedError):  # a model that has none
+        except (AttributeError, NotImplementedError):  # the model has no embeddings
             continue
     tied = {id(module) for module in found if module is not None}
     return tuple(f"{path}." for path, module in model.named_modules(remove_duplicate=False) if id(module) in tied)
@@ -177,21 +184,21 @@ def _other_size(model: Any, name: str, given: Tensor, own: Tensor) -> str:
     if rows[1] == getattr(config, "num_labels", getattr(model, "num_classes", None)):
         return message + classes_differ(*rows)
     if rows[1] == getattr(config, "vocab_size", None):
-        return message + f"The vocabularies differ; call resize_token_embeddings({rows[0]}) on the base model first."
+        return message + f"The vocabularies differ. Call resize_token_embeddings({rows[0]}) on the base model first."
     return message + "The adapter was trained with a head of another size."
 
 
 def classes_differ(trained: int, found: int) -> str:
-    """What to do about a head of another number of classes."""
+    """The fix for a head with another number of classes."""
     return (
-        f"The adapter was trained with {trained} classes, and the base model has {found}. Load the base model with "
-        f"num_labels={trained}, and ignore_mismatched_sizes=True where its own head is of another size."
+        f"The adapter was trained with {trained} classes, but the base model has {found}. Load the base model with "
+        f"num_labels={trained}, and with ignore_mismatched_sizes=True if its own head has another size."
     )
 
 
 def _check_tensor(name: str, given: Any, expected: Tensor) -> None:
     if given.dtype != expected.dtype and not {given.dtype, expected.dtype} <= FLOATS:
-        raise ValueError(f"{name!r} holds {given.dtype} in the adapter file and {expected.dtype} in the model.")
+        raise ValueError(f"{name!r} has dtype {given.dtype} in the adapter file and {expected.dtype} in the model.")
     if tuple(given.shape) != tuple(expected.shape):
         raise ValueError(
             f"{name!r} has shape {tuple(given.shape)} in the adapter file and {tuple(expected.shape)} in the model: "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a model card that tells a stranger what an adapter is and how to load it.
+"""The section of a model card that says what an adapter is and how to load it.
 
-Without `import peft_promptmoe` PEFT does not know the tuner type and every way of loading ends in a bare
-`KeyError: 'MEPT'`. Neither PEFT nor transformers reads entry points, so the card has to say it.
+Without `import peft_promptmoe` PEFT does not know the tuner type, and loading fails with a bare `KeyError: 'MEPT'`.
+Neither PEFT nor transformers reads entry points, so only the card can tell users about the import.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ LOAD = """from peft import {auto_class}
 adapter = "."  # this folder, or the id of this repository on the Hub
 {preparation}model = {auto_class}.from_pretrained(adapter{arguments})"""
 
-# timm's classes have no from_pretrained, so PEFT's auto classes cannot make the base model.
+# timm models have no from_pretrained, so PEFT's auto classes cannot create the base model.
 LOAD_TIMM = """import timm
 from peft import PeftModel
 
@@ -85,14 +85,14 @@ them into `base` before the last line.
 
 @dataclass(frozen=True)
 class CardValues:
-    """What the section says.
+    """The values that the section shows.
 
     Attributes:
         method: name of the tuner type.
-        task_type: PEFT's, or None.
+        task_type: PEFT's task type, or None.
         base_model: name or path of the base model.
-        base: what is said of it.
-        preparation: lines that make `config`, where loading needs more than the adapter's folder; else empty.
+        base: description of the base model.
+        preparation: code that makes `config`. Empty if the adapter's folder is enough to load it.
         settings: numbers, switches and choices of the config, by field.
     """
 
@@ -105,9 +105,9 @@ class CardValues:
 
 
 def write_card(values: CardValues, folder: str | os.PathLike[str]) -> None:
-    """Put the section into the model card in `folder`, above what the card already says, and its tags into the header.
+    """Add the section to the top of the model card in `folder`, and the tags to its header.
 
-    A section that is there is left as it is, so user edits survive saving again.
+    An existing section is not changed, so that a user's edits survive saving again.
     """
     path = Path(folder) / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n{ModelCardData().to_yaml()}\n---\n")
@@ -118,9 +118,9 @@ def write_card(values: CardValues, folder: str | os.PathLike[str]) -> None:
 
 
 def write_card_of_run(values: CardValues, checkpoint: str | os.PathLike[str]) -> None:
-    """Complete the card of a training run when one of its checkpoints is saved.
+    """Add the section to the card of a training run when one of its checkpoints is saved.
 
-    TRL writes that card before the run's folder holds an adapter, and may push both together.
+    TRL writes this card before the run's folder holds an adapter, and may push both together.
     """
     folder = Path(checkpoint)
     card = folder.parent / "README.md"
@@ -129,11 +129,11 @@ def write_card_of_run(values: CardValues, checkpoint: str | os.PathLike[str]) ->
 
 
 def carry_section(written: Path, card: Any) -> None:
-    """Let a card that is about to be written over one with our section have that section, and its labels.
+    """Copy the section and its labels from an existing card to the card that will overwrite it.
 
     Args:
-        written: path of the card that is there.
-        card: huggingface_hub's card that takes its place; changed.
+        written: path of the existing card.
+        card: huggingface_hub's card that replaces it. Changed in place.
     """
     if MARKER in card.content or not written.is_file() or MARKER not in written.read_text(encoding="utf-8"):
         return
@@ -150,7 +150,7 @@ def carry_section(written: Path, card: Any) -> None:
 
 
 def _label(data: Any, values: CardValues) -> None:
-    """Tags, pipeline and base model in a card's header. A local path is no base model's id, and says whose it is."""
+    """Set tags, pipeline and base model in a card's header. A local path is left out: it is private and no Hub id."""
     data.tags = sorted({*_public(data.tags), TAG, values.method.lower()})
     data.library_name = "peft"
     if not data.pipeline_tag:
@@ -216,20 +216,20 @@ def _load(values: CardValues) -> str:
         arguments += f", id2label={dict(enumerate(base.class_names))}"
     elif base.num_labels != 2:
         arguments += f", num_labels={base.num_labels}"
-    # The head of the base checkpoint may be of another size; the adapter brings its own.
+    # The head of the base checkpoint may have another size. The adapter has its own head.
     if base.num_labels != 2:
         arguments += ", ignore_mismatched_sizes=True"
     return LOAD.format(auto_class=auto_class, arguments=arguments, preparation=preparation)
 
 
 def _public(tags: list[str] | None) -> set[str]:
-    """The tags without PEFT's tag of the base model, where that is a path of this machine."""
+    """The tags without PEFT's tag of the base model if that tag is a local path."""
     prefix = "base_model:adapter:"
     return {tag for tag in tags or () if not tag.startswith(prefix) or _is_on_hub(tag.removeprefix(prefix))}
 
 
 def _is_on_hub(name: str | None) -> bool:
-    """Whether a name can be that of a repository on the Hub; the Hub refuses cards that name a path."""
+    """Whether a name can be a Hub repository. The Hub refuses cards that name a path."""
     return (
         bool(name) and re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", str(name)) is not None and not os.path.exists(str(name))
     )

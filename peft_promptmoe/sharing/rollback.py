@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restoring a model when an adapter cannot be loaded into it."""
+"""Restores a model when loading an adapter into it fails."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from ..adapter_state import AdapterState
 from .load_checks import refuse_strangers, saved_embeddings
 
-# What PEFT and transformers' own loader write on a model besides the adapter.
+# Attributes that PEFT and transformers' own loader set on a model besides the adapter.
 MARKS = ("peft_config", "_hf_peft_config_loaded", "_weight_conversions")
 
 
 class Unread:
-    """An adapter that is put into a model and of which nothing is known to have been loaded or used.
+    """An adapter that was added to a model but not yet loaded from its file.
 
-    PEFT makes an adapter before it reads the file; when the file is refused, the model has to become what it was.
+    PEFT adds an adapter before it reads the file. If the file is refused, the model must be restored.
 
     Args:
-        tuner: that is about to put it in.
-        adapter: its name.
-        replaced: config of another method's adapter of that name, which PEFT's register has lost to this one's.
+        tuner: the tuner that adds the adapter.
+        adapter: name of the adapter.
+        replaced: config of another method's adapter of the same name, which this one replaced in PEFT's register.
     """
 
     def __init__(self, tuner: Any, adapter: str, replaced: Any = None) -> None:
@@ -39,14 +39,14 @@ class Unread:
         switched = (module for module in modules if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)))
         self._active = [(module, module._active_adapter) for module in switched]
         self._marks = {name: vars(tuner.model)[name] for name in MARKS if name in vars(tuner.model)}
-        # A loader puts new tensors in the place of old ones. Held for one load, lest old ones stay in memory.
+        # A loader may replace tensors. The old ones are held for this load only, to free their memory afterwards.
         self._held = [_Held(module, name) for module in modules for name in _names(module)] if is_loading() else []
 
     def settle(self) -> None:
-        """Check what transformers' own loader has put into the model besides the adapter, and freeze what it thawed.
+        """Check what transformers' own loader changed besides the adapter, and freeze again what must not train.
 
         Raises:
-            ValueError: it was more than embeddings.
+            ValueError: it replaced tensors other than embeddings.
         """
         allowed = saved_embeddings(self.tuner.model)
         paths = {id(module): path for path, module in self.tuner.model.named_modules()}
@@ -58,7 +58,7 @@ class Unread:
                 module.freeze_kept(self.adapter)
 
     def take_back(self) -> None:
-        """Take the adapter out of the model again."""
+        """Remove the adapter from the model, and restore everything else."""
         model = self.tuner.model
         for held in self._held:
             held.put_back()
@@ -85,7 +85,7 @@ class Unread:
         return isinstance(module, AuxiliaryTrainingWrapper) and id(module) not in self._before
 
     def _drop(self, module: nn.Module) -> None:
-        """As PEFT's `delete_adapter`, which would choose another active adapter than the one that was."""
+        """Delete the adapter from a module. PEFT's `delete_adapter` would also change the active adapter."""
         if isinstance(module, AdapterState):
             for name in module.adapter_layer_names + module.other_param_names:
                 if self.adapter in (held := getattr(module, name)):
@@ -98,7 +98,7 @@ class Unread:
 
 
 class _Held:
-    """A tensor of the base model and its place."""
+    """A tensor of the base model, with its module and name."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
@@ -123,12 +123,12 @@ def _names(module: nn.Module) -> list[str]:
 
 @dataclass
 class Load:
-    """A running load of an adapter from a file.
+    """A load of an adapter from a file, while it runs.
 
     Attributes:
-        adapter: the name it gets.
-        made: adapters that were put into a model for it.
-        remarks: what to add to an error, such as which base model the adapter was made for.
+        adapter: name that the adapter gets.
+        made: adapters that this load added to a model.
+        remarks: sentences to add to an error, such as which base model the adapter was made for.
     """
 
     adapter: str
@@ -140,7 +140,7 @@ _running: ContextVar[Load | None] = ContextVar("running", default=None)
 
 
 def running_load() -> Load | None:
-    """The load from a file that this call is part of; None while a user builds or fills a model by hand."""
+    """The load from a file that is running, or None."""
     return _running.get()
 
 
@@ -149,22 +149,23 @@ def is_loading() -> bool:
 
 
 def note_made(unread: Unread) -> None:
-    """Note an adapter that was put into a model, in case this is part of a load that fails."""
+    """Note an adapter that was added to a model, so that it can be removed if the running load fails."""
     if (load := _running.get()) is not None:
         load.made.append(unread)
 
 
 @contextmanager
 def all_or_nothing(adapter: str, looks: bool) -> Iterator[None]:
-    """Take the adapters that were made within the block out again if it fails.
+    """Context manager: if the block fails, remove the adapters that it added.
 
     Args:
         adapter: name of the adapter that the block loads.
-        looks: whether to look at the end for what else has been loaded, where a loader asks nobody before.
+        looks: whether to check at the end which other tensors were loaded. Needed for transformers' own loader, which
+            cannot be checked before.
 
     Raises:
-        ValueError: a tensor of a saved module is missing, for which PEFT has a bare KeyError; or the file has brought
-            tensors that are no adapter's.
+        ValueError: a tensor of a saved module is missing (PEFT raises a bare KeyError), or the file held tensors that
+            belong to no adapter.
     """
     load = Load(adapter)
     token = _running.set(load)
@@ -177,7 +178,7 @@ def all_or_nothing(adapter: str, looks: bool) -> Iterator[None]:
             unread.take_back()
         if load.made and isinstance(error, KeyError):
             raise ValueError(
-                f"The adapter file lacks {error.args[0]!r}, which its config says is saved with it."
+                f"The adapter file lacks {error.args[0]!r}, which should be saved with it according to its config."
             ) from error
         more = [said for said in load.remarks if said not in str(error)]
         if more and type(error) in (ValueError, RuntimeError):

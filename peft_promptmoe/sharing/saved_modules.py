@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that PEFT trains and saves beside an adapter, in a model that keeps other methods' adapters."""
+"""Removes the modules saved with an adapter from a model that keeps adapters of other methods."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 
 
 def saved_modules(model: nn.Module) -> list[nn.Module]:
-    """PEFT's wrappers of modules that are trained and saved."""
+    """PEFT's wrappers of the modules in `modules_to_save`."""
     return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
 
 
 def take_saved_modules_out(model: nn.Module, adapters: Collection[str], but: Collection[nn.Module]) -> None:
-    """Unload the modules saved with some adapters: as PEFT's `unload`, which keeps an active adapter's head.
+    """Unload the modules saved with some adapters. As in PEFT's `unload`, an active adapter's head is kept.
 
     Args:
         model: the base model.
         adapters: names of the adapters.
-        but: wrappers that are another method's adapter's, of the same name.
+        but: wrappers to skip, because they belong to another method's adapter of the same name.
     """
     others = {id(module) for module in but}
     for path, module in list(model.named_modules()):

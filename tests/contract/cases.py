@@ -741,7 +741,11 @@ METHODS: dict[str, Method] = {
         variants=_promotion_variants(),
         refusals=(
             ("vit", {"modules_to_save": ["projection"]}, "would copy the patch embedding"),
-            ("timm_avg", {"exclude_modules": ["blocks.1.attn"]}, "names layer 1, which exclude_modules=.* leaves out"),
+            (
+                "timm_avg",
+                {"exclude_modules": ["blocks.1.attn"]},
+                "names layer 1, but exclude_modules=.* leaves this out",
+            ),
         ),
         noisy={"noisy_features": True, "denoise_weight": 1.0},
         other={"num_prototypes": 2, "denoiser": "tokens"},

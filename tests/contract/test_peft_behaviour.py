@@ -113,7 +113,7 @@ def test_parts_of_the_model_give_no_adapter_their_name(case: Case) -> None:
     assert "model" in parts and parts & {"0", "1"}
     for name in ("1", "model", "weight", "attention", "classifier"):
         if name in parts | {"weight"} | {part for path, _ in base.named_modules() for part in path.split(".")}:
-            with pytest.raises(ValueError, match="name of a part of the model"):
+            with pytest.raises(ValueError, match="name of a module of the model"):
                 case.model(base, adapter=name)
     assert PROMPT_CHILD not in dict(base.named_modules())
 

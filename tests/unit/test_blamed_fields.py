@@ -27,15 +27,15 @@ LAST = r".*\.3\..*"
 CASES = {
     "excluded": (
         {"layers_to_transform": [2, 3], "exclude_modules": LAST},
-        "^layers_to_transform names layer 3, which exclude_modules=.* leaves out. Take it out of one",
+        "^layers_to_transform names layer 3, but exclude_modules=.* leaves this out. Remove it from one",
     ),
     "only-excluded": (
         {"layers_to_transform": 3, "exclude_modules": ["layers.3.attention"]},
-        "^layers_to_transform names layer 3, which exclude_modules=.* leaves out",
+        "^layers_to_transform names layer 3, but exclude_modules=.* leaves this out",
     ),
     "named-and-excluded": (
         {"layers_to_transform": [3], "target_modules": ["attention"], "exclude_modules": LAST},
-        "^layers_to_transform names layer 3, which exclude_modules=.* leaves out",
+        "^layers_to_transform names layer 3, but exclude_modules=.* leaves this out",
     ),
     "excluded-and-strange": (
         {"layers_to_transform": [2, 3, 9], "exclude_modules": LAST},
@@ -43,18 +43,18 @@ CASES = {
     ),
     "copied": (
         {"layers_to_transform": [2, 3], "modules_to_save": ["layers.3"]},
-        "^layers_to_transform names layer 3, of which modules_to_save=.* makes a copy",
+        "^layers_to_transform names layer 3, but modules_to_save=.* makes a copy",
     ),
     "only-copied": (
         {"layers_to_transform": [3], "modules_to_save": ["layers.3"]},
-        "^layers_to_transform names layer 3, of which modules_to_save=.* makes a copy",
+        "^layers_to_transform names layer 3, but modules_to_save=.* makes a copy",
     ),
     "not-targeted": (
         {"layers_to_transform": [2, 3], "target_modules": ["layers.1.attention", "layers.2.attention"]},
         "^layers_to_transform names layer 3, not among .* that target_modules=.* names: 1, 2 ",
     ),
     "all-excluded": ({"exclude_modules": ["attention"]}, "^exclude_modules=.* leaves out all attention layers"),
-    "all-copied": ({"modules_to_save": ["layers"]}, "^modules_to_save=.* holds all attention layers"),
+    "all-copied": ({"modules_to_save": ["layers"]}, "^modules_to_save=.* copies all attention layers"),
     "all-excluded-and-copied": (
         {"exclude_modules": ["attention"], "modules_to_save": ["layers"]},
         "^exclude_modules=.* leaves out all attention layers",

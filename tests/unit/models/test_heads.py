@@ -124,7 +124,9 @@ def test_an_ending_that_also_takes_what_prompts_pass_through_is_refused(name: st
     base: PreTrainedModel = LlamaForCausalLM(
         LlamaConfig(vocab_size=20, num_key_value_heads=1, num_hidden_layers=2, **SIZES)
     )
-    with pytest.raises(ValueError, match=rf"modules_to_save='{name}'.*ends so, also 'model.layers.0.input_layernorm'"):
+    with pytest.raises(
+        ValueError, match=rf"modules_to_save='{name}'.*ends with this name, also 'model.layers.0.input_layernorm'"
+    ):
         get_peft_model(base, MEPTConfig(num_virtual_tokens=2, modules_to_save=[name]))
     assert get_peft_model(base, MEPTConfig(num_virtual_tokens=2, modules_to_save=["model.norm"]))
 

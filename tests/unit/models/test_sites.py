@@ -232,7 +232,7 @@ def test_spread_of_the_block_input_is_that_of_the_norm_before_it(name: str) -> N
         ({"target_modules": ["no_such_layer"]}, "matches no module of LlamaForCausalLM"),
         ({"target_modules": "no.such.layer"}, "matches no module of LlamaForCausalLM"),
         ({"exclude_modules": ["self_attn"]}, "exclude_modules={'self_attn'} leaves out all attention layers"),
-        ({"modules_to_save": ["model"]}, "holds all attention layers of LlamaForCausalLM"),
+        ({"modules_to_save": ["model"]}, "copies all attention layers of LlamaForCausalLM"),
         ({"layers_to_transform": [7]}, "names layer 7, not among the layers of LlamaForCausalLM .*: 0 to 2 "),
         ({"layers_to_transform": [0, 7]}, "names layer 7, not among the layers of LlamaForCausalLM .*: 0 to 2 "),
         ({"layers_to_transform": [9, 7]}, "names layers 7, 9, not among"),

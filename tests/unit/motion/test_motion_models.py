@@ -341,7 +341,7 @@ INPUTS = batch("joint")
 WRONG_INPUTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "labels without a second frame": ({"next_pixel_values": None}, "flow is between two frames"),
     "frames of different sizes": ({"next_pixel_values": torch.zeros(2, 3, 60, 56)}, "different shapes"),
-    "one image without a batch": ({"pixel_values": torch.zeros(3, 60, 70)}, "has to be \\(B, channels"),
+    "one image without a batch": ({"pixel_values": torch.zeros(3, 60, 70)}, "must have the shape \\(B, channels"),
     "pixels as bytes": (
         dict.fromkeys(("pixel_values", "next_pixel_values"), torch.zeros(2, 3, 60, 70, dtype=torch.uint8)),
         "normalised",
@@ -349,11 +349,14 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "the second frame as bytes": ({"next_pixel_values": torch.zeros(2, 3, 60, 70, dtype=torch.uint8)}, "both alike"),
     "flow with channels last": ({"flow_labels": torch.zeros(2, 60, 70, 2)}, "movedim"),
     "flow as integers": ({"flow_labels": torch.zeros(2, 2, 60, 70, dtype=torch.int32)}, "floating point"),
-    "flow of another batch": ({"flow_labels": torch.zeros(1, 2, 60, 70)}, "of 1 images, and pixel_values of 2"),
+    "flow of another batch": ({"flow_labels": torch.zeros(1, 2, 60, 70)}, "have 1 images, but pixel_values have 2"),
     "depth with a channel": ({"depth_labels": torch.ones(2, 1, 60, 70)}, "squeeze"),
     "depth as integers": ({"depth_labels": torch.ones(2, 60, 70, dtype=torch.int64)}, "floating point"),
-    "mask of another size": ({"flow_mask": torch.ones(2, 30, 70)}, "flow_mask of shape"),
-    "mask without labels": ({"depth_labels": None, "depth_mask": torch.ones(2, 60, 70)}, "masks nothing"),
+    "mask of another size": ({"flow_mask": torch.ones(2, 30, 70)}, "flow_mask must have the shape"),
+    "mask without labels": (
+        {"depth_labels": None, "depth_mask": torch.ones(2, 60, 70)},
+        "depth_mask without depth_labels",
+    ),
 }
 
 
@@ -367,7 +370,7 @@ def test_inputs_that_mean_something_else_are_refused(case: str) -> None:
 
 def test_inputs_that_are_no_tensors_are_refused() -> None:
     for name, value in batch("joint").items():
-        with pytest.raises(TypeError, match=f"{name} is a ndarray"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got ndarray"):
             MotionModel(dinov2())(**{**INPUTS, name: value.numpy()})
 
 
@@ -377,7 +380,7 @@ def test_flow_of_one_frame_is_refused() -> None:
 
 
 WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"channels": 0}, "channels=0"),
+    ({"channels": 0}, "channels must be .* got 0"),
     ({"channels": 2.5}, "channels"),
     ({"refinements": -1}, "refinements"),
     ({"max_flow": 0}, "max_flow"),
@@ -388,9 +391,9 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"task_weights": {"flow": -1.0}}, "task_weights"),
     ({"levels": []}, "levels"),
     ({"levels": [1, 1]}, "levels"),
-    ({"levels": 3}, "levels of flow is 3"),
-    ({"levels": {"flow": "3"}}, "levels of flow is '3'"),
-    ({"task_weights": [1.0, 1.0]}, "has to name its tasks"),
+    ({"levels": 3}, "levels of flow must list .* got 3"),
+    ({"levels": {"flow": "3"}}, "levels of flow must list .* got '3'"),
+    ({"task_weights": [1.0, 1.0]}, "must name its tasks"),
     ({"levels": {"pose": [1]}}, "pose"),
     ({"levels": [6]}, "blocks \\[6\\]"),
     ({"decoder_output": "inverse"}, "no depth decoder"),
@@ -443,7 +446,7 @@ def test_backbones_whose_maps_would_be_wrong_are_refused(make: Any, message: str
 
 @pytest.mark.parametrize("backbone", ["facebook/dinov2-small", None])
 def test_a_backbone_that_is_no_model_is_refused(backbone: Any) -> None:
-    with pytest.raises(TypeError, match="has to be a model"):
+    with pytest.raises(TypeError, match="must be a model"):
         FlowModel(backbone)
 
 
@@ -514,7 +517,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     weights["flow_head.more"] = weights.pop("flow_head.temperature")
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"missing \['flow_head.temperature'\], not expected \['flow_head.more'\]"):
+    with pytest.raises(ValueError, match=r"missing \['flow_head.temperature'\], unexpected \['flow_head.more'\]"):
         FlowModel.from_pretrained(tmp_path)
 
 

@@ -437,7 +437,7 @@ def test_prompts_of_named_blocks_only(pixels: Tensor) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"dispatcher": "expert"}, ValueError, "weighs experts, and there is one"),
+        ({"dispatcher": "expert"}, ValueError, "needs at least two experts"),
         ({"dispatcher": "topk"}, ValueError, "dispatcher must be one of"),
         ({"fusion": "sum"}, ValueError, "fusion must be one of"),
         ({"experts": "facebook/dino-vitb16"}, TypeError, "must be a list"),
@@ -446,7 +446,7 @@ def test_prompts_of_named_blocks_only(pixels: Tensor) -> None:
         ({"dispatcher_dim": 0}, ValueError, "dispatcher_dim"),
         ({"image_mean": [0.5]}, ValueError, "belong together"),
         ({"image_mean": [0.5], "image_std": [0.0]}, ValueError, "image_std must be greater"),
-        ({"image_mean": [0.5], "image_std": [0.5, 0.5, 0.5]}, ValueError, "as many channels"),
+        ({"image_mean": [0.5], "image_std": [0.5, 0.5, 0.5]}, ValueError, "same number of channels"),
         ({"carry_prompts": 1}, TypeError, "carry_prompts must be True or False"),
         ({"expert_records": {}}, TypeError, "expert_records must be a list"),
     ],

@@ -107,7 +107,7 @@ def test_padding_counts_in_no_report_of_token_routing() -> None:
 
 
 def test_a_report_needs_a_forward_and_a_router() -> None:
-    with pytest.raises(ValueError, match="run the model once"):
+    with pytest.raises(ValueError, match="Run the model once"):
         routing_report(bert())
     with pytest.raises(ValueError, match="num_experts=1"):
         routing_report(get_peft_model(BertForSequenceClassification(BertConfig(**SMALL)), MEPTConfig(num_experts=1)))
@@ -228,7 +228,7 @@ def test_a_record_gathers_batches_by_class(tmp_path: Path) -> None:
         assert torch.equal(torch.as_tensor(panel.images[0].get_array()), way)
     some = record.plot_pathways(classes=["c"])
     assert "(1 of 3 classes)" in some.get_suptitle()
-    with pytest.raises(ValueError, match=r"\['d'\] are not among the recorded ones"):
+    with pytest.raises(ValueError, match=r"\['d'\] were not recorded"):
         record.plot_pathways(classes=["d"])
 
 
@@ -236,7 +236,7 @@ def test_records_say_what_is_wrong() -> None:
     model = bert()
     with record_routing(model) as record, pytest.raises(ValueError, match=r"model\.eval\(\)"):
         record.report()
-    with record_routing(model, labels=[0, 1]), pytest.raises(ValueError, match="2 labels and has now seen 3"):
+    with record_routing(model, labels=[0, 1]), pytest.raises(ValueError, match="2 labels but 3 samples"):
         model(input_ids=texts(3))
     assert not any(layer.observers for layer in prompt_layers(model))
 

@@ -53,7 +53,9 @@ def test_of_a_generation_it_is_what_one_forward_gives() -> None:
     model = llama()
     ids = model.generate(torch.randint(1, 40, (1, 5)), max_new_tokens=7, min_new_tokens=7, do_sample=False)
     written = token_routing(model, names(11))
-    with pytest.raises(ValueError, match=r"tokens has 12, but the last pass routed 11 tokens of sample 0.* last one"):
+    with pytest.raises(
+        ValueError, match=r"There are 12 tokens, but the last forward pass routed 11 tokens of sample 0.* last token"
+    ):
         token_routing(model, names(12))
     model(ids[:, :-1])
     torch.testing.assert_close(token_routing(model, names(11)).experts, written.experts)
@@ -61,14 +63,14 @@ def test_of_a_generation_it_is_what_one_forward_gives() -> None:
 
 def test_what_cannot_be_shown() -> None:
     model = llama()
-    with pytest.raises(ValueError, match="No forward pass has been routed yet"):
+    with pytest.raises(ValueError, match="No forward pass was routed yet"):
         token_routing(model, names(3))
     model(torch.ones(2, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="had the samples 0 to 1, and not 2"):
+    with pytest.raises(ValueError, match="sample=2 is not in the last batch"):
         token_routing(model, names(3), sample=2)
     whole = llama(routing="sample")
     whole(torch.ones(1, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="routes every text as a whole"):
+    with pytest.raises(ValueError, match="chooses experts per text, not per token"):
         token_routing(whole, names(3))
 
 

@@ -85,7 +85,7 @@ def test_what_is_recorded(folder: Path) -> None:
 def test_another_type_names_the_model_it_was_made_for(other: Callable[[], Any], loader: str, folder: Path) -> None:
     """Before target modules are looked for, so also where they would be found (RoBERTa)."""
     kind = other.__name__
-    message = rf"made for 'library/bert-of-ours', a bert with hidden size 16 and 2 layers, and this is a {kind} with"
+    message = rf"made for 'library/bert-of-ours', a bert with hidden size 16 and 2 layers, but this is a {kind} with"
     with pytest.raises(ValueError, match=message):
         LOADERS[loader](other(), folder)
 
@@ -107,14 +107,14 @@ def said(load: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load()
-    return [str(warning.message) for warning in caught if "weights than this base model's" in str(warning.message)]
+    return [str(warning.message) for warning in caught if "this base model has other weights" in str(warning.message)]
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_other_weights_of_the_same_shape_warn_once(loader: str, folder: Path) -> None:
     assert said(lambda: LOADERS[loader](bert(), folder)) == []
     (message,) = said(lambda: LOADERS[loader](bert(seed=1), folder))
-    assert "those of 'library/bert-of-ours'" in message and "check_base_weights=False" in message
+    assert "the weights of 'library/bert-of-ours'" in message and "check_base_weights=False" in message
 
 
 def test_the_warning_can_be_switched_off(folder: Path, tmp_path: Path) -> None:

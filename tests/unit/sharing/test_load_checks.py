@@ -239,7 +239,7 @@ def whole_model(_: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_a_whole_base_model_in_the_file_is_refused(trainable: bool, tmp_path: Path) -> None:
     base = llama()
     before = state(base)
-    with pytest.raises(ValueError, match=r"neither prompts nor saved modules.*must not bring weights of the base"):
+    with pytest.raises(ValueError, match=r"neither prompts nor saved modules.*must not contain weights of the base"):
         PeftModel.from_pretrained(base, hostile(tmp_path, whole_model), is_trainable=trainable)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
@@ -298,7 +298,7 @@ def test_another_number_of_classes_names_num_labels(entry: str, recorded: bool, 
         model.peft_config["default"].base_record = None
     model.save_pretrained(tmp_path)
     with pytest.raises(
-        RuntimeError, match=r"trained with 5 classes, and the base model has 3.*num_labels=5"
+        RuntimeError, match=r"trained with 5 classes, but the base model has 3.*num_labels=5"
     ) as caught:
         PeftModel.from_pretrained(bert(), tmp_path) if entry == "peft" else bert().load_adapter(tmp_path)
     assert str(caught.value).count("num_labels") == 1
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_parameters_has_the_centres(trained: PeftModel) -> None:
 
 def test_a_checkpoint_without_centres_is_told_so(trained: PeftModel) -> None:
     checkpoint = {name: p.detach() for name, p in trained.named_parameters() if p.requires_grad}
-    with pytest.raises(ValueError, match=r"Router centres do not train and yet belong to the adapter"):
+    with pytest.raises(ValueError, match=r"Router centres are part of the adapter although they need no gradient"):
         centred().load_state_dict(checkpoint, strict=False)
 
 
@@ -415,8 +415,8 @@ def test_tokens_that_train_are_saved_alone_and_load_again(tied: bool, by_name: b
     [
         (llama, [10**6], "names token 1000000"),
         (llama, {"lm_head": [10**6]}, "'lm_head' has"),
-        (llama, {"nothing": [1]}, "has no such embeddings"),
-        (vit, [1], "has no such embeddings"),
+        (llama, {"nothing": [1]}, "has no such token embeddings"),
+        (vit, [1], "has no such token embeddings"),
     ],
     ids=["too-large", "too-large-by-name", "no-module", "images"],
 )

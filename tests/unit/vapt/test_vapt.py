@@ -800,7 +800,7 @@ def test_layers_without_one_patch_grid_are_refused_by_name(name: str, target: st
         ({"padding": 1010, "num_virtual_tokens": 3, "channelwise_kernel": True}, "values per layer|too much memory"),
         ({"modules_to_save": ["embeddings"]}, "'vit.embeddings' and also a part of it"),
         ({"modules_to_save": ["projection"]}, "would copy the patch embedding"),
-        ({"modules_to_save": ["vit"]}, "holds all attention layers"),
+        ({"modules_to_save": ["vit"]}, "copies all attention layers"),
         ({"num_static_layers": 4}, "num_static_layers=4 is more than the 3 blocks"),
         ({"num_static_layers": 3, "layers_to_transform": [0, 1]}, "num_static_layers=3 is more than the 2 blocks"),
         ({"task_type": "SEQ_CLS"}, "task_type='SEQ_CLS' .* Leave task_type unset"),
