@@ -60,7 +60,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# The quick tier: exact costs, tables and pictures, in some three minutes on one core. It trains and times nothing.
+# Exact costs, tables and pictures, in some three minutes on one core. It trains and times nothing.
 bench: $(VENV)/.installed-benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost_exact.py
 	$(BIN)/python benchmarks/readme_tables.py

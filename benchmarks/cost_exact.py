@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exact tier: what every method costs in figures that are the same on every machine.
+"""Exact costs: what every method costs in figures that are the same on every machine.
 
     python benchmarks/cost_exact.py                       # writes benchmarks/results/cost_exact.json
     python benchmarks/cost_exact.py --check               # fails where a figure moved by more than 1 %

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time tier: training steps, forwards, generation, attaching, saving, loading and importing, method by method.
+"""Times: training steps, forwards, generation, attaching, saving, loading and importing, method by method.
 
     python benchmarks/times.py                                        # CPU, float32
     python benchmarks/times.py --device cuda --bf16 --compile         # a GPU

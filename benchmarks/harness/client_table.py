@@ -13,7 +13,7 @@ def clients() -> str:
     for client, found in sorted(results("clients").items()):
         for check in found["tests"].values():
             failed = [name or "it" for name in check["failed"]]
-            verdict = f"**not right**: {', '.join(failed)}" if failed else "right"
+            verdict = f"**failed**: {', '.join(failed)}" if failed else "passed"
             rows.append([client, found["version"], check["checked"], ", ".join(check["passed"]), verdict])
-    found_at_all = table(["library", "version", "what is checked", "for", "found"], rows)
+    found_at_all = table(["library", "version", "what is checked", "variants", "result"], rows)
     return found_at_all.replace("---:", "---")  # words, no numbers

@@ -144,7 +144,7 @@ def _idle_tokens(number: int, block: nn.Module, args: tuple[Any, ...]) -> tuple[
 
 
 def grid(name: str) -> Iterator[Row]:
-    """The rows of the exact tier for a shape: every method that the shape can have, in every size."""
+    """The rows of the exact costs for a shape: every method that the shape can have, in every size."""
     if name in LONG:
         yield from (Row("base"), Row("lora_r8"))
         if name == "bert-base-1024":

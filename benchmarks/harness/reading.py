@@ -70,13 +70,13 @@ def results(name: str) -> dict[str, Any]:
 
 
 def exact_records() -> list[dict[str, Any]]:
-    """All records of the exact tier."""
+    """All records of the exact costs."""
     records: list[dict[str, Any]] = results("cost_exact")["records"]
     return records
 
 
 def row_of(record: dict[str, Any]) -> Row:
-    """What a record of the exact tier is of, beside its model."""
+    """What a record of the exact costs is of, beside its model."""
     return Row(record["method"], record["prompts"], record["experts"])
 
 
@@ -86,12 +86,12 @@ def _by_row() -> dict[tuple[str, Row], dict[str, Any]]:
 
 
 def exact_row(model: str, method: str, prompts: int | None = None, experts: int | None = None) -> dict[str, Any]:
-    """One record of the exact tier; empty if a model has no such row."""
+    """One record of the exact costs; empty if a model has no such row."""
     return _by_row().get((model, Row(method, prompts, experts)), {})
 
 
 def times(file: str = "times_cpu") -> dict[str, dict[str, Any]]:
-    """Groups of a run of the time tier; none where it has not been run."""
+    """Groups of a run of `times.py`; none where it has not been run."""
     found: dict[str, dict[str, Any]] = results(file).get("cells", {})
     return found
 

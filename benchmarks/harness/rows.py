@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of the exact and the time tier is of: a method with its sizes, and the name that it has in files."""
+"""What a row of the exact costs and of the times is of: a method with its sizes, and the name that it has in files."""
 
 from __future__ import annotations
 

@@ -262,8 +262,8 @@ def draw(pictures: list[Image.Image], prompts: Tensor, patches: Tensor, file: Pa
     plt.close(figure)
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `load_splits` and `base_model` read."""
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub id, local folder or timm/... name (default: packaged DINOv2-S)")
     parser.add_argument("--dataset", help="Hub id, or folder of images in one folder per class (default: CIFAR-10)")
     parser.add_argument("--dataset-config", help="configuration of the data set, where it has several")
@@ -280,11 +280,6 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=int, help="side in pixels (default: the model's own, and 98 for DINOv2-S)"
     )
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
     parser.add_argument("--prompts", type=int, default=10, help="prompts per layer")
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--batch-size", type=int, default=32)

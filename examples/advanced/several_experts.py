@@ -15,24 +15,65 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import Trainer, TrainingArguments, set_seed
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import assets
 import digits_on_photos
 import small_experts
-from image_classification import add_data_arguments, base_model, collator, load_splits, preparation, save_pictures
 from peft_promptmoe import PMoEConfig, parameter_report, routing_report
+
+
+def load(args: argparse.Namespace) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Images to train on and to test, with the columns `pixel_values`, a picture, and `label`."""
+    if args.dataset is None:
+        splits = digits_on_photos.splits()
+        train, test = datasets.concatenate_datasets([splits["train"], splits["dev"]]), splits["test"]
+    else:
+        columns = {args.image_column: "pixel_values", args.label_column: "label"}
+        data = datasets.load_dataset(args.dataset).select_columns(list(columns)).rename_columns(columns)
+        if not isinstance(data["train"].features["label"], datasets.ClassLabel):
+            data = data.class_encode_column("label")
+        train, test = (data[name].shuffle(seed=0) for name in ("train", "test"))
+    return assets.first(train, args.train_images), assets.first(test, args.test_images)
+
+
+def base_model(name: str, classes: list[str]) -> PreTrainedModel:
+    return AutoModelForImageClassification.from_pretrained(
+        name, num_labels=len(classes), id2label=dict(enumerate(classes)), ignore_mismatched_sizes=True
+    )
+
+
+def pixels(processor: Any, pictures: list[Image.Image], side: int | None) -> Tensor:
+    """(B, 3, rows, columns) what the base model takes, of `side` pixels, or of the size that its processor makes."""
+    size = {"size": {"height": side, "width": side}, "do_center_crop": False} if side else {}
+    return processor([picture.convert("RGB") for picture in pictures], return_tensors="pt", **size).pixel_values
 
 
 def train(data: datasets.Dataset, args: argparse.Namespace) -> Trainer:
     """A trainer that has trained a pMoE model on `data`."""
     set_seed(args.seed)
-    base = base_model(args.model, data.features["label"].names, args.image_size)
+    processor = AutoImageProcessor.from_pretrained(args.model)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pictures = [row["pixel_values"] for row in rows]
+        labels = torch.tensor([row["label"] for row in rows])
+        return {"pixel_values": pixels(processor, pictures, args.image_size), "labels": labels}
+
+    base = base_model(args.model, data.features["label"].names)
     config = PMoEConfig(experts=args.experts, num_virtual_tokens=args.prompts, dispatcher=args.dispatcher)
     model = get_peft_model(base, config)
     print(f"\n{parameter_report(model)}\n")
@@ -55,7 +96,7 @@ def train(data: datasets.Dataset, args: argparse.Namespace) -> Trainer:
             report_to="none",
         ),
         train_dataset=data,
-        data_collator=collator(preparation(args.model, args.image_size)),
+        data_collator=collate,
         compute_metrics=lambda seen: {"accuracy": float((seen.predictions.argmax(-1) == seen.label_ids).mean())},
     )
     trainer.train()
@@ -63,11 +104,10 @@ def train(data: datasets.Dataset, args: argparse.Namespace) -> Trainer:
 
 
 def fine_tune(args: argparse.Namespace) -> None:
-    splits = digits_on_photos.splits(*args.sizes) if args.dataset is None else load_splits(args)
-    both = datasets.concatenate_datasets([splits["train"], splits["dev"]])
-    trainer = train(both, args)
-    scores = trainer.evaluate(splits["test"])
-    print(f"\nTest split, {len(splits['test'])} images, after training on {len(both)}:")
+    data, test = load(args)
+    trainer = train(data, args)
+    scores = trainer.evaluate(test)
+    print(f"\nTest split, {len(test)} images, after training on {len(data)}:")
     print(f"  accuracy {scores['eval_accuracy']:.4f}   loss {scores['eval_loss']:.4f}")
     report = routing_report(trainer.model)
     print(f"\nThe last batch, what its prompts were made of:\n{report}")
@@ -75,28 +115,41 @@ def fine_tune(args: argparse.Namespace) -> None:
     print(f"picture: {args.output / 'dispatch.png'}")
     trainer.model.save_pretrained(args.output / "adapter")
 
-    files = save_pictures(splits["test"].select(range(args.pictures)), args.output / "images")
+    classes = data.features["label"].names
+    (args.output / "images").mkdir(exist_ok=True)
+    files = []
+    for number, row in enumerate(test.select(range(args.pictures))):
+        files.append(args.output / "images" / f"{number}-{classes[row['label']].replace('/', '-')}.png")
+        row["pixel_values"].save(files[-1])
     print("\nThe saved adapter in a fresh process:", flush=True)
     command = [sys.executable, __file__, "--predict", args.output / "adapter"]
-    command += ["--image-size", str(args.image_size[0])] if args.image_size else []
-    subprocess.run([*command, "--images", *files, "--labels", *both.features["label"].names], check=True)
+    command += ["--image-size", str(args.image_size)] if args.image_size else []
+    subprocess.run([*command, "--images", *files, "--labels", *classes], check=True)
 
 
 @torch.no_grad()
 def predict(args: argparse.Namespace) -> None:
     """Load the adapter in `args.predict` and label `args.images`."""
     name = PeftConfig.from_pretrained(args.predict).base_model_name_or_path
-    model = PeftModel.from_pretrained(base_model(name, args.labels, args.image_size), args.predict).eval()
-    prepare = preparation(name, args.image_size)
-    pixels = torch.stack([prepare(Image.open(file)) for file in args.images])
-    chances = model(pixel_values=pixels).logits.softmax(-1)
+    model = PeftModel.from_pretrained(base_model(name, args.labels), args.predict).eval()
+    processor = AutoImageProcessor.from_pretrained(name)
+    batch = pixels(processor, [Image.open(file) for file in args.images], args.image_size)
+    chances = model(pixel_values=batch).logits.softmax(-1)
     for file, row in zip(args.images, chances, strict=True):
         print(f"  {args.labels[int(row.argmax())]:14} {row.max():.2f}  {file}")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    parser.add_argument("--model", help="Hub id or folder of the base model (default: packaged DINOv2-S)")
+    parser.add_argument(
+        "--dataset", help="Hub id or folder with the splits train and test (default: digits on photos)"
+    )
+    parser.add_argument("--image-column", default="image", help="name in --dataset")
+    parser.add_argument("--label-column", default="label", help="name in --dataset")
+    parser.add_argument("--train-images", type=int, default=1000)
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--image-size", type=int, help="side in pixels (default: the processor's, 98 for DINOv2-S)")
     parser.add_argument("--experts", nargs="+", help="as --model (default: two small ones, trained by the first run)")
     parser.add_argument("--dispatcher", default="token", help="what writes the prompts of a block, see PMoEConfig")
     parser.add_argument("--prompts", type=int, default=10, help="prompts per expert and layer")
@@ -118,7 +171,6 @@ def parse_args() -> argparse.Namespace:
     if args.model is None:
         args.model = assets.dinov2_small()
         args.image_size = args.image_size or digits_on_photos.CANVAS
-    args.image_size = [args.image_size] * 2 if args.image_size else None
     if args.experts is None and not args.predict:
         args.experts = [small_experts.digits_expert(), small_experts.photos_expert()]
     return args

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How prompts join a frozen model."""
+"""The engine: adds prompts to the attention layers and blocks of a frozen model."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that work on the patch outputs of a whole vision transformer block."""
+"""Base of the adapters that change the patch outputs of a whole vision transformer block."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .prompt_layer import PromptLayer
 
 
 class BlockLayer(PromptLayer):
-    """An adapter of one block; it is a child of the block's attention layer, as all adapters are.
+    """Adapters of one block. The layer is a child of the block's attention layer, like all prompt layers.
 
     Attributes:
-        last_assignment: by adapter, which prototypes the patches of the last forward went to, if there are any.
+        last_assignment: for each adapter, the assignment of patches to prototypes in the last forward pass, if any.
     """
 
     def __init__(self, site: Site) -> None:
@@ -27,17 +27,17 @@ class BlockLayer(PromptLayer):
 
     @abstractmethod
     def behind(self, x: Tensor) -> Tensor | None:
-        """What the block puts out with the adapter.
+        """The block's output with the adapter.
 
         Args:
-            x: (B, T, D) what it puts out without, prefix tokens first.
+            x: (B, T, D) the block's own output, prefix tokens first.
 
         Returns:
-            (B, T', D); None for what the block puts out.
+            (B, T', D). None: the block's own output is kept.
         """
 
     def hook(self) -> list[Any]:
-        # Before all others: transformers captures hidden states and feature maps by hooks of its own on the blocks.
+        # Before all other hooks: transformers captures hidden states and feature maps with hooks on the blocks.
         return [self.site.block.register_forward_hook(self._after_block, prepend=True)]
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -48,6 +48,6 @@ class BlockLayer(PromptLayer):
 
     @property
     def patches(self) -> Patches:
-        """How the block's tower makes tokens of an image."""
+        """The patch embedding of the block's tower."""
         assert self.site.patches is not None
         return self.site.patches

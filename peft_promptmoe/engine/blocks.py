@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of tokens with the rows of their chosen experts, computed in equal blocks, one expert per block.
+"""Products of tokens with the rows of their chosen experts, computed in blocks of equal size, one expert per block.
 
-Choices (token and expert) are sorted by expert, and each expert's run is laid out in blocks of `C` rows, the last one
-filled up. Shapes depend on the numbers of choices and experts alone: nothing waits for the device, nothing compiles
-anew, and a block meets its expert's rows in one product.
+Choices (a token and an expert) are sorted by expert. The choices of each expert are put into blocks of `C` rows, and
+the last block is padded. Shapes depend on the numbers of choices and experts only: no wait for the device and no
+recompilation. Each block is multiplied with its expert's rows in one product.
 
 Letters: `N` tokens, `K` active experts, `E` experts, `P` slots of one, `Hq` query heads, `H` key/value heads, `g` =
 Hq / H, `d` width of a head, `C` rows of a block, `M` blocks.
@@ -16,16 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALLEST, LARGEST = 4, 128  # rows of a block: fewer make many small products, more are mostly filling
+SMALLEST, LARGEST = 4, 128  # rows of a block: fewer give many small products, more are mostly padding
 
 
 class Order(NamedTuple):
-    """Where every choice lies in the blocks.
+    """The place of every choice in the blocks.
 
     Attributes:
-        source: (M * C,) the choice in each row, -1 in rows that fill a block up.
-        place: (N * K,) the row of each choice.
-        group: (M,) whose rows each block meets.
+        source: (M * C,) number of the choice in each row, -1 in padded rows.
+        place: (N * K,) row of each choice.
+        group: (M,) group (expert) of each block.
     """
 
     source: Tensor
@@ -34,7 +34,7 @@ class Order(NamedTuple):
 
 
 def block_size(choices: int, groups: int) -> int:
-    """Rows of a block: so few that filling adds half of the work at most."""
+    """Rows of a block, so few that padding adds at most half of the work."""
     size = SMALLEST
     while size < LARGEST and 4 * size * groups <= choices:
         size *= 2
@@ -42,16 +42,16 @@ def block_size(choices: int, groups: int) -> int:
 
 
 def in_blocks(group: Tensor, groups: int) -> Order:
-    """Lay choices out in blocks.
+    """Put choices into blocks.
 
     Args:
-        group: (N * K,) the group of each choice.
-        groups: how many there are.
+        group: (N * K,) group of each choice.
+        groups: number of groups.
     """
     choices, device = group.shape[0], group.device
     size = block_size(choices, groups)
-    number = choices // size + min(groups, choices)  # of blocks, however the choices fall
-    # Counts and keys of one choice each, for ONNX has neither stable sorts nor searches.
+    number = choices // size + min(groups, choices)  # upper bound on the blocks for any choices
+    # Counts and unique keys, because ONNX has neither stable sorts nor searches.
     order = torch.sort(group * choices + torch.arange(choices, device=device)).indices
     ordered = group[order]
     counts = torch.zeros(groups, dtype=group.dtype, device=device).scatter_add(0, group, torch.ones_like(group))
@@ -66,7 +66,7 @@ def in_blocks(group: Tensor, groups: int) -> Order:
 
 
 class Heads(NamedTuple):
-    """Query heads as the key/value heads group them: H and g."""
+    """Grouping of query heads by key/value heads: H and g."""
 
     groups: int
     each: int
@@ -77,21 +77,22 @@ class Heads(NamedTuple):
 
 
 def rows_for_blocks(index: Tensor, heads: Heads, blocks: int) -> Tensor:
-    """Where blocks find their rows among those of all heads of tokens or choices.
+    """Indices that gather the rows of blocks from the rows of tokens or choices, for all heads.
 
     Args:
-        index: (M * C,) which token or choice stands in each row.
-        blocks: M.
+        index: (M * C,) token or choice in each row.
+        heads: grouping of the heads.
+        blocks: number of blocks M.
 
     Returns:
-        (M * H * C * g,) of (R * Hq) rows.
+        (M * H * C * g,) indices into (R * Hq) rows.
     """
     by_head = torch.arange(heads.number, device=index.device).view(heads.groups, 1, heads.each)
     return (index.view(blocks, 1, -1, 1) * heads.number + by_head).flatten()
 
 
 def rows_for_choices(order: Order, heads: Heads) -> Tensor:
-    """Where choices find what was computed for all their heads in blocks: (N * K * Hq,) of (M * H * C * g) rows."""
+    """Indices that gather the rows of choices from blocks, for all heads: (N * K * Hq,) of (M * H * C * g) rows."""
     size = order.source.shape[0] // order.group.shape[0]
     first = torch.div(order.place, size, rounding_mode="floor") * ((heads.groups - 1) * size) + order.place
     by_group = torch.arange(0, heads.groups * size * heads.each, size * heads.each, device=first.device)
@@ -100,12 +101,12 @@ def rows_for_choices(order: Order, heads: Heads) -> Tensor:
 
 
 def rows_of_blocks(rows: Tensor, group: Tensor, slots: int) -> Tensor:
-    """The expert's rows that each block meets.
+    """The expert's rows for each block.
 
     Args:
-        rows: (1 or B, H, E * P, w).
-        group: (M,) the expert, or sample and expert, of each block: see `group_for`.
-        slots: P.
+        rows: (1 or B, H, E * P, w) rows of all experts.
+        group: (M,) expert, or sample and expert, of each block: see `group_for`.
+        slots: slots per expert P.
 
     Returns:
         (M * H, P, w).
@@ -114,12 +115,13 @@ def rows_of_blocks(rows: Tensor, group: Tensor, slots: int) -> Tensor:
 
 
 def sum_of_blocks(blocked: Tensor, group: Tensor, like: Tensor, slots: int) -> Tensor:
-    """The transpose of `rows_of_blocks`: what blocks give their experts' rows, summed.
+    """The transpose of `rows_of_blocks`: values of blocks, summed into their experts' rows.
 
     Args:
-        blocked: (M * H, P, w).
-        group: (M,).
-        like: (1 or B, H, E * P, w), of the result's shape.
+        blocked: (M * H, P, w) values of blocks.
+        group: (M,) group of each block.
+        like: (1 or B, H, E * P, w) tensor with the result's shape.
+        slots: slots per expert P.
     """
     batch, heads, rows, width = like.shape
     total = blocked.new_zeros(batch * (rows // slots), heads, slots, width)
@@ -128,17 +130,17 @@ def sum_of_blocks(blocked: Tensor, group: Tensor, like: Tensor, slots: int) -> T
 
 
 def by_expert(rows: Tensor, slots: int) -> Tensor:
-    """(1 or B, H, E * P, w) rows as (E or B * E, H, P, w)."""
+    """Rows (1 or B, H, E * P, w) as (E or B * E, H, P, w)."""
     return rows.unflatten(2, (-1, slots)).transpose(1, 2).flatten(0, 1)
 
 
 def group_of(experts: Tensor, key: Tensor, slots: int) -> tuple[Tensor, int]:
-    """(N * K,) the group of each choice, and how many there are: its expert, or sample and expert.
+    """Group of each choice (N * K,), and the number of groups. A group is an expert, or a sample and an expert.
 
     Args:
-        experts: (B, T, K).
-        key: (1 or B, H, E * P, d); keys of each sample's own make groups of its own.
-        slots: P.
+        experts: (B, T, K) chosen experts.
+        key: (1 or B, H, E * P, d) keys. If every sample has its own keys, groups are per sample.
+        slots: slots per expert P.
     """
     number = key.shape[2] // slots
     if key.shape[0] == 1:
@@ -148,5 +150,5 @@ def group_of(experts: Tensor, key: Tensor, slots: int) -> tuple[Tensor, int]:
 
 
 def group_for(rows: Tensor, key: Tensor, group: Tensor, slots: int) -> Tensor:
-    """(M,) groups of blocks among these rows, which may be the same for all samples where keys are not."""
+    """Groups of blocks for these rows, (M,). Rows may be shared by all samples although keys are not."""
     return group if rows.shape[0] == key.shape[0] else group % (rows.shape[2] // slots)

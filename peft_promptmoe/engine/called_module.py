@@ -20,23 +20,23 @@ from .prompt_layer import PROMPT_CALL, PromptLayer
 
 
 class WholeModel(Protocol):
-    """What a called module asks of the hooks on the whole model; `ModelHooks` answers."""
+    """What a called module needs from the hooks on the whole model. Implemented by `ModelHooks`."""
 
     calls: CallBook
     last_losses: dict[tuple[str, str, str], Tensor]
 
     def begin(self) -> PromptCall:
-        """A forward begins, whichever module it is of."""
+        """Start a forward pass of any module."""
 
     def end(self, call: PromptCall, done: bool) -> None:
-        """A forward has come to its end, or failed."""
+        """End a forward pass, also after an error."""
 
 
 class CalledModule:
-    """The hooks on one module of a base model that holds prompted attention layers.
+    """The hooks on one module of a base model that contains prompted attention layers.
 
-    The outermost module that is called begins a `PromptCall`; those within add what their own arguments tell and hand
-    it on. A loss may come out of any of them.
+    The outermost module that is called starts a `PromptCall`. Modules inside it add what their own arguments tell, and
+    pass it on. Any of them may return a loss.
 
     Args:
         whole: the hooks on the whole model.
@@ -46,7 +46,7 @@ class CalledModule:
     def __init__(self, whole: WholeModel, module: nn.Module) -> None:
         self.whole = whole
         self.names = parameter_names(module)
-        # Only what hands unknown arguments on to attention gets one more; a user's own module may do anything with it.
+        # Only modules that pass unknown arguments on to attention get the call as an extra argument.
         ours = isinstance(module, PreTrainedModel) or type(module).__module__.startswith("transformers.")
         self.hands_on = ours and accepts_keyword_arguments(module)
         self.divides = divides_its_loss(unwrapped_forward(module))
@@ -55,7 +55,7 @@ class CalledModule:
     def attach(self, module: nn.Module) -> list[Any]:
         return [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
-            # Also when the forward fails: the next one is none of this.
+            # Also after an error, so that the next forward pass starts anew.
             module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
@@ -64,8 +64,8 @@ class CalledModule:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
-                "nn.DataParallel copies a model together with its hooks, which belong to the original, so the copies "
-                "would have the original's prompts. Use one process per device: torchrun or accelerate launch."
+                "nn.DataParallel is not supported: it copies the model's hooks, and the copies would use the "
+                "prompts of the original. Use one process per device: torchrun or accelerate launch."
             )
         call = self._call(kwargs) or self.whole.begin()
         call.within.append(self)
@@ -81,15 +81,15 @@ class CalledModule:
         return args, {**kwargs, PROMPT_CALL: call}
 
     def _call(self, kwargs: dict[str, Any]) -> PromptCall | None:
-        """The call of a forward that has begun further out."""
+        """The call of a forward pass that an outer module has started, or None."""
         call = kwargs.get(PROMPT_CALL)
         return call if isinstance(call, PromptCall) else self.whole.calls.call
 
     def _look_at(self, query: Tensor | None, bound: dict[str, Any], module: nn.Module) -> None:
-        """Look once, in the first step of training, whether routers have anything to read."""
+        """Check once, in the first training step, that routers have something to read."""
         if query is None or not module.training or self._looked or torch.compiler.is_compiling():
             return
-        if query.is_meta or isinstance(query, FakeTensor):  # which have no values to look at
+        if query.is_meta or isinstance(query, FakeTensor):  # these have no values
             return
         self._looked = True
         mask = attention_mask(bound)
@@ -113,9 +113,9 @@ class CalledModule:
         return self._with_losses(output, call, dict(zip(self.names, args, strict=False)) | kwargs)
 
     def _with_losses(self, output: Any, call: PromptCall, bound: dict[str, Any]) -> Any:
-        """The module's output, auxiliary losses in the gradient of its loss; None where there is no loss."""
+        """The module's output with auxiliary losses in the gradient of its loss. None if it has no loss."""
         if isinstance(output, tuple):
-            loss = output[0] if output else None  # where transformers and everybody after them puts it
+            loss = output[0] if output else None  # the place of the loss in transformers' tuples
             if not isinstance(loss, Tensor) or loss.ndim > 0 or not loss.requires_grad:
                 return None
             loss = add_losses(loss, self.whole.calls, call, self._share(bound))
@@ -133,10 +133,10 @@ class CalledModule:
         return output
 
     def _share(self, bound: dict[str, Any]) -> Tensor | float:
-        """Share of this forward in its optimiser step, where the caller says how many labels the step has.
+        """Share of this forward pass in its optimiser step, if the caller gives the step's number of labels.
 
-        The Trainer then leaves it to the model to divide by them and does not divide by the accumulation steps. Models
-        that do not do so either have the auxiliary losses' gradient grow with the task loss's.
+        The Trainer then lets the model divide by this number and does not divide by the accumulation steps. In models
+        that do not divide either, the gradient of the auxiliary losses grows like that of the task loss.
         """
         total, labels = bound.get("num_items_in_batch"), bound.get("labels")
         if total is None or labels is None or not self.divides:
@@ -147,28 +147,28 @@ class CalledModule:
 @torch._dynamo.disable(reason="auxiliary losses are lost where compiled code checkpoints blocks")
 def _refuse_lost_losses() -> None:
     raise ValueError(
-        "The adapter's auxiliary losses are lost where torch.compile checkpoints blocks (gradient_checkpointing), and "
-        "routers would train without them. Switch one of the two off, or set the weights of the auxiliary losses "
+        "torch.compile together with gradient_checkpointing loses the adapter's auxiliary losses, and training "
+        "would go on without them. Turn one of the two off, or set the weights of the auxiliary losses "
         "(balance_loss_weight, denoise_weight, margin_weight, compact_weight) to 0."
     )
 
 
 def is_of_supervised_trl(output: Any) -> bool:
-    """Whether TRL's SFTTrainer is going to make its loss of an output's log-probabilities.
+    """Whether TRL's SFTTrainer will compute its loss from the output's log-probabilities.
 
-    It asks for a field that trainers of rewards do not ask for (is_top1), and for none of those that trainers of
-    preferences add (mean_logits). Of theirs, the sum over tokens says nothing of a loss's weight.
+    Its outputs have a field that reward trainers do not request (is_top1), and none of those that preference trainers
+    add (mean_logits). For preference trainers the sum over tokens does not give the weight of the loss.
     """
     given = {name for name in ("log_probs", "label_mask", "is_top1", "mean_logits") if output.get(name) is not None}
     return given == {"log_probs", "label_mask", "is_top1"} and output["log_probs"].requires_grad
 
 
 def holders(model: nn.Module, layers: list[PromptLayer]) -> list[nn.Module]:
-    """The modules of a model that hold whole blocks with prompts, and may be called by themselves."""
+    """The modules of a model that contain whole blocks with prompts, and may be called separately."""
     paths = {id(module): path for path, module in model.named_modules()}
     found: dict[int, nn.Module] = {}
     for layer in layers:
-        path = paths.get(id(layer.site.block), "")  # no path: a block of pMoE's further backbones
+        path = paths.get(id(layer.site.block), "")  # no path: a block of one of pMoE's further backbones
         while path:
             path = path.rpartition(".")[0]
             module = model.get_submodule(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention layers that prompts join; unsuitable ones are left out with one message."""
+"""Chooses the attention layers that prompts join. Unsuitable layers are left out with one warning."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from .trial import try_on_rows
 
 
 def join_all(model: nn.Module, paths: list[str], tried: bool) -> list[Site]:
-    """The attention layers at `paths`, which the user has named.
+    """Return the attention layers at `paths`, which the user has named.
 
     Args:
-        tried: whether prompts join them as keys and values, which is tried out first.
+        model: the base model.
+        paths: paths of attention layers.
+        tried: whether prompts join as keys and values. The layers are then tried on a few rows first.
 
     Raises:
         CannotJoin: prompts cannot join one of them.
@@ -29,10 +31,10 @@ def join_all(model: nn.Module, paths: list[str], tried: bool) -> list[Site]:
 
 
 def join_what_can_be(model: nn.Module, paths: list[str], tried: bool) -> list[Site]:
-    """Those of the attention layers at `paths` that prompts can join; says once which it leaves out.
+    """Return the attention layers at `paths` that prompts can join. One warning names the layers that are left out.
 
     Raises:
-        ValueError: there is none, or none of a language model's own.
+        ValueError: there is none, or none in the language model of a model with several parts.
     """
     sites: list[Site] = []
     left_out: dict[str, CannotJoin] = {}
@@ -57,7 +59,7 @@ def _site(model: nn.Module, path: str, tried: bool) -> Site:
 
 
 def _check_language_layers(model: Any, sites: list[Site]) -> None:
-    """Refuse to prompt only the images of a language model whose own layers cannot be reached (GIT)."""
+    """Raise ValueError if only the image tower of a language model can be prompted (GIT)."""
     writes = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
     if is_encoder_decoder(model) or not writes or not hasattr(model.config, "get_text_config"):
         return
@@ -65,13 +67,13 @@ def _check_language_layers(model: Any, sites: list[Site]) -> None:
     if all(getattr(getattr(site.attention, "config", None), "model_type", text) != text for site in sites):
         raise ValueError(
             f"Prompts would join {_pattern(sites[0].name)!r} of {type(model).__name__} and no layer of its language "
-            "model, whose attention peft_promptmoe cannot reach: with text alone they would do nothing. Name the "
-            "layers in `target_modules` if that is what you want, or use another model."
+            "model, because peft_promptmoe cannot reach its attention. With text alone prompts would have no effect. "
+            "Name the layers in `target_modules` if you want this, or use another model."
         )
 
 
 def _say(left_out: dict[str, CannotJoin], joined: int) -> str:
-    """One sentence for each kind of layer that is left out."""
+    """The warning about layers that are left out, with one reason per kind of layer."""
     kinds = Counter((_pattern(path), error.reason) for path, error in left_out.items())
     reasons = [f"{number} of {kind!r} ({reason})" for (kind, reason), number in kinds.items()]
     return (

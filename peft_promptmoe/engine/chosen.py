@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of every token to the slots of its chosen experts; the cost does not grow with the number of experts.
+"""Attention of every token to the slots of its chosen experts. The cost does not grow with the number of experts.
 
-Attention of a token over text, shared slots and its own experts' slots is one softmax. It is split here: the slots of
-the chosen experts are attended apart, in products grouped by expert (`chosen_slots`), which gives each head its output
-o and the log of the summed exponentials of its scores, l. One further column stands for all of them in the attention
-over everything else. Queries get features that hold l / scale, that column a 1 in these features, so its score is l;
-values get a feature that is 1 in that column alone, so the kernel returns the column's weight w beside its output.
-What all columns together would have given is output + w * o: exact, and differentiable by the stock fused kernel.
+A token attends to text, shared slots and its own experts' slots in one softmax. The computation is split in two.
+First, attention to the chosen experts' slots is computed separately, in products grouped by expert (`chosen_slots`).
+For each head this gives an output o and the log-sum-exp l of the scores. Then one extra column stands for all these
+slots in the attention over everything else. Queries get extra features with the value l / scale, and the column has a
+1 in these features, so its score is l. Values get a feature that is 1 in this column only, so the kernel returns the
+column's weight w together with its output. The result is output + w * o. This is exact, and the standard fused kernel
+differentiates it.
 
-Little is kept for the backward pass: the queries with their features, which the kernel keeps anyway, and w. Scores and
-o are computed again, which costs less than keeping them. Attention dropout, where a model has it, drops a token's
+For the backward pass only the queries with their features, which the kernel stores anyway, and w are stored. Scores
+and o are computed again, which costs less than storing them. Attention dropout, if a model has it, drops a token's
 chosen slots together.
 
-Letters, beside those of `chosen_slots`: `A` adapters whose experts are chosen among in this layer.
+Letters, in addition to those of `chosen_slots`: `A` adapters with routed experts in this layer.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from ..routing.router import without_autocast
 from .blocks import Order, group_of, in_blocks
 from .chosen_slots import ChosenSlots, Rotate, SlotBlocks, Turn
 
-# Bounds of the scores of columns, before the scale: powers of two or nearly, which bfloat16 holds exactly and float16,
-# too. Times any usual scale the exponential of the least is zero in float64.
+# Bounds of the columns' scores before the scale. They are (nearly) powers of two, exact in bfloat16 and float16. With
+# any usual scale the exponential of the lower bound is zero in float64.
 LEAST, MOST_IN_FLOAT16 = -(2.0**15), 7 * 2.0**13
-HALVES = 2  # features for one score: in bfloat16 a single one would be off by half a percent of it
-CUDA_UNIT = 8  # what widths are a multiple of where fused kernels run on a GPU
+HALVES = 2  # features per score: in bfloat16 a single one would have an error of half a percent
+CUDA_UNIT = 8  # fused kernels on a GPU need widths that are multiples of this
 
 
 @dataclass
 class Joined:
-    """What `attend_chosen` gives.
+    """Result of `attend_chosen`.
 
     Attributes:
-        query: (B, Hq, lead + T, width) with the features that hold the scores; the first `lead` are blank.
-        score: (A, B, T, Hq) log-sum-exp of the scores of each adapter's chosen slots, log-gates included.
-        finish: makes attention's output (B, T, Hq, v) of the kernel's (B, lead + T, Hq, width).
+        query: (B, Hq, lead + T, width) queries with the score features. The first `lead` queries are blank.
+        score: (A, B, T, Hq) log-sum-exp of the scores of each adapter's chosen slots, including log-gates.
+        finish: function that turns the kernel's output (B, lead + T, Hq, width) into attention's (B, T, Hq, v).
     """
 
     query: Tensor
@@ -51,8 +52,11 @@ class Joined:
 
 
 class Settings(NamedTuple):
-    """What is no tensor in one call: see `attend_chosen`; `widths` are those of a head's queries and values, `most` is
-    the largest score that the kernel's dtype holds, and slots and rotation are those of each part."""
+    """The settings of one call that are not tensors: see `attend_chosen`.
+
+    `widths` are those of a head's queries and values, `most` is the largest score in the kernel's dtype. Slots and
+    rotation are given for each part.
+    """
 
     scale: float
     cap: float | None
@@ -64,11 +68,11 @@ class Settings(NamedTuple):
     rotations: tuple[Rotate | None, ...]
 
 
-PER_PART = 9  # tensors: key, value, log-gates, bias, cosines, sines, and the three of the order in blocks
+PER_PART = 9  # tensors per part: key, value, log-gates, bias, cosines, sines, and three for the order in blocks
 
 
 def joined_width(query: Tensor, value: Tensor, adapters: int) -> int:
-    """Width of queries, keys and values with the columns' features."""
+    """Width of queries, keys and values including the extra features."""
     needed = max(query.shape[-1] + HALVES * adapters, value.shape[-1] + adapters)
     return needed + -needed % (CUDA_UNIT if query.device.type == "cuda" else HALVES)
 
@@ -76,15 +80,15 @@ def joined_width(query: Tensor, value: Tensor, adapters: int) -> int:
 def attend_chosen(
     query: Tensor, value: Tensor, parts: list[ChosenSlots], scale: float, lead: int = 0, cap: float | None = None
 ) -> Joined:
-    """Attend the chosen experts' slots apart, and write the scores of what was found into the queries.
+    """Compute attention to the chosen experts' slots separately, and write its scores into the queries.
 
     Args:
-        query: (B, Hq, T, d).
-        value: (B, H, S, v) of the text, whose width says that of the result.
-        parts: one for each adapter.
+        query: (B, Hq, T, d) queries.
+        value: (B, H, S, v) values of the text. The result has their width.
+        parts: chosen slots, one item per adapter.
         scale: factor of the scores.
-        lead: blank queries to put in front.
-        cap: scores become cap * tanh(score / cap) before gates are added (Gemma 2); None leaves them.
+        lead: number of blank queries to put in front.
+        cap: scores become cap * tanh(score / cap) before gates are added (Gemma 2). None: no cap.
     """
     slots, rotations = tuple(part.slots for part in parts), tuple(part.turn and part.turn.rotate for part in parts)
     width, widths = joined_width(query, value, len(parts)), (query.shape[-1], value.shape[-1])
@@ -94,7 +98,7 @@ def attend_chosen(
         cos, sin = part.turn[:2] if part.turn is not None else (None, None)
         order = in_blocks(*group_of(part.experts, part.key, part.slots))
         tensors += [part.key, part.value, part.log_gates, part.bias, cos, sin, *order]
-    if torch.jit.is_tracing():  # which cannot look into functions with a backward of their own
+    if torch.jit.is_tracing():  # tracing does not support autograd functions with their own backward
         joined, score, output = _attend(query, settings, tensors)
         return Joined(joined, score, lambda found: _finish(found, output, settings)[0])
     joined, score, output = _Attend.apply(query, settings, *tensors)
@@ -109,7 +113,7 @@ def _most(query: Tensor) -> float:
 
 
 def _attend(query: Tensor, settings: Settings, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries with features (B, Hq, lead + T, width), scores and outputs of the chosen slots, adapter by adapter."""
+    """Queries with features (B, Hq, lead + T, width), and scores and outputs of each adapter's chosen slots."""
     with without_autocast(query):
         found = [blocks.merged() for blocks in _blocks(settings, tensors, query)]
         joined = _with_features(query, [score for score, _ in found], settings)
@@ -118,7 +122,7 @@ def _attend(query: Tensor, settings: Settings, tensors: Sequence[Tensor | None])
 
 
 def _finish(found: Tensor, output: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """What attention over all rows puts out, and the weights of the columns in it."""
+    """The output of attention over all rows, and the weights of the extra columns."""
     width = settings.widths[1]
     text = found[:, settings.lead :]
     weights = text[..., width : width + len(output)].clone()
@@ -129,7 +133,7 @@ def _finish(found: Tensor, output: Tensor, settings: Settings) -> tuple[Tensor, 
 
 
 class _Attend(torch.autograd.Function):
-    """From queries to queries with features, scores and outputs of the chosen slots."""
+    """Autograd function: queries to queries with features, scores and outputs of the chosen slots."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, settings: Settings, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -163,7 +167,7 @@ class _Attend(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """From the kernel's output, and those of the chosen slots, to that of attention over all."""
+    """Autograd function: the kernel's output and those of the chosen slots to the output over all rows."""
 
     @staticmethod
     def forward(
@@ -204,9 +208,9 @@ def _blocks(settings: Settings, tensors: Any, query: Tensor) -> list[SlotBlocks]
 
 
 def _with_features(query: Tensor, scores: list[Tensor], settings: Settings) -> Tensor:
-    """(B, Hq, lead + T, width) queries and the scores (B, T, Hq) of the columns, each as a coarse and a fine half."""
+    """Queries (B, Hq, lead + T, width) with each column's score (B, T, Hq) as a coarse and a fine feature."""
     batch, heads, length, width = query.shape
-    # Of the layout that projections give queries in, by which heads of one token lie together.
+    # Memory layout as from projections: the heads of one token lie together.
     joined = query.new_zeros(batch, settings.lead + length, heads, settings.width)
     text = joined[:, settings.lead :]
     text[..., :width] = query.transpose(1, 2)
@@ -219,7 +223,7 @@ def _with_features(query: Tensor, scores: list[Tensor], settings: Settings) -> T
 
 
 def _score_of_features(gradient: Tensor, joined: Tensor, number: int, settings: Settings) -> Tensor:
-    """(B, T, Hq) gradient of a column's score; both of its features have it, and a score that was cut has none."""
+    """Gradient of a column's score, (B, T, Hq). Both of its features have it; a clipped score has none."""
     place = settings.widths[0] + HALVES * number
     value = joined[:, :, settings.lead :, place]
     inside = (value > LEAST) & (value < settings.most)

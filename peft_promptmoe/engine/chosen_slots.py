@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots of chosen experts and the attention of tokens to them, in blocks by expert.
+"""Attention of tokens to the slots of their chosen experts, in blocks by expert.
 
-Letters are those of `blocks`, and `B` batch, `T` tokens of a sample, N = B * T, `v` width of a head's values.
+Letters as in `blocks`, and: `B` batch, `T` tokens of a sample, N = B * T, `v` width of a head's values.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Turn(NamedTuple):
-    """A rotation: cosines and sines, each (1 or B, T or 1, r), and the model's own function, which applies them."""
+    """A rotary embedding: cosines and sines, each (1 or B, T or 1, r), and the model's function that applies them."""
 
     cos: Tensor
     sin: Tensor
     rotate: Rotate
 
     def there(self, rows: Tensor) -> Tensor:
-        """Rows (B, heads, T, d) turned by the angle."""
+        """Rotate rows (B, heads, T, d) by the angle."""
         return self._by(self.sin, rows)
 
     def back(self, rows: Tensor) -> Tensor:
-        """Rows turned by the opposite angle, which is the transpose of `there`."""
+        """Rotate rows by the opposite angle, the transpose of `there`."""
         return self._by(-self.sin, rows)
 
     def _by(self, sin: Tensor, rows: Tensor) -> Tensor:
-        # The function turns queries and keys; the keys are of no head here.
+        # The function needs queries and keys; the keys here have no head.
         return self.rotate(rows, rows[:, :0], self.cos.to(rows.dtype), sin.to(rows.dtype))[0]
 
 
@@ -44,14 +44,14 @@ class ChosenSlots:
     """The experts' slots of one adapter in one attention call, and which of them every token chose.
 
     Attributes:
-        key: (1 or B, H, E * P, d), expert by expert; turned by their positions as far as `turn` leaves that to them.
-        value: (1 or B, H, E * P, v).
-        log_gates: (B, T, K).
-        experts: (B, T, K).
-        slots: P.
-        bias: (1 or B, Hq, T, P) relative position bias, alike for all experts, in models that have one.
-        turn: where samples begin, (1 or B, 1, r): queries are turned back by that before they meet these keys, so
-            that keys need not be turned for each sample; None where they are.
+        key: (1 or B, H, E * P, d) keys, expert by expert, with rotary positions except for what `turn` says.
+        value: (1 or B, H, E * P, v) values.
+        log_gates: (B, T, K) log-gates.
+        experts: (B, T, K) chosen experts.
+        slots: slots per expert P.
+        bias: (1 or B, Hq, T, P) relative position bias, the same for all experts, in models that have one.
+        turn: rotation to the start of each sample, (1 or B, 1, r). Queries are rotated back by it, so that keys need
+            not be rotated for each sample. None: keys have their full positions.
     """
 
     key: Tensor
@@ -64,21 +64,21 @@ class ChosenSlots:
 
 
 class SlotBlocks:
-    """Queries of one call in blocks beside the slots of their experts, and the weights that they give these slots.
+    """The queries of one call in blocks with the slots of their experts, and the attention weights of these slots.
 
     Args:
-        part: the slots; its `experts` are not read.
-        order: where every choice lies in the blocks.
-        query: (B, Hq, T, d).
+        part: the slots. Its `experts` are not used.
+        order: the place of every choice in the blocks.
+        query: (B, Hq, T, d) queries.
         scale: factor of the scores.
-        cap: scores become cap * tanh(score / cap); None leaves them.
+        cap: scores become cap * tanh(score / cap). None: no cap.
     """
 
     def __init__(self, part: ChosenSlots, order: Order, query: Tensor, scale: float, cap: float | None) -> None:
         self.part, self.order, self.scale, self.dtype = part, order, scale, routing_dtype(query)
         self.heads = Heads(part.key.shape[1], query.shape[1] // part.key.shape[1])
         self.shape, self.active, self.number = part.log_gates.shape[:2], part.log_gates.shape[2], len(order.group)
-        # What is built of places is built once: these are many small operations, which a GPU waits for.
+        # Index tensors are built once, because many small operations slow a GPU down.
         choice = order.source.clamp(min=0)
         self.token = choice // self.active if self.active > 1 else choice
         self.from_tokens = rows_for_blocks(self.token, self.heads, self.number)
@@ -135,8 +135,8 @@ class SlotBlocks:
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def _scores(self) -> Tensor:
-        """(N, K, Hq) log-sum-exp of the scores of each choice, its log-gate included."""
-        # Of the best slot, whose weight is at least one in P.
+        """Log-sum-exp of the scores of each choice, (N, K, Hq), including its log-gate."""
+        # From the best slot, whose weight is at least 1 / P.
         log_sum = self.scores.amax(dim=-1, keepdim=True) - self.weights.amax(dim=-1, keepdim=True).log()
         return self._choices(log_sum)[..., 0] + self.part.log_gates.flatten(0, 1)[..., None].to(self.dtype)
 
@@ -152,14 +152,14 @@ class SlotBlocks:
     # -- backward -----------------------------------------------------------------------------------------------------
 
     def _inner(self, of_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients (B, T, Hq, v) of the output in blocks, those of the weights if it were of one choice alone, and
-        by row the products of that output and its gradient."""
+        """Gradients of the output (B, T, Hq, v) in blocks, gradients of the weights for a single choice, and for each
+        row the product of output and gradient."""
         output = self._of_tokens(of_output)
         of_weights = torch.bmm(output, self.value.transpose(1, 2))
         return output, of_weights, (self.weights * of_weights).sum(dim=-1, keepdim=True)
 
     def output_times(self, of_output: Tensor) -> Tensor:
-        """(B, T, Hq) products of the output and (B, T, Hq, v)."""
+        """Dot products (B, T, Hq) of the output with a tensor (B, T, Hq, v)."""
         inner = self._choices(self._inner(of_output)[2])[..., 0]
         if self.active > 1:
             inner = torch.softmax(self._scores(), dim=1) * inner
@@ -169,9 +169,9 @@ class SlotBlocks:
         """Gradients of query, key, value, log-gates and bias.
 
         Args:
-            of_score: (B, T, Hq).
-            of_output: (B, T, Hq, v).
-            needed: of key, value, log-gates and bias, whether theirs is.
+            of_score: (B, T, Hq) gradient of the score.
+            of_output: (B, T, Hq, v) gradient of the output.
+            needed: whether the gradients of key, value, log-gates and bias are needed.
         """
         part = self.part
         score = of_score.flatten(0, 1)[:, None].to(self.dtype)
@@ -182,7 +182,7 @@ class SlotBlocks:
             score = share * (score + inner - (share * inner).sum(dim=1, keepdim=True))
             blocked_share = self._of_choices(share)
             of_slots, output = of_slots * blocked_share, output * blocked_share
-        # What only fills blocks up takes part in nothing.
+        # Padded rows get no gradient.
         filled = (self.order.source >= 0).to(self.dtype).view(self.number, 1, -1, 1)
         filled = filled.expand(-1, self.heads.groups, -1, self.heads.each).reshape(len(weights), -1, 1)
         weights = weights * filled

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt rows in one attention call: which columns they are, who may see them, how they join keys and values."""
+"""Prompt rows in one attention call: their columns, which tokens see them, and how they join keys and values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .chosen_slots import ChosenSlots
 
 
 class Slots(NamedTuple):
-    """Rows that become columns side by side.
+    """Rows that become columns, side by side.
 
     Attributes:
-        key: (B or 1, H, R, d), positions applied.
-        value: (B or 1, H, R, v).
-        gates: (B, T, R) added to their scores; None where they are simply open.
+        key: (B or 1, H, R, d) keys with positions applied.
+        value: (B or 1, H, R, v) values.
+        gates: (B, T, R) numbers added to their scores. None: nothing is added.
     """
 
     key: Tensor
@@ -32,19 +32,20 @@ class Slots(NamedTuple):
 
 @dataclass
 class Columns:
-    """What joins one attention call.
+    """The prompts that join one attention call.
 
     Shapes: `B` batch, `H` key/value heads, `R` prompt rows, `T` query tokens, `d` and `v` widths of a head.
 
     Attributes:
         slots: rows that become columns.
-        chosen: slots of experts that are attended apart, adapter by adapter, and become one column each.
+        chosen: chosen experts' slots, one item per adapter. Attention to them is computed separately, and each item
+            becomes one column.
         bias: (B or 1, query heads, T, all R) relative position bias, for models that have one.
-        offsets: (all R,) positions relative to the first real token, and
-        first: (B,) its column (None for column 0 of all), for layers that compute attention themselves.
-        calls: how many kernel calls the layer makes (differential attention: two), whose keys and values stand side by
+        offsets: (all R,) positions relative to the first real token, for layers that compute attention themselves.
+        first: (B,) column of the first real token, for the same layers. None: column 0 for all samples.
+        calls: number of kernel calls of the layer (two for differential attention). Their keys and values are side by
             side along d.
-        arrived: how often the attention interface has seen these columns.
+        arrived: how often the attention interface has received these columns.
     """
 
     slots: list[Slots]
@@ -56,7 +57,7 @@ class Columns:
     arrived: int = 0
 
     def arrive(self) -> Columns:
-        """The columns of the kernel call that comes next."""
+        """The columns of the next kernel call."""
         self.arrived += 1
         if self.calls == 1 or self.arrived > self.calls:
             return self
@@ -76,22 +77,22 @@ class Columns:
 
     @property
     def number(self) -> int:
-        """Columns in front of the text's."""
+        """Number of columns in front of the text."""
         return len(self.chosen) + self.rows
 
 
 @dataclass
 class MaskWithRows:
-    """An attention mask with the prompt rows of its call, for layers that hand on their mask and nothing else."""
+    """An attention mask together with the prompt rows of a call, for layers that pass on their mask only."""
 
     mask: Tensor | None
     columns: Columns | Overheard
 
 
 class Overheard:
-    """Stands in for `Columns` to note the keys and values of a layer's own call, which goes on as if it were not.
+    """Replaces `Columns` to record the keys and values of a layer's own call without changing it.
 
-    Those of several kernel calls stand side by side along d.
+    Keys and values of several kernel calls are side by side along d.
     """
 
     def __init__(self) -> None:
@@ -106,10 +107,10 @@ class Overheard:
 
 
 class Harvest(Overheard):
-    """Stands in for `Columns` when the attention layer itself is run on prompt rows to get their keys and values."""
+    """Replaces `Columns` when the attention layer is run on prompt rows to compute their keys and values."""
 
     def catch(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Note keys and values, and give (B, Hq, R, dv) zeros that the rest of the layer can run on."""
+        """Record keys and values, and return zeros (B, Hq, R, dv) as the output of attention."""
         self.note(key, value)
         return value.new_zeros(*query.shape[:3], value.shape[-1])
 
@@ -132,13 +133,13 @@ def merge_columns(parts: list[Columns]) -> Columns:
 
 @dataclass
 class Joined:
-    """What an attention kernel takes, with prompt columns in front of the keys and values, and the way back.
+    """The arguments of an attention kernel with prompt columns, and the function for its output.
 
     Attributes:
-        query: (B, Hq, lead + T, width).
-        key, value: (B, H, columns + S, width).
-        mask, scaling: as the kernel takes them.
-        finish: makes (B, T, Hq, v) of the kernel's output (B, lead + T, Hq, width).
+        query: (B, Hq, lead + T, width) queries.
+        key, value: (B, H, columns + S, width) keys and values with the prompt columns in front.
+        mask, scaling: mask and scale for the kernel.
+        finish: function that turns the kernel's output (B, lead + T, Hq, width) into (B, T, Hq, v).
     """
 
     query: Tensor
@@ -162,13 +163,13 @@ def join_rows(
     """Put prompt columns in front of the keys and values of one attention call.
 
     Args:
-        columns: what joins.
-        query: (B, Hq, T, d).
-        key, value: (B, H, S, d) and (B, H, S, v).
+        columns: the prompt columns.
+        query: (B, Hq, T, d) queries.
+        key, value: (B, H, S, d) and (B, H, S, v) keys and values of the text.
         mask: (B or 1, 1 or Hq, T or 1, S) boolean or additive, or None.
-        scaling: factor of the scores; None for 1 / sqrt(d).
-        lead: blank queries to put in front.
-        cap: what the kernel squashes scores by, before it adds the mask.
+        scaling: factor of the scores. None: 1 / sqrt(d).
+        lead: number of blank queries to put in front.
+        cap: soft cap that the kernel applies to scores before it adds the mask, or None.
     """
     width, value_width, gates = query.shape[3], value.shape[3], gates_of(columns.slots)
     if mask is not None:
@@ -184,7 +185,7 @@ def join_rows(
     adapters, scaling = len(columns.chosen), scaling if scaling is not None else 1.0 / math.sqrt(width)
     apart = attend_chosen(query, value, columns.chosen, scaling, lead, cap)
     codes, wide = torch.eye(adapters, dtype=key.dtype, device=key.device), apart.query.shape[-1]
-    # A cap comes between products and softmax; what is behind it is the mask, which then takes the score there.
+    # With a cap the score is put into the mask, which is added after the cap.
     of_score = codes.repeat_interleave(HALVES, dim=1) if cap is None else codes[:, :0]
     key = _in_front(key, keys, _code(of_score, width, wide))
     value = _in_front(value, values, _code(codes, value_width, wide))
@@ -194,13 +195,13 @@ def join_rows(
 
 
 def _in_front(text: Tensor, rows: list[Tensor], code: Tensor | None = None) -> Tensor:
-    """(B, H, columns + S, width) rows in front of the text's; with features, all as wide as `code`, which is first."""
+    """Rows in front of the text, (B, H, columns + S, width). With `code`, it comes first and gives the width."""
     batch, parts = text.shape[0], [each.to(text.dtype) for each in (*rows, text)]
     for each in parts:
         if each.shape[0] not in (1, batch):
             raise ValueError(
-                f"The prompt rows were made for a batch of {each.shape[0]} and attention now runs on {batch}. A cache "
-                "that is filled with one batch cannot go on with another; start from a new cache."
+                f"The prompt rows were made for a batch of {each.shape[0]}, but attention now runs on {batch}. A "
+                "cache that was filled with one batch cannot be used with another. Start from a new cache."
             )
     if code is not None:
         fill = code.shape[-1] - text.shape[-1]
@@ -209,12 +210,12 @@ def _in_front(text: Tensor, rows: list[Tensor], code: Tensor | None = None) -> T
 
 
 def _code(codes: Tensor, width: int, wide: int) -> Tensor:
-    """(A, wide) the columns of chosen slots, which are nothing but features."""
+    """The columns of chosen slots, (A, wide), which only consist of features."""
     return F.pad(codes, (width, wide - width - codes.shape[-1]))
 
 
 def _with_scores(mask: Tensor | None, scores: Tensor, key: Tensor) -> Tensor:
-    """(B, Hq, T, columns + S) additive mask with the scores (B, Hq, T, A) of the first columns."""
+    """Additive mask (B, Hq, T, columns + S) with the scores (B, Hq, T, A) of the first columns."""
     if mask is None:
         mask = scores.new_zeros(1, 1, 1, key.shape[2])
     elif mask.dtype == torch.bool:
@@ -226,7 +227,7 @@ def _with_scores(mask: Tensor | None, scores: Tensor, key: Tensor) -> Tensor:
 
 
 def gates_of(slots: list[Slots]) -> Tensor | None:
-    """(B, T, up to all R) gates of all rows; those behind the last gated ones are open. None if all are."""
+    """Gates of all rows, (B, T, up to all R). Rows after the last gated ones are open. None if all rows are open."""
     gated = [number for number, each in enumerate(slots) if each.gates is not None]
     if not gated:
         return None
@@ -246,8 +247,8 @@ def add_gates(mask: Tensor | None, gates: Tensor, query: Tensor, columns: int) -
     Args:
         mask: (B or 1, 1 or Hq, T or 1, columns) boolean or additive, or None.
         gates: (B, T, up to columns).
-        query: of the dtype that the mask is to have.
-        columns: in front of the text's, and the text's.
+        query: queries, for the dtype of the mask.
+        columns: number of all columns, prompts and text.
 
     Returns:
         (B, 1 or Hq, T, columns) additive mask.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refusals for transformers' continuous batching, raised before its thread starts.
+"""Checks for transformers' continuous batching, before its thread starts.
 
-It packs many texts into one row and runs the model in a thread of its own, where an error ends in empty answers.
+Continuous batching packs many texts into one row and runs the model in its own thread. An error there would only give
+empty answers.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from .kernels import known_kernel
 from .kernels.flash import FLASH
 from .prompt_layer import PromptLayer
 
-ENTRY = "init_continuous_batching"  # of all ways in
+ENTRY = "init_continuous_batching"  # all ways to start it call this method
 
 
 class CheckedStart:
-    """Stands before a model's own `init_continuous_batching`.
+    """Replaces a model's `init_continuous_batching`: checks the prompt layers first, then calls the original.
 
     Args:
         model: the base model.
@@ -32,14 +33,14 @@ class CheckedStart:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _check_rows(self._hooks.layers)
         model, kernel = self._model, self._model.config._attn_implementation
-        manager = getattr(type(model), ENTRY)(model, *args, **kwargs)  # which may change the kernel
+        manager = getattr(type(model), ENTRY)(model, *args, **kwargs)  # this may change the kernel
         if any(layer.working_adapters() for layer in self._hooks.layers):
             _check_kernel(model, kernel)
         return manager
 
 
 def guard(model: nn.Module, hooks: Any) -> None:
-    """Check every start of continuous batching on a model, if it is one that has it."""
+    """Check every start of continuous batching on a model, if the model supports it."""
     if hasattr(type(model), ENTRY):
         setattr(model, ENTRY, CheckedStart(model, hooks))
 
@@ -54,14 +55,14 @@ def _check_rows(layers: list[PromptLayer]) -> None:
         for name in layer.working_adapters():
             if layer.pools_rows(name):
                 raise ValueError(
-                    f"Continuous batching packs many texts into one row, and the prompts of adapter {name!r} depend "
-                    "on all of a row (routing='sample'). Use routing='token' or static prompts (num_experts=1), or "
+                    f"Continuous batching packs many texts into one row, but the prompts of adapter {name!r} depend "
+                    "on the whole row (routing='sample'). Use routing='token' or static prompts (num_experts=1), or "
                     "generate() without continuous batching."
                 )
 
 
 def _check_kernel(model: Any, before: str) -> None:
-    """Refuse flash kernels, whose paged form keeps keys where no rows can be put in front of them."""
+    """Raise ValueError for flash kernels: prompt rows cannot be put in front of the keys in their paged cache."""
     name = model.config._attn_implementation
     if known_kernel(name) is not FLASH:
         return

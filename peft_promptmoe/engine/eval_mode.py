@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a model in evaluation mode, then restore the mode of each module."""
+"""Runs a model in evaluation mode and then restores the mode of each module."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 
 def set_eval(module: nn.Module) -> None:
-    """Put a module into evaluation mode, apart from linear layers, which compute the same in both.
+    """Put a module into evaluation mode, except its linear layers, which compute the same in both modes.
 
-    Quantised ones take evaluation for a promise that nobody will differentiate them again: bitsandbytes repacks its
-    4-bit weights then, and on CPUs no gradient comes through them any more.
+    In evaluation mode bitsandbytes repacks 4-bit weights of quantised linear layers. On CPUs no gradient passes
+    through them after that.
     """
     for child in module.modules():
         child.training = isinstance(child, nn.Linear)
@@ -21,7 +21,7 @@ def set_eval(module: nn.Module) -> None:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode within the block, as `set_eval` does."""
+    """Context manager: evaluation mode inside the block, as with `set_eval`."""
     modes = {child: child.training for child in module.modules()}
     set_eval(module)
     try:

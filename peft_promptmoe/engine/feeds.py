@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for a trial run while an adapter is made: a few tokens, one image, or one short sound."""
+"""Inputs for a trial run of the base model: a few tokens, one image, or a short audio signal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .model_hooks import prompt_layers
 
 TOKENS = 3
 FRAMES = 8
-SAMPLES = 4000  # of a sound whose convolutions the config does not tell of
+SAMPLES = 4000  # audio samples if the config does not describe the convolutions
 
 
 def feed_of(model: Any) -> Callable[[], Any] | None:
-    """What runs the model on a few tokens, on one image or on one sound; None if it reads none of these alone."""
+    """Function that runs the model on a few tokens, an image or audio. None if it needs other inputs."""
     if any(parameter.is_meta for name, parameter in model.named_parameters() if "promptmoe" not in name):
         return None
     reader = text_reader(model)
@@ -36,12 +36,12 @@ def feed_of(model: Any) -> Callable[[], Any] | None:
 
 
 def _ramp(sizes: tuple[int, ...]) -> torch.Tensor:
-    """(1, *sizes) numbers from -1 to 1."""
+    """Tensor (1, *sizes) with numbers from -1 to 1."""
     return torch.linspace(-1.0, 1.0, math.prod(sizes)).reshape(1, *sizes)
 
 
 def _image(model: Any) -> tuple[int, ...] | None:
-    """Channels, rows and columns of the images that the model takes; None if it does not say."""
+    """(channels, rows, columns) of the model's images. None if unknown."""
     found = (layer.site.patches for layer in prompt_layers(model) if layer.site.patches is not None)
     for patches in found:
         if patches.image_size is not None:
@@ -56,7 +56,7 @@ def _image(model: Any) -> tuple[int, ...] | None:
 
 
 def _sound_feed(model: Any) -> Callable[[], Any] | None:
-    """What runs the encoder of a model of sounds, in whatever wraps it."""
+    """Function that runs the encoder of an audio model, also inside a wrapper. None for other models."""
     whole: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if whole is None:
         return None
@@ -69,7 +69,7 @@ def _sound_feed(model: Any) -> Callable[[], Any] | None:
 
 
 def _sound(name: str, config: Any) -> tuple[int, ...] | None:
-    """Samples of a waveform, or frames and features of a spectrogram; None of what has no sounds."""
+    """Shape of the audio input: (samples,), or frames and features of a spectrogram. None for other models."""
     features = getattr(config, "input_feat_per_channel", None)
     if name == "input_features" and features is not None:
         return (4 * FRAMES, features)

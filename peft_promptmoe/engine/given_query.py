@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The query of a causal language model, given by the user where no labels show it."""
+"""Lets the user give the query of a causal language model, for forward passes without labels."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from .model_hooks import find_hooks, prompt_layers
 
 @contextmanager
 def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]:
-    """Within the block, routers of `routing="sample"` on a causal model read the first tokens of each row only.
+    """Context manager: routers of `routing="sample"` on a causal model read only the first tokens of each row.
 
-    For forwards that have no labels: trainers that compute the loss themselves, and scores of texts. Labels count for
-    nothing within the block.
+    Use it for forward passes without labels: trainers that compute the loss themselves, and scoring of texts. Labels
+    are ignored in the block.
 
     Args:
         model: a model with an adapter of this package.
-        tokens: how many tokens of each row are its query, padding not counted: a number, or (B,) one for each row of
-            the batches within the block. None for all tokens, where one answer is made of the whole row.
+        tokens: number of query tokens of each row, without padding: one number, or (B,) one per row of the batches in
+            the block. None: all tokens, if the model gives one answer for the whole row.
 
     Raises:
-        ValueError: the number is negative, or no router of the model reads a query: it routes by token, has one
-            expert, or is not causal.
+        ValueError: the number is negative, or no router of the model reads a query (routing by token, one expert, or
+            a model that is not causal).
     """
     if isinstance(tokens, int) and tokens < 0:
-        raise ValueError(f"given_query takes the number of tokens in the query, got {tokens}.")
+        raise ValueError(f"given_query needs a number of tokens of at least 0, got {tokens}.")
     layers = prompt_layers(model)
     hooks = find_hooks(model)
     if hooks is None or not any(layer.reads_query(name) for layer in layers for name in layer.prompt_config):
         raise ValueError(
-            "No router of this model reads a query: given_query is for routing='sample' with several experts on a "
+            "No router of this model reads a query. given_query is for routing='sample' with several experts on a "
             "causal model. Leave it out."
         )
     before = hooks.calls.give(GivenQuery(tokens))
@@ -47,7 +47,7 @@ def given_query(model: nn.Module, tokens: int | Tensor | None) -> Iterator[None]
 
 
 def look_for_query(call: PromptCall, training: bool) -> None:
-    """Refuse, or say, that a router will read a text with its answer."""
+    """Refuse in training, and warn otherwise, if a router would read a text with its answer."""
     if call.knows_query:
         return
     if training and call.learns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patch grids of the images that a patch embedding has seen."""
+"""Records the patch grids of the images that went through a patch embedding."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..models.patches import Grid, Patches, hides_patches, says_hidden
 
 
 class GridBook:
-    """The patch grids that have come through one patch embedding, by their number of patches.
+    """The patch grids of one patch embedding, by number of patches.
 
-    A layer sees tokens in a row and asks here how many rows and columns they are. What is written is never changed, so
-    threads, checkpointed blocks that are run again and later forwards read the same.
+    A layer sees a sequence of tokens and asks here for its rows and columns. Entries never change, so threads,
+    checkpointed blocks that are run again and later forward passes read the same.
 
     Args:
         patches: the tower's patch embedding.
 
     Attributes:
-        grids: rows and columns by number of patches.
-        last: rows and columns of the last images, for reports.
-        readers: the layers that may read here; nothing is written or changed while none of them does.
+        grids: (rows, columns) by number of patches.
+        last: (rows, columns) of the last images, for reports.
+        readers: layers that may read the grids. While none of them needs them, nothing is recorded.
     """
 
     def __init__(self, patches: Patches) -> None:
@@ -46,18 +46,18 @@ class GridBook:
             handle.remove()
 
     def of(self, patches: int) -> Grid:
-        """Grid of a number of patches.
+        """(rows, columns) for a number of patches.
 
         Raises:
-            ValueError: no image of so many patches has come through the patch embedding: patches were dropped.
+            ValueError: no image with this number of patches went through the patch embedding: patches were dropped.
         """
         count = _number(patches)
         grid = self.grids.get(count)
         if grid is None:
             raise ValueError(
-                f"The prompts are made from the whole patch grid, and this layer got {count} patches, but the images "
+                f"The prompts are made from the whole patch grid, but this layer got {count} patches while the images "
                 f"so far have the grids {sorted(self.grids.values())}: patches were dropped on the way. "
-                "Switch patch dropout and masking off."
+                "Turn off patch dropout and masking."
             )
         return grid
 
@@ -78,13 +78,13 @@ class GridBook:
         if known != (rows, columns):
             raise ValueError(
                 f"This model has seen images of {known[0]} x {known[1]} patches and now gets {rows} x {columns}, the "
-                "same number in another shape, and its layers cannot tell these apart. Bring all images to one shape."
+                "same number in another shape. Its layers cannot tell these apart. Bring all images to one shape."
             )
 
     def _before_owner(
         self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Keep the patches in order where the model would shuffle them (ViT-MAE)."""
+        """Keep the patches in order in models that would shuffle them (ViT-MAE)."""
         if "noise" not in self._names or not any(reader.needs_patches(name) for reader, name in self._readers()):
             return None
         bound = dict(zip(self._names, args, strict=False)) | kwargs
@@ -100,5 +100,5 @@ class GridBook:
 
 
 def _number(size: int) -> int:
-    """A size as a number: `torch.jit.trace` makes tensors of sizes, which no dictionary finds again."""
+    """A size as an int: `torch.jit.trace` turns sizes into tensors, which do not work as dictionary keys."""
     return int(size) if torch.jit.is_tracing() else size

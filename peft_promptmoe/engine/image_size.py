@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a size that the model does not take: the refusal."""
+"""Refuses images of a size that the model does not accept."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RESIZES = "interpolate_pos_encoding"
 
 
 class ImageSizeCheck:
-    """Names the image size and the fix, before the model refuses an image without.
+    """Raises an error that names the image size and the fix, before the model's own error.
 
     Args:
         model: the base model.
-        patches: of one of its towers.
-        layers: the prompt layers of that tower.
+        patches: patch embedding of one of its towers.
+        layers: prompt layers of this tower.
     """
 
     def __init__(self, model: nn.Module, patches: Patches, layers: list[PromptLayer]) -> None:
@@ -49,18 +49,18 @@ class ImageSizeCheck:
             )
 
     def _fix(self, owner: nn.Module, bound: dict[str, Any], rows: int, columns: int) -> str | None:
-        """What would let the model take such images; None where it takes them, or nobody knows."""
+        """How to make the model accept such images. None if it accepts them, or if no way is known."""
         if RESIZES in self._names:
             default = inspect.signature(unwrapped_forward(owner)).parameters[RESIZES].default
             return None if bound.get(RESIZES, default) else f"pass {RESIZES}=True with them"
         parts = (part for part in owner.modules() if getattr(part, "proj", None) is self.patches.embedding)
-        if getattr(next(parts, None), "strict_img_size", False):  # timm's
+        if getattr(next(parts, None), "strict_img_size", False):  # timm
             return f"make the model with img_size=({rows}, {columns}) or dynamic_img_size=True"
         return None
 
 
 def image_size_checks(model: nn.Module, layers: list[PromptLayer]) -> list[ImageSizeCheck]:
-    """One check for each tower of images that prompts are in."""
+    """Make one check for each vision tower with prompts."""
     towers: dict[int, list[PromptLayer]] = {}
     for layer in layers:
         if layer.site.patches is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key/value form: prompt rows join one frozen attention layer as further keys and values."""
+"""Key/value form: prompt rows join one frozen attention layer as extra keys and values."""
 
 from __future__ import annotations
 
@@ -31,53 +31,54 @@ from .samples import Given, close_to_others, merge_choices, samples_by_adapter, 
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, config_view
 
-NOTED_INPUT = "promptmoe_layer_input"  # where a factor behind the norm makes a new tensor of what carries the note
-MASKS = ("attention_mask", "mask", "attn_mask")  # the last is timm's
+NOTED_INPUT = "promptmoe_layer_input"  # used where a factor after the norm makes a new tensor, which loses the note
+MASKS = ("attention_mask", "mask", "attn_mask")  # the last one in timm
 
 
 class KeyValueLayer(PromptLayer):
-    """Prompts that join attention as further keys and values; a method says how its rows come about."""
+    """Base of the layers whose prompts join attention as extra keys and values. A method computes the rows."""
 
-    note_name = "_promptmoe_layer_input"  # left by the norm, its input; where there is none, the block leaves itself
+    note_name = "_promptmoe_layer_input"  # the norm leaves its input here; without a norm, the block leaves itself
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        self.has_token_form = False  # whether a `TokenForm` stands by for adapters that ask for it
-        self.kept: dict[Any, Rows] | None = None  # rows that `cached_prompts` makes once
+        self.has_token_form = False  # whether there is a `TokenForm` for adapters that need it
+        self.kept: dict[Any, Rows] | None = None  # rows stored by `cached_prompts`
         self._names = parameter_names(site.attention)
-        self.notes_arrive = site.family is not None  # whether norm and block are known to be what leaves notes
+        self.notes_arrive = site.family is not None  # whether norm and block are known to leave notes
 
     # -- what a method defines ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def rows(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor:
-        """Prompt rows in the place of layer inputs.
+        """Compute the prompt rows, in the form of layer inputs.
 
         Args:
+            adapter: name of the adapter.
             x: (B, T, D) layer input before the block's own norm.
-            real: (B, T) which tokens are real; None for all.
-            call: what the base model's forward tells its layers; None if it has nothing to tell.
+            real: (B, T) which tokens are real. None: all.
+            call: the base model's call. None if there is none.
 
         Returns:
-            (B or 1, R, D), R a multiple of the adapter's number of slots; row r is slot r % slots.
+            (B or 1, R, D), with R a multiple of the adapter's number of slots. Row r is slot r % slots.
         """
 
     def choice(self, adapter: str, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Chosen | None:
-        """Which experts every token chooses; their rows are the first of `rows`. None if all rows are open to all."""
+        """Which experts every token chooses. Their rows come first in `rows`. None: all tokens see all rows."""
         return None
 
     def reads_input(self, adapter: str) -> bool:
-        """Whether the rows depend on what the layer's input is, and not on its shape alone."""
+        """Whether the rows depend on the values of the layer's input, not only on its shape."""
         return True
 
     def needs_input(self, adapter: str) -> bool:
-        """Whether anything the adapter does depends on what the layer's input is."""
+        """Whether anything in the adapter depends on the values of the layer's input."""
         return self.reads_input(adapter) or self.has_router(adapter)
 
     # -- in and out of the model --------------------------------------------------------------------------------------
 
     def hook(self) -> list[Any]:
-        """Hook the attention layer and its norm, and open the layer's way to the kernel for prompt rows."""
+        """Hook the attention layer and its norm, and let prompt rows reach the attention kernel."""
         attention = self.site.attention
         if self.site.is_called:
             open_forward(self.site)
@@ -104,30 +105,30 @@ class KeyValueLayer(PromptLayer):
             self.site.attention.config = self.site.attention.config.real
 
     def hold_token_form(self, handles: list[Any]) -> None:
-        """Keep the hooks by which this layer's rows are real tokens of its whole block where adapters ask for it."""
+        """Store the hooks of the `TokenForm`, which makes this layer's rows real tokens of its block."""
         self.has_token_form = True
         self._handles += handles
 
     # -- which adapters work in which form ----------------------------------------------------------------------------
 
     def as_tokens(self, adapter: str) -> bool:
-        """Whether the adapter's prompts are real tokens in this block rather than rows of its attention."""
+        """Whether the adapter's prompts are real tokens in this block instead of attention rows."""
         return self.has_token_form and self.wants_tokens(self.prompt_config[adapter])
 
     def wants_tokens(self, config: PromptConfig) -> bool:
-        """Whether the config asks for token form where the model's decoder reads this block's output."""
+        """Whether the config needs token form if the model's decoder reads this block's output."""
         return False
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _after_norm(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Let the norm's output carry its input to the attention layer."""
+        """Attach the norm's input to its output, for the attention layer."""
         layer_input = args[0] if args else next(iter(kwargs.values()))
         if isinstance(output, Tensor) and output is not layer_input:
             self.notes.leave(output, layer_input, self.calls)
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Mark the block's input, so that a norm which the generic rule has overlooked cannot go unnoticed."""
+        """Mark the block's input, to detect a norm that the generic rule has overlooked."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
             self.notes.leave(hidden, block, self.calls)
@@ -135,7 +136,7 @@ class KeyValueLayer(PromptLayer):
     def _hand_on_block_input(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let the block's input reach the attention layer among the keyword arguments that go on to it."""
+        """Pass the block's input to the attention layer as a keyword argument."""
         return args, {**kwargs, NOTED_INPUT: args[0] if args else kwargs["hidden_states"]}
 
     def _before_attention(
@@ -159,8 +160,8 @@ class KeyValueLayer(PromptLayer):
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
-        # Images have no padding; what BEiT passes as a mask are its relative positions. Of a row of many texts the
-        # mask tells them apart.
+        # Images have no padding: BEiT's mask holds relative positions. In a row of many texts, the
+        # mask separates the texts.
         padded = not past and self.site.patches is None and not packs_texts(bound)
         real = kernel.real(mask, x.shape[1]) if padded else None
         whose: dict[str, Tensor] | None = None
@@ -180,7 +181,7 @@ class KeyValueLayer(PromptLayer):
     def carry(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], columns: Columns | Overheard
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The attention layer's arguments, with what is to arrive where its rows join."""
+        """The attention layer's arguments, with the columns added."""
         if not self.site.rows_by_mask:
             return args, {**kwargs, COLUMNS: columns}
         bound = dict(zip(self._names, args, strict=False)) | kwargs
@@ -196,7 +197,7 @@ class KeyValueLayer(PromptLayer):
             raise RuntimeError(
                 f"{type(attention).__name__} at {self.site.name!r} reached its attention kernel "
                 f"{columns.arrived} times in one call instead of {columns.calls}, so the prompts did not join its "
-                "attention as defined. This architecture (or this option of it) is not supported; unload the adapter."
+                "attention as defined. This architecture (or this option of it) is not supported. Unload the adapter."
             )
         if isinstance(columns, Columns):
             note_keys(self.site, dict(zip(self._names, args, strict=False)) | kwargs)
@@ -205,14 +206,14 @@ class KeyValueLayer(PromptLayer):
         return self.site.norm is None or isinstance(self.site.norm, nn.Identity)
 
     def _input_for(self, adapters: list[str], hidden: Tensor, noted: Tensor | None) -> Tensor:
-        """(B, T, D) the layer's input; where no adapter looks at it, a tensor of its shape will do."""
+        """The layer's input, (B, T, D). If no adapter reads its values, any tensor of this shape."""
         note = self.notes.on(hidden) if noted is None else noted
         if note is None and self.notes_arrive and not any(map(self.needs_input, adapters)):
             return hidden
         return self.layer_input(hidden, noted)
 
     def layer_input(self, hidden: Tensor, noted: Tensor | None = None) -> Tensor:
-        """(B, T, D) what the attention layer's input (B, T, D) was before the norm; `noted` if the block says it."""
+        """The attention layer's input before the norm, (B, T, D). `noted` if the block has passed it."""
         if noted is not None:
             return noted
         if self._takes_block_input() and (self.site.family is not None or torch.compiler.is_compiling()):
@@ -223,7 +224,7 @@ class KeyValueLayer(PromptLayer):
         if self._takes_block_input():
             if note is self.site.block:
                 return hidden
-            reason = "its input is not its block's, and no norm was found that stands between the two"
+            reason = "its input is not its block's input, and no norm was found between the two"
         elif isinstance(note, Tensor) and note.shape == hidden.shape:
             return note
         else:
@@ -240,7 +241,7 @@ class KeyValueLayer(PromptLayer):
         kernel: Kernel,
         samples: Tensor | None,
     ) -> Columns:
-        """The columns of one adapter, closed to all samples but its own where it has but some."""
+        """The columns of one adapter. If it has only some samples, the columns are hidden from the others."""
         config, x, real = self.prompt_config[adapter], given.x, given.real
         own = given if samples is None else given.of(samples)
         before = self.last_routing.get(adapter, []) if past else []
@@ -259,10 +260,10 @@ class KeyValueLayer(PromptLayer):
             if samples is not None:
                 rows = spread_rows(rows, samples, x.shape[0])
             if self.site.own is not None:
-                rows = replace(rows, first=first)  # a copy: kept rows serve other texts as well
+                rows = replace(rows, first=first)  # a copy, because stored rows are also used for other texts
             if cached is not None:
                 cached[adapter] = rows
-                # Gathered from while decoding, and there without gradient only.
+                # Used for decoding only, which has no gradients.
                 decodes = kernel.adds_mask and self.site.own is None and not torch.is_grad_enabled()
                 if rows.experts is not None and decodes:
                     rows.experts.table = decoding_table(rows.experts)
@@ -287,12 +288,12 @@ class KeyValueLayer(PromptLayer):
         return columns
 
     def _project(self, adapter: str, given: Given, experts: int) -> Rows:
-        """The adapter's key and value rows, or those kept from the last time where they would be the same."""
+        """The adapter's key and value rows. Stored ones are used if they are still valid."""
         config, (x, real, bound, call) = self.prompt_config[adapter], given
-        turned = self.site.is_rotary and self.site.patches is None  # by angles that each call brings along
+        turned = self.site.is_rotary and self.site.patches is None  # by angles that every call passes in
         anew = turned or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         kept = None if anew or self.reads_input(adapter) else self.kept
-        # Asked only where rows are kept: of the meta device there is no autocast to ask for.
+        # Only where rows are stored: the meta device has no autocast.
         key = None if kept is None else (adapter, x.device, x.dtype, torch.is_autocast_enabled(x.device.type))
         if kept is not None and key in kept:
             return kept[key]

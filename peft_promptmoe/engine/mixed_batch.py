@@ -18,20 +18,20 @@ from .samples import BASE, of_samples
 
 @contextmanager
 def mixed_batch(model: nn.Module, names: Any, method: str) -> Iterator[None]:
-    """Let each sample of the batches within the block have the adapter of its name.
+    """Context manager: each sample of the batches in the block uses the adapter of its name.
 
     Args:
         model: the base model.
-        names: one for each sample, "__base__" for none. Where a batch is a multiple of them, as with beams, each is
-            that of as many samples in a row.
-        method: for messages.
+        names: one adapter name per sample, "__base__" for no adapter. If the batch is a multiple of them, as with
+            beams, each name is used for equally many consecutive samples.
+        method: name of the method, for messages.
 
     Raises:
-        TypeError: the names are no list of strings.
-        ValueError: one is of no adapter, the model is training, or an adapter cannot share a batch.
+        TypeError: the names are not a list of strings.
+        ValueError: a name is unknown, the model is in training mode, or an adapter cannot share a batch.
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"adapter_names is a list with the name of an adapter for each sample, got {names!r}.")
+        raise TypeError(f"adapter_names must be a list with one adapter name per sample, got {names!r}.")
     hooks = find_hooks(model)
     assert hooks is not None
     _check(model, list(names), method)
@@ -49,11 +49,11 @@ def mixed_batch(model: nn.Module, names: Any, method: str) -> Iterator[None]:
 def _check(model: nn.Module, names: list[str], method: str) -> None:
     layers: list[Any] = prompt_layers(model)
     if model.training:
-        raise ValueError("adapter_names is for inference: call model.eval() first, or train one adapter at a time.")
+        raise ValueError("adapter_names is for inference. Call model.eval() first, or train one adapter at a time.")
     known = {name for layer in layers for name in layer.prompt_config}
     unknown = sorted(set(names) - known - {BASE})
     if unknown:
-        raise ValueError(f"adapter_names names {', '.join(unknown)}, and this model has {', '.join(sorted(known))}.")
+        raise ValueError(f"adapter_names names {', '.join(unknown)}, but this model has {', '.join(sorted(known))}.")
     if not all(isinstance(layer, KeyValueLayer) for layer in layers):
         raise ValueError(
             f"{method} does not mix adapters within a batch (adapter_names). Run one batch per adapter with "
@@ -63,23 +63,23 @@ def _check(model: nn.Module, names: list[str], method: str) -> None:
         kernel = None if layer.site.is_called else layer.site.attention.config.real._attn_implementation
         if kernel is not None and not find_kernel(kernel).adds_mask:
             raise ValueError(
-                f"adapter_names closes each adapter's prompts to the samples of others, for which {kernel!r} takes no "
-                "mask. Call model.set_attn_implementation('sdpa'), or run one batch per adapter."
+                f"adapter_names hides each adapter's prompts from the samples of other adapters, but {kernel!r} "
+                "takes no mask for this. Call model.set_attn_implementation('sdpa'), or run one batch per adapter."
             )
     if any(layer.as_tokens(name) for layer in layers for name in names if name in layer.prompt_config):
         raise ValueError(
-            "The decoder of this model sees the prompts of the encoder's last block, which makes the encoder's output "
-            "longer, so its adapters cannot share a batch. Use decoder_sees_prompts=False, or one batch per adapter."
+            "The decoder of this model sees the prompts of the encoder's last block. This makes the encoder's output "
+            "longer, so adapters cannot share a batch. Use decoder_sees_prompts=False, or one batch per adapter."
         )
     if len({layer.site.patches is None for layer in layers}) > 1:
         raise ValueError(
-            "Prompts join the images of this model, too, and a batch of images does not tell whose they are. Leave "
-            "the image tower out by exclude_modules, or run one batch per adapter."
+            "The image tower of this model has prompts, too, and a batch of images does not tell which sample an "
+            "image belongs to. Leave the image tower out with exclude_modules, or run one batch per adapter."
         )
 
 
 def _name_samples(names: Any) -> Any:
-    """A hook that tells one of PEFT's saved modules whose sample is whose."""
+    """A hook that passes the adapter name of each sample to one of PEFT's saved modules."""
 
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         first = args[0] if args else next(iter(kwargs.values()))

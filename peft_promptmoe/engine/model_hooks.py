@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks on the base model: state that prompt layers share, modes, the start of a forward, checks of loaded tensors."""
+"""Hooks on the base model: shared state, training mode, start and end of a forward pass, checks of loaded tensors."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ TIMM_INNER = "timm_model"
 
 
 class ModelHooks(nn.Module):
-    """Child of the base model that hooks its forwards and its `load_state_dict`."""
+    """Child module of the base model that hooks its forward passes and its `load_state_dict`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.calls = CallBook()
-        self.last_losses: dict[tuple[str, str, str], Tensor] = {}  # of the last forward that had any
+        self.last_losses: dict[tuple[str, str, str], Tensor] = {}  # of the last forward pass that had any
         self._handles: list[Any] = []
-        self._inner: list[Any] = []  # handles of hooks on modules within the model
+        self._inner: list[Any] = []  # handles of hooks on modules inside the model
         self._layers: list[PromptLayer] = []
         self._unread: dict[str, Unread] = {}
-        self._model = (model,)  # a tuple, so that it is no child
+        self._model = (model,)  # a tuple, so that it is not registered as a submodule
         self._grid_books: list[GridBook] = []
-        self._held: list[nn.Module] = []  # in evaluation mode for an adapter's backbone_eval
+        self._held: list[nn.Module] = []  # modules in evaluation mode because of backbone_eval
 
     def attach(self, model: nn.Module) -> None:
         model.add_module(PROMPT_CHILD, self)
@@ -61,11 +61,11 @@ class ModelHooks(nn.Module):
 
     @property
     def layers(self) -> list[PromptLayer]:
-        """The prompt layers of the model as they now are."""
+        """The current prompt layers of the model."""
         return self._layers
 
     def grid_book(self, patches: Patches) -> GridBook:
-        """The book of the grids that come through a patch embedding, one per embedding."""
+        """The record of the patch grids of a patch embedding. There is one per embedding."""
         for book in self._grid_books:
             if book.patches.embedding is patches.embedding:
                 return book
@@ -75,15 +75,15 @@ class ModelHooks(nn.Module):
         return book
 
     def shared_layer(self, cls: type[SharedLayer], method: str, site: Site) -> SharedLayer:
-        """What all layers of a method share, made when the first of them asks."""
-        if not hasattr(self, "shared"):  # not before it is needed: T5 has a part of that name, which PEFT may look for
+        """The state that all layers of a method share. Created at the first call."""
+        if not hasattr(self, "shared"):  # only when needed: T5 has a module of this name, which PEFT may look for
             self.shared = nn.ModuleDict()
         if method not in self.shared:
             self.shared[method] = cls(site.attention, site.width)
         return self.shared[method]  # type: ignore[return-value]
 
     def disown(self, method: str, layers: list[PromptLayer]) -> None:
-        """Forget layers of a method, and drop what they shared when none is left."""
+        """Forget layers of a method, and drop their shared state when no layer is left."""
         self._know([layer for layer in self._layers if layer not in layers])
         left = [layer for layer in prompt_layers(self._model[0]) if layer not in layers]
         if method in getattr(self, "shared", ()) and not any(layer.method == method for layer in left):
@@ -97,17 +97,17 @@ class ModelHooks(nn.Module):
         self.hold()
 
     def train(self, mode: bool = True) -> ModelHooks:
-        """As the last child of the base model this hears of training mode last, and can keep the frozen part out."""
+        """Set the mode. This child of the base model runs last, so it can keep frozen modules in evaluation."""
         super().train(mode)
         if not mode:
             for layer in self._layers:
                 layer.settle()
-        self._held = []  # whatever is above this has just set the mode of all
+        self._held = []  # the model around this has just set the mode of all modules
         self.hold()
         return self
 
     def hold(self) -> None:
-        """Keep the frozen part in evaluation mode while the model trains and a working adapter asks for it."""
+        """Keep frozen modules in evaluation mode while the model trains, if an active adapter has backbone_eval."""
         working = [layer.prompt_config[name] for layer in self._layers for name in layer.working_adapters()]
         if not (self._model[0].training and any(config.backbone_eval for config in working)):
             self._release()
@@ -120,14 +120,14 @@ class ModelHooks(nn.Module):
         self._held = []
 
     def watch(self, model: nn.Module, unread: Unread) -> None:
-        """Note the prompt layers of the model and the adapter that came; called after each injection."""
+        """Register the prompt layers of the model and a new adapter. Called after each injection."""
         self._know(prompt_layers(model))
         self._unread[unread.adapter] = unread
         note_made(unread)
         self.hold()
 
     def _know(self, layers: list[PromptLayer]) -> None:
-        """Take over the model's prompt layers as they now are, and hook the modules that hold them."""
+        """Register the current prompt layers of the model, and hook the modules that contain them."""
         for handle in self._inner:
             handle.remove()
         self._layers, self._inner = layers, []
@@ -142,23 +142,23 @@ class ModelHooks(nn.Module):
 
     @property
     def last_balance_loss(self) -> float | None:
-        """Mean over the routers of their weighted balance terms in the last forward that had any."""
+        """Mean of the routers' weighted balance losses in the last forward pass that had any."""
         values = [float(value) for (_, _, name), value in self.last_losses.items() if name == BALANCE]
         return sum(values) / len(values) if values else None
 
     def begin(self) -> PromptCall:
-        """A forward begins, of the whole model or of a module within it."""
+        """Start a forward pass of the whole model or of a module inside it."""
         if not torch.compiler.is_compiling():
             if self._unread:
                 for adapter in self._unread:
                     check_read(self._model[0], adapter)
                 self._unread = {}
             if self._model[0].training:
-                self.hold()  # another adapter may have been switched to since
+                self.hold()  # the active adapter may have changed
         call = self.calls.begin()
         for layer in self._layers:
             for name in layer.adapters_of(call):
-                # timm's models hand nothing on to their layers, and would refuse what they do not know.
+                # timm models pass no arguments on to their layers, and refuse unknown ones.
                 call.asks |= layer.needs_call(name) and not layer.site.is_timm
                 call.reads_query |= layer.reads_query(name)
                 pools = layer.pools_rows(name) and layer.site.patches is None and not layer.site.is_timm
@@ -172,7 +172,7 @@ class ModelHooks(nn.Module):
         return call
 
     def end(self, call: PromptCall, done: bool) -> None:
-        """A forward has come to its end, or failed."""
+        """End a forward pass, also after an error."""
         self.calls.end(call)
         if not torch.compiler.is_compiling():
             for layer in self._layers:
@@ -182,7 +182,7 @@ class ModelHooks(nn.Module):
                 method.after_training(layers)
 
     def _with_word(self) -> dict[type[PromptLayer], list[PromptLayer]]:
-        """The layers that leave word in a forward of the current mode, by method."""
+        """The layers that store an update in the current mode, by method."""
         found: dict[type[PromptLayer], list[PromptLayer]] = {}
         for layer in self._layers:
             if any(map(layer.leaves_word, layer.working_adapters())):
@@ -192,7 +192,7 @@ class ModelHooks(nn.Module):
     def _before_load(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         self._unread = {}
         for name in [name for name in state_dict if name.startswith(f"{prefix}{TIMM_INNER}.{PROMPT_CHILD}.")]:
-            # transformers' wrapper of timm models takes every name without its own in it for the inner model's.
+            # transformers' wrapper of timm models takes every name without its own prefix for the inner model's.
             state_dict[name.replace(f"{TIMM_INNER}.", "", 1)] = state_dict.pop(name)
         check_tensors(model, state_dict, prefix)
         load = running_load()
@@ -201,26 +201,26 @@ class ModelHooks(nn.Module):
 
 
 def prompt_layers(model: nn.Module) -> list[PromptLayer]:
-    """Prompt layers of a model, in the order of its modules."""
+    """The prompt layers of a model, in the order of its modules."""
     return [module for module in model.modules() if isinstance(module, PromptLayer)]
 
 
 def find_hooks(model: nn.Module) -> ModelHooks | None:
-    """The hooks on a model, or on the one within it that adapters were put into."""
+    """The hooks on a model, or on the base model inside it. None if there is no adapter of this package."""
     return next((module for module in model.modules() if isinstance(module, ModelHooks)), None)
 
 
 def last_balance_loss(model: nn.Module) -> float | None:
-    """Mean of the routers' weighted balance terms in the last forward that had any; None without a balance loss."""
+    """Mean of the routers' weighted balance losses in the last forward pass that had any. None without one."""
     hooks = find_hooks(model)
     return hooks.last_balance_loss if hooks is not None else None
 
 
 def last_aux_losses(model: nn.Module) -> dict[str, float]:
-    """Unweighted auxiliary losses of the last forward that had any, each a mean over the layers.
+    """Return the auxiliary losses of the last forward pass that had any, by name, as means over layers.
 
-    Of ProMotion "denoise", "denoise_ratio" (over the noise's variance), "margin" and "compact"; of routers "balance",
-    which has its weight.
+    ProMotion: "denoise", "denoise_ratio" (divided by the noise's variance), "margin" and "compact", without weights.
+    Routers: "balance", multiplied by `balance_loss_weight`.
     """
     hooks = find_hooks(model)
     found: dict[str, list[float]] = {}
@@ -230,21 +230,22 @@ def last_aux_losses(model: nn.Module) -> dict[str, float]:
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
-    """Weighted sum of the auxiliary losses of this thread's last training forward, to add to a loss of your own.
+    """Return the weighted sum of the auxiliary losses of the last training forward pass, to add to your own loss.
 
-    The model's own `outputs.loss` has them in its gradient already, and so has the loss of TRL's `SFTTrainer`. Other
-    trainers make a loss of logits or log-probabilities (DPO, KTO, GRPO) and leave them out; there add this in
-    `compute_loss`. It replaces the share that they have in the gradient of `outputs.loss`: they never count twice.
+    You do not need it if you train on the model's own `outputs.loss` or with TRL's `SFTTrainer`: their gradient
+    already includes the auxiliary losses. Trainers that compute their own loss from logits or log-probabilities (DPO,
+    KTO, GRPO) leave them out: add this in `compute_loss`. Auxiliary losses never count twice: with this sum they no
+    longer contribute to the gradient of `outputs.loss`.
 
     Args:
         model: a model with an adapter of this package.
 
     Returns:
-        A scalar; 0 in evaluation and within `torch.no_grad`. Its gradient reaches the layers under both kinds of
-        checkpointing.
+        A scalar, from the last forward pass in this thread. 0 in evaluation mode and in `torch.no_grad`. Its gradient
+        reaches the layers with both kinds of gradient checkpointing.
 
     Raises:
-        ValueError: the model has no such adapter, or its forward was compiled, where `outputs.loss` alone has them.
+        ValueError: the model has no such adapter, or its forward was compiled: use `outputs.loss` then.
 
     Example:
 
@@ -263,13 +264,13 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
 
 def set_frozen_eval(module: nn.Module) -> list[nn.Module]:
-    """Put what is frozen below a training module into evaluation mode: its dropout and stochastic depth are off.
+    """Put frozen modules of a training model into evaluation mode, which turns off dropout and stochastic depth.
 
-    Modules that checkpoint stay in training mode, in which alone transformers checkpoints; their parts do not. Linear
-    layers stay in it, too: see `set_eval`.
+    Modules with gradient checkpointing stay in training mode, because transformers checkpoints in this mode only; the
+    modules inside them do not. Linear layers also stay in training mode, see `set_eval`.
 
     Returns:
-        The modules whose mode has changed.
+        The modules whose mode was changed.
     """
     changed = []
     for child in module.children():

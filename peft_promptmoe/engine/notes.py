@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes that a module of the base model leaves for the module that reads its output."""
+"""Notes that one module of the base model leaves for the module that reads its output."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..routing.prompt_call import CallBook, PromptCall, this_thread
 
 
 class Notes:
-    """Notes of one kind from one module to the next, on the tensor that runs between them.
+    """Notes of one kind from one module to the next, attached to the tensor between them.
 
-    A note on a tensor cannot be picked up by another thread or another call. But not every tensor arrives: DeepSpeed
-    ZeRO-3, FSDP around a single layer and hooks that scale or observe hand another one on in its place. So the last
-    note is kept beside it, by thread, until the module it is meant for has run, and counts in the same forward only.
+    A note on a tensor cannot be read by another thread or another call. But the tensor is sometimes replaced on the
+    way: by DeepSpeed ZeRO-3, FSDP around a single layer, and hooks that scale or observe. So the last note is also
+    stored by thread until the reading module has run. It is valid in the same forward pass only.
 
     Args:
-        name: of the attribute on the tensor.
+        name: name of the attribute on the tensor.
     """
 
     def __init__(self, name: str) -> None:
@@ -26,23 +26,23 @@ class Notes:
         self._last: dict[int, tuple[PromptCall | None, Tensor, Any]] = {}
 
     def leave(self, carrier: Tensor, note: Any, book: CallBook) -> None:
-        """Leave a note for the module that is given `carrier`, or what takes its place."""
+        """Leave a note for the module that gets `carrier`, or a tensor that replaces it."""
         setattr(carrier, self.name, note)
         self._last[this_thread()] = (book.call, carrier, note)
 
     def on(self, carrier: Tensor) -> Any | None:
-        """The note on a tensor; None without."""
+        """The note on a tensor, or None."""
         return getattr(carrier, self.name, None)
 
     def beside(self, carrier: Tensor, book: CallBook) -> Any | None:
-        """The last note of this forward in this thread, left on a tensor of the same shape; None without."""
+        """The last note of this forward pass and thread, left on a tensor of the same shape, or None."""
         call, left_on, note = self._last.get(this_thread(), (None, None, None))
         if left_on is None or call is not book.call or left_on.shape != carrier.shape:
             return None
         return note
 
     def forget(self) -> None:
-        """Keep nothing beside: the module that notes are meant for has run in this thread."""
+        """Forget the stored note: the reading module has run in this thread."""
         self._last.pop(this_thread(), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Notes:

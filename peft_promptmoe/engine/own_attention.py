@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extra key and value rows in attention layers with their own attention code.
 
-While such a layer's own forward runs, a `TorchFunctionMode` follows its steps: the product of queries and keys, the
-softmax, the product with values. At the softmax the rows' scores stand in front of the text's; the layer gets back
-what is the text's, and the rows' part of the output is added to its last product. The layer's own masks, biases and
-dropout stay its own.
+While such a layer's own forward runs, a `TorchFunctionMode` intercepts its steps: the product of queries and keys, the
+softmax, the product with values. At the softmax the rows' scores are put in front of the text's. The layer gets back
+the text's part, and the rows' part of the output is added to its last product. The layer's masks, biases and dropout
+are not changed.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ SOFTMAXES = (F.softmax, torch.softmax, torch.Tensor.softmax)
 
 
 def _factors(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
-    """What a product multiplies."""
+    """The two factors of a product."""
     if func not in ADDED_PRODUCTS:
-        left, right = args[-2:]  # behind the equation, in einsum
+        left, right = args[-2:]  # in einsum they come after the equation
         return left, right
     return (kwargs["batch1"], kwargs["batch2"]) if "batch1" in kwargs else (args[1], args[2])
 
 
 class OwnSteps(TorchFunctionMode):
-    """Puts prompt rows into the steps of one attention layer.
+    """Adds prompt rows to the steps of one attention layer.
 
     Args:
         columns: the rows.
@@ -49,7 +49,7 @@ class OwnSteps(TorchFunctionMode):
         assert site.own is not None
         self.columns, self.site, self.own, self.bound = columns, site, site.own, bound
         self.batch = next(iter(bound.values())).shape[0]
-        self.lefts: list[Tensor] = []  # what was multiplied from the left until now, the query first
+        self.lefts: list[Tensor] = []  # left factors of the products so far, the query first
         self.weights: Tensor | None = None  # (B, H, T, R) of the rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,7 +60,7 @@ class OwnSteps(TorchFunctionMode):
             return self._attend_with_projections(HEADS.bind(*args, **kwargs).arguments)
         if self.weights is None and func in PRODUCTS + ADDED_PRODUCTS:
             left, right = _factors(func, args, kwargs)
-            if left.ndim >= 3 and right.ndim >= 3:  # Falcon's linear layers multiply with a matrix
+            if left.ndim >= 3 and right.ndim >= 3:  # not a matrix: Falcon's linear layers multiply with one
                 self.lefts.append(left)
         elif self.lefts and self.weights is None and func in SOFTMAXES:
             return self._softmax(func, *args, **kwargs)
@@ -76,7 +76,7 @@ class OwnSteps(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attend_with_projections(self, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """torch's function of a whole layer, (T, B, D) and weights (B, T, S), over rows and text."""
+        """torch's function for a whole attention layer, on rows and text: (T, B, D) and weights (B, T, S)."""
         number, dropout = given["num_heads"], given["dropout_p"] if given["training"] else 0.0
         biases = given["in_proj_bias"].chunk(3)
         query, key, value = (
@@ -100,11 +100,11 @@ class OwnSteps(TorchFunctionMode):
         return F.linear(output, given["out_proj_weight"], given["out_proj_bias"]), text.mean(1)
 
     def _by_head(self, tensor: Tensor) -> Tensor:
-        """(B, H, T, d) of a tensor that may have batch and heads in one dimension."""
+        """The tensor as (B, H, T, d). It may have batch and heads in one dimension."""
         return tensor if tensor.ndim == 4 else tensor.unflatten(0, (self.batch, -1))
 
     def _softmax(self, func: Any, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Weights of the text (…, T, S); those of the rows are kept."""
+        """Attention weights of the text (…, T, S). Those of the rows are stored."""
         query = self._by_head(self.own.query(self.lefts))
         key = self._of_slots([slots.key for slots in self.columns.slots]).to(query.dtype)
         rows = query @ key.transpose(-1, -2) * self.own.scale(self.site.attention)
@@ -120,12 +120,12 @@ class OwnSteps(TorchFunctionMode):
         return weights[..., count:].contiguous()
 
     def _of_slots(self, parts: list[Tensor]) -> Tensor:
-        """(B or 1, H, R, w) of all rows side by side."""
+        """All rows side by side, (B or 1, H, R, w)."""
         batch = max(part.shape[0] for part in parts)
         return torch.cat([part.expand(batch, -1, -1, -1) for part in parts], dim=2)
 
     def _bias(self, query: Tensor, keys: int) -> Tensor | None:
-        """(B or 1, H or 1, T or 1, R or 1) what the layer would add to the rows' scores."""
+        """Position bias that the layer would add to the rows' scores, (B or 1, H or 1, T or 1, R or 1)."""
         if self.own.bias is None or self.columns.offsets is None:
             return None
         columns, site = self.columns, self.site
@@ -145,8 +145,8 @@ class OwnSteps(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
     ) -> Tensor:
-        """The fused kernel, over rows and text."""
-        if is_causal:  # of as many queries as keys
+        """The fused kernel on rows and text."""
+        if is_causal:  # with as many queries as keys
             seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
             attn_mask = seen.tril()[None, None]
         bias, keys, rows = self._bias(query, key.shape[2]), key.shape[2], self.columns.rows

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where prompt rows stand: rotary angles and relative biases of positions before the text."""
+"""Positions of prompt rows: rotary angles and relative position biases before the text."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..adapter_state import put_away
 from ..models.call_arguments import packs_texts
 from ..models.sites import Site
 
-# Types of rotary embeddings whose frequencies follow from the length of the text.
+# Types of rotary embeddings whose frequencies depend on the length of the text.
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass
 class Positions:
-    """Positions of prompt rows in the terms of one attention layer; nothing at all where it has none.
+    """Positions of prompt rows in the form that one attention layer needs. Empty for layers without positions.
 
     Attributes:
-        cos, sin: (B or 1, R or 1, r) of the rows' angles, where the layer is given rotary tables.
-        ids: (B or 1, R or 1) position ids, where it makes its angles from those itself.
-        is_complex: whether the layer takes its tables as one complex tensor (Llama 4, DeepSeek V2).
+        cos, sin: (B or 1, R or 1, r) cosines and sines of the rows, if the layer gets rotary tables.
+        ids: (B or 1, R or 1) position ids, if the layer computes its own rotary tables.
+        is_complex: whether the layer gets its tables as one complex tensor (Llama 4, DeepSeek V2).
     """
 
     cos: Tensor | None = None
@@ -40,11 +40,11 @@ class Positions:
 
     @property
     def batch(self) -> int:
-        """B, or 1 where the rows stand alike in all samples."""
+        """Batch size B, or 1 if positions are the same in all samples."""
         return max((part.shape[0] for part in (self.cos, self.ids) if part is not None), default=1)
 
     def tables(self, batch: int, rows: int, sine_first: bool) -> Any:
-        """The tables in the layer's own form, None if it has none."""
+        """The rotary tables in the layer's own form, or None."""
         if self.angle is None:
             return None
         cos, sin = (table.expand(batch, rows, -1) for table in self.angle)
@@ -54,15 +54,16 @@ class Positions:
 
 
 def first_position(site: Site, bound: dict[str, Any], first: Tensor | None) -> Positions:
-    """Position of each sample's first real token, from what the attention layer is given.
+    """Position of each sample's first real token, from the attention layer's arguments.
 
     Args:
+        site: the attention layer.
         bound: the attention call's arguments by name.
-        first: (B,) column of the first real token, None for column 0 of all.
+        first: (B,) column of the first real token. None: column 0 for all samples.
 
     Returns:
-        Position 0 where the row is many texts that all start there (continuous batching); nothing for models without
-        rotary embedding, and for vision models, which turn patches only.
+        The positions. In continuous batching position 0, where all texts start. Empty for models without rotary
+        embedding, and for vision models, which apply it to patches only.
     """
     if not site.is_rotary or site.patches is not None:
         return Positions()
@@ -80,7 +81,7 @@ def first_position(site: Site, bound: dict[str, Any], first: Tensor | None) -> P
 
 
 def _column(table: Any, first: Tensor | None) -> Any:
-    """(B or 1, 1, ...) entries of the first real token; None of what is no table."""
+    """Entries of the first real token, (B or 1, 1, ...). None if `table` is no table."""
     if not isinstance(table, Tensor):
         return None
     if first is None:
@@ -90,14 +91,15 @@ def _column(table: Any, first: Tensor | None) -> Any:
 
 
 def row_positions(site: Site, at: Positions, offsets: Tensor | None) -> Positions:
-    """Positions of prompt rows that stand `offsets` away from each sample's first real token.
+    """Positions of prompt rows at distance `offsets` from each sample's first real token.
 
-    The first token's own angle comes from the tables that the layer was given and the offset's from the model's rotary
-    module; the sum of angles needs neither position ids nor the layout of the tables.
+    The first token's angle comes from the layer's tables, and the angle of the offset from the model's rotary module.
+    Their sum needs neither position ids nor the layout of the tables.
 
     Args:
-        at: of `first_position`.
-        offsets: (R,) integers, none above zero; None puts every row where the first token is ("unrotated").
+        site: the attention layer.
+        at: positions from `first_position`.
+        offsets: (R,) integers of at most zero. None: all rows at the first token's position ("unrotated").
     """
     if offsets is None:
         return at
@@ -115,8 +117,9 @@ def offset_tables(site: Site, like: Tensor, offsets: Tensor | None) -> tuple[Ten
     """Rotary cosines and sines of offsets, from the model's rotary module.
 
     Args:
-        like: (B or 1, 1, r) cosines.
-        offsets: (R,) integers, none above zero; None for no offset, of one row that stands for all.
+        site: the attention layer.
+        like: (B or 1, 1, r) cosines, for width and dtype.
+        offsets: (R,) integers of at most zero. None: no offset, as one row for all.
 
     Returns:
         (cos, sin), each (1, R or 1, r), scaled as the module scales them.
@@ -126,7 +129,7 @@ def offset_tables(site: Site, like: Tensor, offsets: Tensor | None) -> tuple[Ten
     if not can_stand_before(site):
         raise ValueError(no_angles(site))
     named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
-    # Tables that are stored by position have none below zero; an angle turned back has the opposite sine.
+    # Stored tables have no negative positions. The angle of the opposite position has the opposite sine.
     pair = as_pair(site.rotary(like, offsets.abs()[None], **named), site.sine_first)
     if pair is None:
         raise ValueError(unknown_form(site))
@@ -134,7 +137,7 @@ def offset_tables(site: Site, like: Tensor, offsets: Tensor | None) -> tuple[Ten
 
 
 def as_pair(given: Any, sine_first: bool) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin), each (B or 1, T, r), of what a layer is given as position embeddings; None for other forms."""
+    """(cos, sin), each (B or 1, T, r), from a layer's position embeddings. None for other forms."""
     if isinstance(given, Tensor):
         return (given.real, given.imag) if given.ndim == 3 and given.is_complex() else None
     if not isinstance(given, (tuple, list)) or len(given) != 2:
@@ -145,22 +148,22 @@ def as_pair(given: Any, sine_first: bool) -> tuple[Tensor, Tensor] | None:
 
 
 def unknown_form(site: Site) -> str:
-    """Why rows cannot be placed: of rotary tables only pairs and complex ones (B or 1, T, r) are known."""
-    return f"{type(site.attention).__name__} takes rotary tables of a form that prompts cannot be given."
+    """The message for rotary tables that are neither a pair nor a complex tensor (B or 1, T, r)."""
+    return f"{type(site.attention).__name__} takes rotary tables of a form that is not supported for prompts."
 
 
 def can_stand_before(site: Site) -> bool:
-    """Whether the layer's prompts can have positions before the text: it has none, relative ones, or known angles."""
+    """Whether prompts can have positions before the text: no positions, relative ones, or known rotary angles."""
     if not site.is_rotary or site.patches is not None:
         return True
     return site.rotary is not None and rotary_kind(site) not in LENGTH_DEPENDENT
 
 
 def no_angles(site: Site) -> str:
-    """Why the layer's prompts cannot."""
+    """The message that prompts cannot have positions before the text."""
     return (
-        f"prompt_positions='prefix' needs the rotary angles of the positions before the text, and those of "
-        f"{type(site.attention).__name__} are out of reach or depend on the text's length ({rotary_kind(site)!r}). "
+        f"prompt_positions='prefix' needs the rotary angles of the positions before the text, but those of "
+        f"{type(site.attention).__name__} cannot be reached or depend on the text's length ({rotary_kind(site)!r}). "
         "Use prompt_positions='unrotated' with this model."
     )
 
@@ -172,18 +175,18 @@ def rotary_kind(site: Site) -> str:
 
 
 def rotary_scaling(site: Site) -> float:
-    """Factor that the rotary module puts on its cosines and sines (1 but for YaRN and its kin)."""
+    """Factor of the rotary module's cosines and sines. 1 except for YaRN and similar types."""
     name = f"{site.rotary_type}_attention_scaling" if site.rotary_type is not None else "attention_scaling"
     return getattr(site.rotary, name, 1.0)
 
 
 def slot_offsets(rows: int, slots: int, device: torch.device) -> Tensor:
-    """(R,) positions of prompt rows relative to the first token: slot p of every expert stands at p - slots."""
+    """Positions of prompt rows relative to the first token, (R,): slot p of every expert is at p - slots."""
     return torch.arange(rows, device=device) % slots - slots
 
 
 def relative_bias(site: Site, first: Tensor | None, offsets: Tensor, length: int) -> Tensor | None:
-    """T5 bias between each query and prompt rows `offsets` away from the first real token.
+    """T5 bias between each query and prompt rows at distance `offsets` from the first real token.
 
     Returns:
         (B or 1, heads, T, R), or None for models without such a table.
@@ -201,14 +204,16 @@ def bias_at(owner: Any, distance: Tensor) -> Tensor:
     """Entries of a T5 table for distances key - query.
 
     Args:
-        owner: the attention layer that holds the table.
-        distance: (B, T, R) integers.
+        owner: the attention layer with the table.
+        distance: (B, T, R) integers, key position minus query position.
 
     Returns:
         (B, heads, T, R).
     """
     settings = {}
-    if "bidirectional" in inspect.signature(owner._relative_position_bucket).parameters:  # UMT5 reads its own
+    if (
+        "bidirectional" in inspect.signature(owner._relative_position_bucket).parameters
+    ):  # UMT5 reads its own attribute
         settings = {
             "bidirectional": not owner.is_decoder,
             "num_buckets": owner.relative_attention_num_buckets,
@@ -216,11 +221,11 @@ def bias_at(owner: Any, distance: Tensor) -> Tensor:
         }
     index, table = owner._relative_position_bucket(distance, **settings), owner.relative_attention_bias
     if hasattr(table.weight, "full_tensor"):
-        # FSDP2 gathers the table for its own block and this is another's; it is frozen, so no gradient is lost.
+        # FSDP2 gathers the table only for its own block. The table is frozen, so no gradient is lost here.
         return F.embedding(index, table.weight.full_tensor()).permute(0, 3, 1, 2)
     if put_away(table.weight):
         raise RuntimeError(
-            f"The prompts have relative positions of a table that {type(owner).__name__} holds, and FSDP1 holds it "
+            f"The prompts need the relative position table of {type(owner).__name__}, but FSDP1 keeps it in memory "
             "only while its own block runs. Shard this model with FSDP2 (fully_shard), or train it with DDP."
         )
     return table(index).permute(0, 3, 1, 2)

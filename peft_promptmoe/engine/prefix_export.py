@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export of a static prompt to PEFT's prefix tuning, for use without this package."""
+"""Exports a static prompt as an adapter of PEFT's prefix tuning, for use without this package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from .model_hooks import prompt_layers
 from .positions import LENGTH_DEPENDENT, Positions, as_pair, rotary_kind, slot_offsets
 from .projection import project_rows
 
-TOKENS = 12  # of the text by which what comes out is compared
-CLOSE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the logits' size; of half precision a tenth
+TOKENS = 12  # length of the text on which logits are compared
+CLOSE = {
+    torch.float32: 1e-3,
+    torch.float64: 1e-6,
+}  # allowed difference, relative to the largest logit; a tenth in half precision
 WINDOWS = ("sliding_window", "attention_chunk_size", "local_attention", "window_size", "attention_window_size")
 PREFIX = "prompt_embeddings"  # PEFT's name of the one tensor
 
@@ -30,19 +33,19 @@ PREFIX = "prompt_embeddings"  # PEFT's name of the one tensor
 def export_prefix(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Write a static prompt of a causal language model as an adapter of PEFT's prefix tuning.
 
-    The folder loads with `PeftModel.from_pretrained` where this package is not installed. In every layer the prefix is
-    the key and value rows of the prompt, at the positions where prefix tuning has them. Logits are the same, as far as
-    the rounding of rotary angles goes; that is tried out before anything is written. Only of texts that are padded on
-    the left they differ: PEFT's prefix stands before the padding and not before the text. There is no way back: keys
-    and values of a prefix need not be those of any prompt. Keep the adapter itself to train on.
+    `PeftModel.from_pretrained` loads the folder without this package. In every layer the prefix consists of the
+    prompt's keys and values, at the positions that prefix tuning uses. Logits are equal up to the rounding of rotary
+    angles; this is checked before anything is written. Texts with left padding are an exception: PEFT's prefix stands
+    before the padding, not before the text. The export cannot be undone, because a prefix need not come from any
+    prompt. Keep the adapter itself if you want to train it further.
 
     Args:
         model: a causal language model with the adapter.
-        path: folder to write; made if it is not there.
-        adapter_name: the adapter; unset, the active one.
+        path: folder to write. Created if necessary.
+        adapter_name: name of the adapter. None: the active one.
 
     Raises:
-        ValueError: the model has no such adapter, or prefix tuning cannot do the same: routed prompts, saved modules,
+        ValueError: the model has no such adapter, or prefix tuning cannot represent it: routed prompts, saved modules,
             layers without prompts, learned or length-dependent positions, sliding windows.
     """
     layers = [layer for layer in prompt_layers(model) if isinstance(layer, KeyValueLayer)]
@@ -52,7 +55,7 @@ def export_prefix(model: nn.Module, path: str | os.PathLike[str], adapter_name: 
         raise ValueError(f"The model has no adapter {name!r} of peft_promptmoe whose prompts join attention.")
     whole: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if (reason := _why_not(whole, layers, name)) is not None:
-        raise ValueError(f"Adapter {name!r} has no equal in PEFT's prefix tuning: {reason}.")
+        raise ValueError(f"Adapter {name!r} cannot be exported to PEFT's prefix tuning: {reason}.")
     with torch.no_grad(), eval_mode(model):
         rows = [_rows(layer, name) for layer in layers]
         _compare(model, whole, layers, name, rows)
@@ -77,15 +80,15 @@ def export_prefix(model: nn.Module, path: str | os.PathLike[str], adapter_name: 
 def _why_not(whole: Any, layers: list[KeyValueLayer], name: str) -> str | None:
     config = layers[0].prompt_config[name]
     if any(layer.needs_input(name) for layer in layers):
-        return "its prompts follow from the input, and a prefix is the same for all. Train with num_experts=1"
+        return "its prompts depend on the input, but a prefix is the same for all inputs. Train with num_experts=1"
     if getattr(config, "prompt_weights", None) is not None:
-        return "it weighs its prompts, and the rows of a prefix count alike"
+        return "its prompts have weights, but all rows of a prefix count the same"
     if config.modules_to_save or config.trainable_token_indices:
-        return "it has saved modules or tokens, which prefix tuning does not carry"
+        return "it has saved modules or tokens, which prefix tuning does not support"
     if whole is None or whole.config.get_text_config() is not whole.config or not whole.can_generate():
-        return "that is for causal language models of text"
+        return "the export is for causal language models only"
     if len(layers) != whole.config.num_hidden_layers:
-        return f"it prompts {len(layers)} of {whole.config.num_hidden_layers} layers, and a prefix is in all"
+        return f"it prompts {len(layers)} of {whole.config.num_hidden_layers} layers, but a prefix is in all layers"
     for layer in layers:
         site, kind = layer.site, rotary_kind(layer.site)
         if not site.is_rotary or site.own is not None or site.bias_owner is not None:
@@ -94,12 +97,12 @@ def _why_not(whole: Any, layers: list[KeyValueLayer], name: str) -> str | None:
             return f"its rotary angles depend on the text's length ({kind!r})"
         windows = [getattr(owner, window, None) for owner in (site.attention, whole.config) for window in WINDOWS]
         if any(window is not None for window in windows):
-            return f"{type(site.attention).__name__} slides a window, out of which a prefix falls"
+            return f"{type(site.attention).__name__} has a sliding window, which would drop the prefix"
     return None
 
 
 def _rows(layer: KeyValueLayer, name: str) -> tuple[Tensor, Tensor]:
-    """(1, H, R, d) keys and values of the layer's prompt, as if it were the first R tokens of the text."""
+    """Keys and values (1, H, R, d) of the layer's prompt, at the positions of the first R tokens of the text."""
     site, config = layer.site, layer.prompt_config[name]
     like = next(p for p in site.attention.parameters() if p.is_floating_point() and p.ndim > 0)
     dtype = getattr(site.norm, "weight", like).dtype
@@ -118,18 +121,18 @@ def _positions(site: Site, like: Tensor, ids: Tensor) -> Positions:
     named = {"layer_type": site.rotary_type} if site.rotary_type is not None else {}
     tables = site.rotary(like, ids, **named)
     pair = as_pair(tables, site.sine_first)
-    assert pair is not None  # or the adapter could not have been made
+    assert pair is not None  # otherwise the adapter could not have been made
     return Positions(*pair, is_complex=isinstance(tables, Tensor))
 
 
 def _compare(
     model: nn.Module, whole: Any, layers: list[KeyValueLayer], name: str, rows: list[tuple[Tensor, Tensor]]
 ) -> None:
-    """Refuse what is not the same with the rows as a prefix."""
+    """Raise ValueError if logits with the prefix differ from those with the adapter."""
     shapes = {part.shape for pair in rows for part in pair}
     if len(shapes) > 1:
         raise ValueError(
-            "Prefix tuning has keys and values of one shape, and those of this model differ: "
+            "Prefix tuning needs keys and values of one shape, but those of this model differ: "
             f"{sorted(tuple(shape[1:]) for shape in shapes)}."
         )
     ids = torch.arange(TOKENS, device=whole.device)[None] % whole.config.vocab_size
@@ -150,6 +153,6 @@ def _compare(
     error = float((found - wanted).abs().max() / wanted.abs().max())
     if not error <= CLOSE.get(wanted.dtype, 0.1):
         raise ValueError(
-            f"As a prefix the prompt gives other logits (by {error:.2g} of the largest), so it is not written: "
-            f"{type(whole).__name__} uses positions or caches in a way of its own."
+            f"With the prefix the logits differ (by {error:.2g} of the largest), so nothing is written: "
+            f"{type(whole).__name__} uses positions or caches in its own way."
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From prompt rows to the key and value rows of one attention layer: norm, projection, position."""
+"""Computes key and value rows from prompt rows: norm, projection and position of one attention layer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .transformers_attention import COLUMNS
 
 
 def project_rows(site: Site, rows: Tensor, positions: Positions) -> Rows:
-    """Key and value rows of prompt rows, by the layer's own norm and projections.
+    """Compute key and value rows from prompt rows, with the layer's own norm and projections.
 
-    Families of the table project directly; elsewhere the layer itself is run on the rows ("harvest"), which gives the
-    same result and also pays the query and output projections.
+    Architectures of the table use their projections directly. For others the layer itself is run on the rows
+    ("harvest"). The result is the same, but the query and output projections are also computed.
 
     Args:
         rows: (B or 1, R, D) in the place of layer inputs.
@@ -36,13 +36,13 @@ def project_rows(site: Site, rows: Tensor, positions: Positions) -> Rows:
 
 
 def normed_rows(site: Site, rows: Tensor) -> Tensor:
-    """What the attention layer would be given of rows in the place of its layer input."""
+    """The attention layer's input for rows in the form of layer inputs: rows after the norm."""
     normed: Tensor = site.norm(rows) if site.norm is not None else rows
     return normed if site.factor is None else normed * site.factor
 
 
 def project_directly(site: Site, normed: Tensor, positions: Positions) -> Rows:
-    """Key and value rows through the projections that the family's table entry names."""
+    """Key and value rows, with the projections named in the table of tested architectures."""
     family, attention = site.family, site.attention
     assert family is not None
     if family.own is not None:
@@ -73,7 +73,7 @@ def _turned(site: Site, key: Tensor, positions: Positions) -> Tensor:
 
 
 def rotation(site: Site) -> Rotate:
-    """The function by which a layer of the table turns queries and keys."""
+    """The function with which a layer of the table applies its rotary embedding."""
     found: Rotate = unwrapped_forward(site.attention).__globals__["apply_rotary_pos_emb"]
     return found
 
@@ -86,17 +86,18 @@ def project_experts(
     at: Positions,
     prefix: bool,
 ) -> Rows:
-    """Key and value rows of an adapter whose tokens choose among experts.
+    """Key and value rows of an adapter with token routing.
 
-    Keys of experts are turned by their offsets alone where samples begin at places of their own: then queries are
-    turned back instead, for keys of each sample would be as many as samples times experts.
+    If samples start at different positions, experts' keys get the rotary angles of their offsets only, and queries are
+    turned back to the start of their sample. Otherwise there would be separate keys for every sample and expert.
 
     Args:
-        rows: (1, R, D) in the place of layer inputs, those of experts first.
+        site: the attention layer.
+        rows: (1, R, D) in the form of layer inputs, those of experts first.
         slots: rows of one expert, P.
         routed: rows of all experts, E * P.
-        at: of `first_position`.
-        prefix: whether rows stand before the text and not where it begins.
+        at: positions from `first_position`.
+        prefix: whether rows stand before the text instead of at its start.
     """
     offsets = slot_offsets(rows.shape[1], slots, rows.device) if prefix else None
     angle = at.angle
@@ -114,15 +115,15 @@ def project_experts(
 
 
 def _turns_queries(site: Site) -> bool:
-    """Whether queries may be turned in place of experts' keys."""
+    """Whether queries may be turned instead of experts' keys."""
     return site.family is not None and site.family.direct and site.own is None
 
 
 def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of a projection that makes query, key and value in this order."""
+    """Keys and values from one projection for queries, keys and values, in this order."""
     weight, bias = getattr(projection, "weight", None), getattr(projection, "bias", None)
     if isinstance(weight, Tensor) and weight.device != normed.device:
-        weight = None  # offloaded: it comes when the module is called
+        weight = None  # offloaded: only available when the module is called
     if type(projection) is nn.Linear and isinstance(weight, Tensor):
         third = weight.shape[0] // 3
         both = F.linear(normed, weight[third:], bias[third:] if isinstance(bias, Tensor) else None)
@@ -131,19 +132,19 @@ def _fused_projection(projection: nn.Module, normed: Tensor) -> tuple[Tensor, Te
         third = weight.shape[1] // 3
         both = F.linear(normed, weight[:, third:].T, bias[third:] if isinstance(bias, Tensor) else None)
         return both.tensor_split(2, dim=-1)  # type: ignore[return-value]
-    # Another adapter, a quantiser or an offloading engine has wrapped it: the module itself knows best.
+    # It is wrapped by another adapter, a quantiser or an offloader, so the module itself is called.
     _, key, value = projection(normed).chunk(3, dim=-1)
     return key, value
 
 
 def harvest(site: Site, normed: Tensor, positions: Positions) -> Rows:
-    """Key and value rows by running the attention layer on the prompt rows and stopping at the interface.
+    """Key and value rows by running the attention layer on the prompt rows and stopping at its attention kernel.
 
-    The layer is given the rows and their positions and nothing of the text's call, neither masks nor states, so what
-    it makes of them can come from nowhere else.
+    The layer gets the rows and their positions, but no mask or state of the text's call, so the result depends on the
+    rows only.
 
     Raises:
-        RuntimeError: it did not make one key and one value of each row.
+        RuntimeError: the layer did not make one key and one value per row.
     """
     attention, caught = site.attention, Harvest()
     batch, count = max(normed.shape[0], positions.batch), normed.shape[1]
@@ -155,21 +156,21 @@ def harvest(site: Site, normed: Tensor, positions: Positions) -> Rows:
     made = [None if part is None else (part.ndim, part.shape[0], part.shape[2]) for part in (caught.key, caught.value)]
     if caught.arrived != site.calls or any(shape != (4, batch, count) for shape in made):
         raise RuntimeError(
-            f"{type(attention).__name__} does not make one key and one value of each prompt row when it is run on "
-            "them; this architecture is not supported."
+            f"{type(attention).__name__} does not make one key and one value from each prompt row. This architecture "
+            "is not supported."
         )
     return Rows(caught.key, caught.value)  # type: ignore[arg-type]
 
 
 def _arguments(site: Site, rows: Tensor, positions: Positions) -> dict[str, Any]:
-    """What the layer is run with on rows (B, R, D): their own positions, and for all else its defaults or None."""
+    """Arguments to run the layer on rows (B, R, D): their positions, and defaults or None for all others."""
     forward = unwrapped_forward(site.attention)
     batch, count = rows.shape[:2]
     given: dict[str, Any] = {"shared_kv_states": {}}  # Gemma 4 leaves its keys here for other layers
     given["position_embeddings"] = positions.tables(batch, count, site.sine_first)
     if positions.ids is not None:
         given["position_ids"] = positions.ids.expand(batch, count)
-    elif positions.cos is not None:  # Ministral scales its queries by position, and nobody reads the rows' queries
+    elif positions.cos is not None:  # Ministral scales queries by position, but the rows' queries are not used
         given["position_ids"] = torch.zeros(batch, count, dtype=torch.long, device=rows.device)
     if site.reads_mask:  # everything is open
         given["attention_mask"] = rows.new_zeros(batch, 1, count, count)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forward of the base model while an adapter is made: layers record their inputs, and prompts are off."""
+"""A trial forward pass of the base model without prompts, in which layers record their inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .positions import can_stand_before, first_position, row_positions
 from .projection import project_rows
 from .prompt_layer import PromptLayer
 
-CLOSE = 0.1  # of a key's size, which half precision and quantisers stay within and a wrong place or norm does not
+CLOSE = 0.1  # relative error of a key: half precision and quantisation stay below, a wrong position or norm does not
 
 
 @dataclass
@@ -35,9 +35,9 @@ class Heard:
     """One run of an attention layer.
 
     Attributes:
-        layer_input: (B, T, D) before the norm.
+        layer_input: (B, T, D) input before the norm.
         bound: the call's arguments by name.
-        kernel: the keys and values that its kernel was given.
+        kernel: keys and values that its kernel got.
     """
 
     layer_input: Tensor
@@ -47,14 +47,14 @@ class Heard:
 
 @contextmanager
 def listening(model: nn.Module) -> Iterator[dict[str, list[Heard]]]:
-    """Within the block, note the runs of prompted attention layers, by their paths."""
+    """Context manager: record the runs of prompted attention layers, by path."""
     layers = _layers(model)
     heard: dict[str, list[Heard]] = {}
     handles = [_listen(layer, heard) for layer in layers]
     disabled = {layer: layer.disable_adapters for layer in layers}
     try:
         for layer in layers:
-            layer._disable_adapters = True  # enable_adapters() would also touch what trains
+            layer._disable_adapters = True  # enable_adapters() would also change which parameters train
         with torch.no_grad(), eval_mode(model), _plain_attention(model):
             yield heard
     finally:
@@ -66,7 +66,7 @@ def listening(model: nn.Module) -> Iterator[dict[str, list[Heard]]]:
 
 @contextmanager
 def saved_modules_of(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Let saved modules be what they will be while the adapter is active, which a second one is not yet."""
+    """Context manager: use the adapter's saved modules, although the adapter may not be active yet."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     active: list[tuple[Any, Any]] = [(wrapper, wrapper._active_adapter) for wrapper in wrappers]
     try:
@@ -80,7 +80,7 @@ def saved_modules_of(model: nn.Module, adapter: str) -> Iterator[None]:
 
 @contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
-    """Run models of flash and flex kernels by eager attention: they get adapters before they go to their GPU."""
+    """Context manager: run models with flash or flex kernels with eager attention, as they may still be on the CPU."""
     configs = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
@@ -117,30 +117,30 @@ def _listen(layer: KeyValueLayer, heard: dict[str, list[Heard]]) -> Any:
 
 
 def try_generic(model: nn.Module, layers: list[PromptLayer]) -> None:
-    """See that layers which only the generic rule found are what it takes them for; say where it is not seen."""
+    """Check layers that were found by the generic rule, and warn if they cannot be checked."""
     generic = {layer.site.name for layer in layers if layer.site.family is None}
     if not generic or generic <= rehearse(model):
         return
     tested = ", ".join(sorted({*FAMILIES, *VISION_FAMILIES, "plain vision transformers of timm"}))
     warnings.warn(
         f"{model_type(model) or type(model).__name__} is not among the architectures peft_promptmoe is tested "
-        f"with ({tested}); its attention layers were found by a generic rule, and this model could not be run "
+        f"with ({tested}). Its attention layers were found by a generic rule, and this model could not be run "
         "to check them. Compare some outputs with and without the adapter.",
         stacklevel=4,
     )
 
 
 def rehearse(model: nn.Module) -> set[str]:
-    """Run a model that only the generic rule knows once, and compare what it makes of prompt rows and of tokens.
+    """Run a model outside the table once, and compare the keys and values of prompt rows with those of tokens.
 
-    A row that is a token's layer input, at the token's position, must get the token's own key and value, in every
-    layer. Nothing is found out of models that want more than token ids, one image or one sound.
+    A prompt row that equals a token's layer input, at the token's position, must get the token's key and value in
+    every layer. Models that need more than token ids, one image or one audio signal cannot be checked.
 
     Returns:
-        Paths of the attention layers of which that is so.
+        Paths of the attention layers that passed the check.
 
     Raises:
-        CannotJoin: of one it is not, or its input is not what the rule takes it for.
+        CannotJoin: a layer did not pass, or its input is not the one that the generic rule expects.
     """
     feed = feed_of(model)
     if feed is None:
@@ -159,7 +159,7 @@ def rehearse(model: nn.Module) -> set[str]:
 
 
 def _compare(layer: KeyValueLayer, run: Heard) -> bool:
-    """Whether rows and tokens could be compared, and are alike."""
+    """Whether rows and tokens could be compared and were equal."""
     site, key, value = layer.site, run.kernel.key, run.kernel.value
     x = run.layer_input
     if key is None or value is None or x.shape[1] < 2 or key.shape[2] != x.shape[1]:
@@ -179,12 +179,12 @@ def _compare(layer: KeyValueLayer, run: Heard) -> bool:
 
 
 def _say_what_repeats(heard: dict[str, list[Heard]]) -> None:
-    """Tell the user of layers that run several times in one forward (ALBERT), with the same prompts each time."""
+    """Warn about layers that run several times in one forward pass (ALBERT), with the same prompts each time."""
     repeated = {name: len(runs) for name, runs in heard.items() if len(runs) > 1}
     if repeated:
         name, times = next(iter(repeated.items()))
         warnings.warn(
-            f"{len(repeated)} attention layers run several times in one forward ({name!r}: {times} times). Each has "
-            "one set of prompts, which all of these runs use.",
+            f"{len(repeated)} attention layers run several times in one forward pass ({name!r}: {times} times). "
+            "Each layer has one set of prompts for all its runs.",
             stacklevel=4,
         )

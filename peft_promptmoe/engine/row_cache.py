@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt rows kept with a key/value cache, so that decoding steps do not compute them again.
+"""Stores prompt rows in the key/value cache, so that decoding steps do not compute them again.
 
-They live in the cache's layer, beside the keys and values of the text, and go where these go: see `row_keeper`.
+The rows are stored in the cache's layer, next to the keys and values of the text, and follow every change of these:
+see `row_keeper`.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ ROWS, KEYS = "_promptmoe_rows", "_promptmoe_keys"
 
 
 def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[str, Rows] | None, bool]:
-    """A layer's key and value rows kept with the call's cache, and whether the cache already holds tokens.
-
-    Without a cache there is nothing to keep rows with, and None instead of them.
+    """A layer's key and value rows stored in the call's cache, and whether the cache already holds tokens.
 
     Args:
         site: the attention layer.
         bound: the attention call's arguments by name.
-        tokens: that the call brings.
+        tokens: number of tokens in this call.
+
+    Returns:
+        The rows by adapter (None without a cache), and whether the cache holds tokens.
 
     Raises:
-        ValueError: the cache is of a kind that cannot keep rows, or its keys were changed by hand, so that rows of
-            several samples may belong to others now.
+        ValueError: this kind of cache cannot store rows, or its keys were replaced by other code, so that rows of
+            several samples may be in a wrong order.
     """
     layer = _cache_layer(site, bound)
     if layer is None:
         return None, False
     length = layer.get_seq_length()
     if isinstance(length, Tensor):
-        # A static cache counts on the device. Compiled code cannot ask; there, single tokens are decoding steps.
+        # A static cache counts on the device. Compiled code cannot read this, so single tokens count as decoding
+        # steps.
         past = _continues(site, layer, tokens) if torch.compiler.is_compiling() else bool(length > 0)
     else:
         past = length > 0
@@ -49,14 +52,14 @@ def cached_rows(site: Site, bound: dict[str, Any], tokens: int) -> tuple[dict[st
         _check_unchanged(layer, own)
         return own, True
     own = {}
-    layer.__dict__[ROWS] = {**rows, site.name: own}  # a new one, for a shallow copy of the layer has the old one
+    layer.__dict__[ROWS] = {**rows, site.name: own}  # a new dict, because a shallow copy of the layer has the old one
     if not torch.compiler.is_compiling() and not hasattr(layer, "keeps_rows_of"):
         layer.__class__ = row_keeper(type(layer))  # type: ignore[arg-type]
     return own, False
 
 
 def note_keys(site: Site, bound: dict[str, Any]) -> None:
-    """Remember the keys that a layer's rows belong to; called when the cache has taken in a call's tokens."""
+    """Note the keys that a layer's rows belong to. Called after the cache has stored a call's tokens."""
     layer = _cache_layer(site, bound)
     if layer is not None and ROWS in layer.__dict__:
         layer.__dict__[KEYS] = getattr(layer, "keys", None)
@@ -64,17 +67,17 @@ def note_keys(site: Site, bound: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=64)
 def row_keeper(kind: Any) -> Any:
-    """The class of a cache layer whose prompt rows do what its keys and values do.
+    """Make a cache layer class whose prompt rows follow every operation on keys and values.
 
-    Caches hand every operation on to their layers, so this is the place where none is missed, whoever holds the layer.
-    A layer becomes one when rows are put into it, and goes on as a layer of its own kind.
+    Caches pass every operation on to their layers, so none is missed here. A layer gets this class when rows are put
+    into it, and otherwise behaves as before.
 
     Args:
-        kind: class of the layer.
+        kind: class of the cache layer.
     """
 
     class Keeper(kind):
-        _layer_type = None  # or transformers would make this class for all layers of that type from now on
+        _layer_type = None  # otherwise transformers would use this class for all later layers of that type
         keeps_rows_of = kind
 
         def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -105,7 +108,7 @@ def row_keeper(kind: Any) -> Any:
             return _rebuilt, (kind,), self.__dict__
 
     for name in ("batch_repeat_interleave", "batch_select_indices"):
-        if not hasattr(kind, name):  # static caches offer neither
+        if not hasattr(kind, name):  # static caches have neither
             delattr(Keeper, name)
     Keeper.__name__, Keeper.__qualname__, Keeper.__module__ = kind.__name__, kind.__qualname__, kind.__module__
     return Keeper
@@ -117,7 +120,7 @@ def _rebuilt(kind: Any) -> Any:
 
 
 def _follow(layer: Any, change: Callable[[Tensor], Tensor] | None = None) -> None:
-    """Let a layer's rows follow a change of its batch, and belong to the keys that it has now."""
+    """Apply a change of the batch to a layer's rows, and note its current keys."""
     if change is not None:
         layer.__dict__[ROWS] = {
             site: {adapter: kept.changed(change) for adapter, kept in own.items()}
@@ -139,31 +142,31 @@ def _of_several_samples(own: dict[str, Rows]) -> bool:
 
 
 def _check_unchanged(layer: Any, own: dict[str, Rows]) -> None:
-    """Refuse rows of several samples where the keys are others than those they were left with."""
-    noted = layer.__dict__.pop(KEYS, None)  # no longer held, so that the cache's update frees them as ever
+    """Raise ValueError if rows of several samples no longer belong to the keys in the cache."""
+    noted = layer.__dict__.pop(KEYS, None)  # released, so that the cache's update can free them
     if noted is None or noted is getattr(layer, "keys", None) or not _of_several_samples(own):
         return
     raise ValueError(
-        "The keys of this cache were replaced since the last call, and the prompt rows that it keeps for each sample "
-        "cannot follow. Change caches by their own methods (reorder_cache, batch_repeat_interleave, "
+        "The keys of this cache were replaced since the last call, so the prompt rows that it keeps for each sample "
+        "may be wrong. Change caches with their own methods (reorder_cache, batch_repeat_interleave, "
         "batch_select_indices, crop) and outside compiled code, or start from a new cache."
     )
 
 
-# What layers that run several times in a forward add to their number, for the cache to tell the runs apart.
+# Arguments that layers with several runs per forward pass add to their number, so that the cache separates the runs.
 SLOT_OFFSETS = ("cycle_offset", "cache_offset")
 
 
 def cache_slot(site: Site, bound: dict[str, Any]) -> int:
-    """Number of the cache's layer that this run of the attention layer writes to."""
-    number, layer = bound.get("layer_idx"), site.attention  # Zamba's one layer stands at many places
+    """Number of the cache layer that this run of the attention layer writes to."""
+    number, layer = bound.get("layer_idx"), site.attention  # Zamba uses one layer at many places
     if number is None:
         number = layer.layer_idx if hasattr(layer, "layer_idx") else layer.layer_id  # GPT-Neo
     return int(number + sum(bound.get(name) or 0 for name in SLOT_OFFSETS))
 
 
 def _cache_layer(site: Site, bound: dict[str, Any]) -> Any | None:
-    """The part of the call's cache that belongs to the attention layer; None without a cache that counts tokens."""
+    """The layer of the call's cache that belongs to the attention layer. None without a cache that counts tokens."""
     cache = given_cache(bound)
     if cache is None or not hasattr(cache, "get_seq_length"):
         return None
@@ -172,22 +175,22 @@ def _cache_layer(site: Site, bound: dict[str, Any]) -> Any | None:
     if layers is not None:
         kind = getattr(cache, "layer_class_to_replicate", None)
         while kind is not None and len(layers) <= index:
-            layers.append(kind())  # as the cache's update does in a moment
+            layers.append(kind())  # as the cache's update will do
         if index < len(layers) and hasattr(layers[index], "get_seq_length"):
             return layers[index]
     raise ValueError(
-        f"Prompt rows are kept in a layer of the cache, and this {type(cache).__name__} has none for {site.name!r}. "
-        "Use a cache of transformers (DynamicCache, StaticCache), leave out layers that share another layer's keys by "
-        "exclude_modules, or set use_cache=False."
+        f"Prompt rows are stored in the layers of the cache, but this {type(cache).__name__} has none for "
+        f"{site.name!r}. Use a cache of transformers (DynamicCache, StaticCache), leave out layers that share another "
+        "layer's keys with exclude_modules, or set use_cache=False."
     )
 
 
 def _continues(site: Site, layer: Any, tokens: int) -> bool:
-    """Whether compiled code is to go on with the cache's rows, told by there being any."""
+    """Whether compiled code uses the cache's rows: if there are any."""
     kept = bool(layer.__dict__.get(ROWS, {}).get(site.name))
     if kept and tokens > 1:
         raise ValueError(
-            "Compiled code cannot tell a further chunk of a static cache from a new text. Give the text in one piece "
-            "and decode token by token, start from a new cache, or do not compile."
+            "Compiled code cannot tell a further chunk of a text in a static cache from a new text. Pass the text in "
+            "one piece and decode token by token, start from a new cache, or do not compile."
         )
     return kept

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key and value rows of one adapter in one layer, and the columns that a call's tokens choose from them."""
+"""Key and value rows of one adapter in one layer, and the columns that they become in an attention call."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .columns import Columns, Slots
 
 @dataclass
 class Experts:
-    """Key and value rows of experts that tokens choose among.
+    """Key and value rows of experts, for token routing.
 
     Attributes:
-        key: (B or 1, H, E * P, d), expert by expert.
-        value: (B or 1, H, E * P, v).
-        slots: P.
-        turn: what is left to do of the keys' rotation, or rather to undo on queries; see `ChosenSlots`.
-        table: of `decoding_table`, once decoding is to be expected.
+        key: (B or 1, H, E * P, d) keys, expert by expert.
+        value: (B or 1, H, E * P, v) values.
+        slots: slots per expert P.
+        turn: rotation that must be undone on queries, see `ChosenSlots`.
+        table: result of `decoding_table`, if decoding is expected.
     """
 
     key: Tensor
@@ -39,10 +39,10 @@ class Rows:
     """Key and value rows of one adapter in one layer, before a call's tokens choose among them.
 
     Attributes:
-        key: (B or 1, H, R, d) of the rows that are open to all tokens, positions applied.
-        value: (B or 1, H, R, v).
-        experts: those that tokens choose among.
-        first: (B,) column of the first real token when the rows were made, None for column 0 of all.
+        key: (B or 1, H, R, d) keys of the rows that all tokens see, with positions applied.
+        value: (B or 1, H, R, v) their values.
+        experts: rows of the experts that tokens choose from, or None.
+        first: (B,) column of the first real token when the rows were made. None: column 0 for all samples.
     """
 
     key: Tensor
@@ -51,7 +51,7 @@ class Rows:
     first: Tensor | None = None
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        """The rows with a change of the batch; what is the same for all samples, of batch 1, stays."""
+        """The rows after a change of the batch. Tensors with batch size 1 stay unchanged."""
         found: Rows = _changed(self, change)
         return found
 
@@ -67,14 +67,14 @@ def _changed(kept: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def columns_of(rows: Rows, choice: Chosen | None, gathers: bool = True) -> Columns:
-    """The columns of one call, by what its tokens chose.
+    """The columns of one call.
 
-    One token of each sample and no gradient is decoding. It is short, and the number of operations is most of what it
-    costs, so the rows of the chosen experts simply become columns. Elsewhere they are attended apart.
+    With one token per sample and no gradients (decoding), the number of operations decides the time. The rows of the
+    chosen experts then simply become columns. Otherwise attention to them is computed separately (`chosen`).
 
     Args:
-        rows: of one adapter.
-        choice: of each token, in an adapter with experts to choose among.
+        rows: rows of one adapter.
+        choice: experts chosen by each token, for an adapter with token routing.
         gathers: whether the kernel takes a mask that can hold the gates of gathered rows.
     """
     experts, always = rows.experts, Slots(rows.key, rows.value)
@@ -89,9 +89,9 @@ def columns_of(rows: Rows, choice: Chosen | None, gathers: bool = True) -> Colum
 
 
 def gated_columns(rows: Rows, choice: Chosen | None) -> Columns:
-    """The columns of one call with all experts among them, those that a token did not choose closed to it.
+    """The columns of one call, including all experts. A token's mask hides the experts that it did not choose.
 
-    For layers that compute attention themselves, where scores may depend on rows in ways of their own.
+    For layers that compute attention themselves, whose scores may depend on rows in their own ways.
     """
     experts, always = rows.experts, Slots(rows.key, rows.value)
     if choice is None or experts is None:
@@ -102,7 +102,7 @@ def gated_columns(rows: Rows, choice: Chosen | None) -> Columns:
 
 
 def _gathered(experts: Experts, choice: Chosen) -> Slots:
-    """The rows of the experts that one token of each sample chose, fetched by one gather."""
+    """The rows of the experts that one token of each sample chose, in one gather operation."""
     table = experts.table if experts.table is not None else decoding_table(experts)
     chosen, (batch, number, _) = choice.experts[:, 0], table.shape
     if batch > 1:
@@ -115,7 +115,7 @@ def _gathered(experts: Experts, choice: Chosen) -> Slots:
 
 
 def decoding_table(experts: Experts) -> Tensor:
-    """(B or 1, E, P * H * (d + v)) keys and values of each expert, with every sample's own positions applied."""
+    """Keys and values of each expert, (B or 1, E, P * H * (d + v)), with every sample's positions applied."""
     key, value = experts.key, experts.value
     if experts.turn is not None:
         key = experts.turn.there(key.expand(experts.turn.cos.shape[0], -1, -1, -1))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches with several adapters: split a layer's input by adapter, and join the results.
 
-An adapter's rows are made of its own samples alone. They become columns of all samples, closed to those of others, so
-what a sample gets is what it would get in a batch of its own.
+An adapter's rows are computed from its own samples only. They become columns for all samples, but the mask hides them
+from the others. So the output for a sample is the same as in a separate batch.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from .columns import Columns, Slots
 from .rows import Rows
 
 BASE = "__base__"  # PEFT's name for samples without an adapter
-CLOSED = -1e30  # a log-gate that weighs nothing; minus infinity minus itself would be no number
+CLOSED = -1e30  # log-gate with zero weight; minus infinity could give NaN
 
 
 def of_samples(names: tuple[str, ...], batch: int) -> list[str]:
-    """The name of each sample of a batch."""
+    """The adapter name of each sample of a batch."""
     if not names or batch % len(names):
-        raise ValueError(f"adapter_names has {len(names)} names, and this batch has {batch} samples.")
+        raise ValueError(
+            f"adapter_names has {len(names)} names, but this batch has {batch} samples. Pass one name per sample."
+        )
     return [name for name in names for _ in range(batch // len(names))]
 
 
 def samples_by_adapter(names: tuple[str, ...], batch: int, device: torch.device) -> dict[str, Tensor]:
-    """Numbers of the samples of each adapter."""
+    """For each adapter, the numbers of its samples."""
     found: dict[str, list[int]] = {}
     for number, name in enumerate(of_samples(names, batch)):
         found.setdefault(name, []).append(number)
@@ -40,13 +42,13 @@ def samples_by_adapter(names: tuple[str, ...], batch: int, device: torch.device)
 
 
 class Given(NamedTuple):
-    """What an attention layer is given in one call.
+    """The inputs of an attention layer in one call.
 
     Attributes:
-        x: (B, T, D) its input, before the block's norm.
-        real: (B, T) which tokens are no padding; None for all.
-        bound: its arguments by name.
-        call: what the model's forward tells its layers.
+        x: (B, T, D) input before the block's norm.
+        real: (B, T) which tokens are not padding. None: all.
+        bound: arguments by name.
+        call: call of the base model's forward pass.
     """
 
     x: Tensor
@@ -55,7 +57,7 @@ class Given(NamedTuple):
     call: PromptCall | None
 
     def of(self, index: Tensor) -> Given:
-        """The part of some samples."""
+        """The inputs of some samples."""
         batch, call = self.x.shape[0], None
         if self.call is not None:
             call = copy.copy(self.call)
@@ -67,7 +69,7 @@ class Given(NamedTuple):
 
 
 def _narrow(value: Any, index: Tensor, batch: int) -> Any:
-    """Some samples of a value; what is the same for all stays."""
+    """The value for some samples. Values without a batch dimension stay unchanged."""
     if isinstance(value, Tensor):
         return value[index] if value.ndim and value.shape[0] == batch > 1 else value
     if isinstance(value, (tuple, list)) and all(isinstance(part, Tensor) for part in value):
@@ -76,12 +78,12 @@ def _narrow(value: Any, index: Tensor, batch: int) -> Any:
 
 
 def spread_rows(rows: Rows, index: Tensor, batch: int) -> Rows:
-    """Rows of some samples among those of the whole batch; the others' are nothing, and closed to them."""
+    """Rows of some samples as rows of the whole batch. The other samples get zeros and do not see them."""
     return rows.changed(lambda part: part.new_zeros(batch, *part.shape[1:]).index_copy(0, index, part))
 
 
 def spread_choice(choice: Chosen | None, index: Tensor, batch: int) -> Chosen | None:
-    """A choice of some samples' tokens among those of the whole batch, in which the others choose nothing."""
+    """Choices of some samples as choices of the whole batch. The other samples choose with zero weight."""
     if choice is None:
         return None
     gates, experts = choice.log_gates, choice.experts
@@ -91,7 +93,7 @@ def spread_choice(choice: Chosen | None, index: Tensor, batch: int) -> Chosen | 
 
 
 def close_to_others(columns: Columns, index: Tensor, batch: int, tokens: int) -> None:
-    """Close an adapter's columns to all samples but its own."""
+    """Hide an adapter's columns from the samples of other adapters."""
     for number, slots in enumerate(columns.slots):
         if slots.key.shape[2] == 0:
             continue
@@ -101,9 +103,9 @@ def close_to_others(columns: Columns, index: Tensor, batch: int, tokens: int) ->
 
 
 def merge_choices(parts: list[ChosenSlots]) -> list[ChosenSlots]:
-    """The choices of adapters of which each sample has one, as few choices among the experts of several.
+    """Merge the choices of several adapters, of which each sample uses one, into one table of experts.
 
-    What is attended apart then costs as much as with one adapter. Only adapters of like shapes go together.
+    The cost is then that of one adapter. Only adapters with equal shapes are merged.
     """
     alike: dict[tuple[Any, ...], list[ChosenSlots]] = {}
     for part in parts:
@@ -113,7 +115,7 @@ def merge_choices(parts: list[ChosenSlots]) -> list[ChosenSlots]:
 
 
 def _merged(parts: list[ChosenSlots]) -> ChosenSlots:
-    """One table of all adapters' experts; a sample's own choice is the one that weighs anything."""
+    """One table of all adapters' experts. For each sample, only the choice of its own adapter has weight."""
     first, batch = parts[0], max(part.key.shape[0] for part in parts)
     log_gates, experts, before = first.log_gates, first.experts, first.key.shape[2] // first.slots
     for part in parts[1:]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that are projected once and then reused."""
+"""Prompt rows that are computed once and then reused."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .model_hooks import prompt_layers
 
 @contextmanager
 def cached_prompts(model: nn.Module) -> Iterator[None]:
-    """Within the block, compute prompt rows that do not depend on the input once instead of in every forward.
+    """Context manager for inference: compute prompt rows that do not depend on the input once, not in every forward.
 
-    These are the rows of static prompts (`num_experts=1`, VPT-Deep) and of token routing; those of sample routing and
-    of VAPT depend on the input and are made as ever, as are those that a rotary embedding turns (generation keeps
-    them with its own cache). Only forwards without gradient are served so, and compiled ones never.
+    This applies to static prompts (`num_experts=1`, VPT-Deep) and to token routing. It has no effect on sample routing
+    and VAPT, whose rows depend on the input, and on models with rotary embeddings (generation keeps their rows with
+    the key/value cache). Forward passes with gradients and compiled ones do not use the stored rows.
 
-    Within the block nothing may change a weight, the adapter's or the base model's: what is kept would be stale.
+    Do not change any weight in the block, neither of the adapter nor of the base model: stored rows would be outdated.
 
     Args:
         model: a model with an adapter of this package.
 
     Raises:
-        ValueError: it has no prompts that join attention.
+        ValueError: the model has no prompts that join attention.
     """
     layers = [layer for layer in prompt_layers(model) if isinstance(layer, KeyValueLayer)]
     if not layers:

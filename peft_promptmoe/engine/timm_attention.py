@@ -2,7 +2,7 @@
 """Extra key and value rows inside one frozen attention layer of timm.
 
 timm's layers call `torch.nn.functional.scaled_dot_product_attention` themselves. While a layer's own forward runs, a
-`TorchFunctionMode` puts the prompt rows into that call; the mode lives on the calling thread's stack only.
+`TorchFunctionMode` adds the prompt rows to that call. The mode affects the calling thread only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .transformers_attention import COLUMNS
 
 
 class _RowsMode(TorchFunctionMode):
-    """Puts prompt rows into calls of `scaled_dot_product_attention`, or catches keys and values there."""
+    """Adds prompt rows to calls of `scaled_dot_product_attention`, or records keys and values there."""
 
     def __init__(self, columns: Columns | Overheard) -> None:
         super().__init__()
@@ -56,10 +56,12 @@ def _attend(
     scale: float | None = None,
 ) -> Tensor:
     if is_causal:
-        raise ValueError("Prompts join timm's bidirectional attention only, and this layer was called with is_causal.")
+        raise ValueError(
+            "Prompts join timm's bidirectional attention only, but this layer was called with is_causal=True."
+        )
     if not columns.chosen and query.requires_grad:
-        # Keys and values are copied together with the rows; a query that stayed a view would keep all three of the
-        # fused projection alive for the backward pass.
+        # Keys and values are copied together with the rows. A query that stays a view would keep all three parts of
+        # the fused projection in memory for the backward pass.
         query = query.clone()
     joined = join_rows(columns, query, key, value, attn_mask, scale)
     output = F.scaled_dot_product_attention(
@@ -69,12 +71,12 @@ def _attend(
 
 
 class JoinedForward:
-    """An attention layer's forward that takes prompt rows; without any it is the layer's own.
+    """Replaces an attention layer's forward by one that takes prompt rows. Without rows it calls the original.
 
     Args:
         forward: the layer's forward as found.
-        replaced: whether it was an attribute of the layer itself (a wrapper's) and not of its class.
-        site: the layer, if it computes attention step by step; None for timm's, which calls a kernel.
+        replaced: whether it was an attribute of the layer itself (of a wrapper) instead of its class.
+        site: the layer, if it computes attention step by step. None for timm layers, which call a kernel.
     """
 
     def __init__(self, forward: Callable[..., Any], replaced: bool, site: Site | None = None) -> None:
@@ -104,7 +106,7 @@ def open_forward(site: Site) -> None:
 
 
 def close_forward(attention: nn.Module) -> None:
-    """Give the layer its own forward back; one that something else has wrapped since stays, and passes through."""
+    """Restore the layer's own forward. If other code has wrapped it since, the replacement stays but does nothing."""
     joined = vars(attention).get("forward")
     if not isinstance(joined, JoinedForward):
         return
@@ -114,9 +116,9 @@ def close_forward(attention: nn.Module) -> None:
 
 
 def check_fused(attention: Any, path: str) -> None:
-    """Refuse layers that compute attention by hand, past the call by which prompts join."""
+    """Raise ValueError for layers that do not call `scaled_dot_product_attention`."""
     if not getattr(attention, "fused_attn", True):
         raise ValueError(
-            f"{path!r} computes attention without scaled_dot_product_attention, by which prompts join. Call "
-            "timm.layers.set_fused_attn(True) before the model is made."
+            f"{path!r} computes attention without scaled_dot_product_attention, which prompts need. Call "
+            "timm.layers.set_fused_attn(True) before you create the model."
         )

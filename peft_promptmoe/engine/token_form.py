@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token form: the prompts of the last encoder block as real tokens, for the decoder that reads its output.
 
-In an encoder-decoder the decoder attends to everything the last encoder block puts out. There the prompt rows are
-prepended to the block's input and nothing is dropped behind it; the decoder's mask grows by the same number.
+In an encoder-decoder the decoder attends to all outputs of the last encoder block. In this block the prompt rows are
+prepended to the input and not removed from the output. The decoder's mask grows by the same number.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class TokenForm:
         self._names = parameter_names(layer.site.block)
 
     def attach(self) -> None:
-        """Let the layer's rows be real tokens of its whole block for the adapters that ask for it."""
+        """Add the hooks that make the layer's rows real tokens of its block, for adapters that need it."""
         handles = [
             self.site.block.register_forward_pre_hook(self._before_block, with_kwargs=True),
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -56,8 +56,8 @@ class TokenForm:
             return None
         if len(adapters) < len(working):
             raise ValueError(
-                "Of the active adapters some have decoder_sees_prompts=True and some False; activate adapters that "
-                "agree."
+                "The active adapters have different values of decoder_sees_prompts. Activate adapters with the same "
+                "value."
             )
         bound = dict(zip(self._names, args, strict=False)) | kwargs
         x, mask, call = bound["hidden_states"], bound.get("attention_mask"), bound.get(PROMPT_CALL) or layer.calls.call
@@ -79,12 +79,12 @@ class TokenForm:
         if as_pair(bound.get("position_embeddings"), self.site.sine_first) is not None:
             parts = [self._tables(layer.prompt_config[name], bound, first_real(real)) for name in adapters]
             bound["position_embeddings"] = extend_tables(parts, bound["position_embeddings"])
-        # What came by position goes on by position: re-entrant checkpointing gives gradients to nothing else.
+        # Positional arguments stay positional: re-entrant checkpointing gives gradients to these only.
         positional = tuple(bound.pop(name) for name in self._names[: len(args)])
         return positional, bound
 
     def _tables(self, config: VirtualTokensConfig, bound: dict[str, Any], first: Tensor | None) -> Any:
-        """Rotary tables of an adapter's prompts, in the form that the block takes."""
+        """Rotary tables of an adapter's prompts, in the block's form."""
         device, count = bound["hidden_states"].device, config.num_virtual_tokens
         offsets = _positions(config, device) if config.prompt_positions == "prefix" else None
         positions = row_positions(self.site, first_position(self.site, bound, first), offsets)
@@ -93,7 +93,7 @@ class TokenForm:
     def _before_decoder(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Open the decoder's mask for the slots that stand in front of the encoder's output."""
+        """Extend the decoder's mask by the slots in front of the encoder's output."""
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         layer = self.layer
         working = [name for name in layer.working_adapters() if layer.as_tokens(name)]
@@ -104,18 +104,17 @@ class TokenForm:
 
 
 def _positions(config: VirtualTokensConfig, device: torch.device) -> Tensor:
-    """(P,) positions of an adapter's prompts relative to the first real token."""
+    """Positions of an adapter's prompts relative to the first real token, (P,)."""
     before = torch.arange(-config.num_virtual_tokens, 0, device=device)
     return before if config.prompt_positions == "prefix" else torch.zeros_like(before)
 
 
-# What models of sound call their parts, inputs and kinds; their decoders read times off the number of frames, or make
-# their masks from it.
+# Names in audio models. Their decoders compute times from the number of frames, or build a mask from it.
 SOUND = re.compile(r"audio|speech|input_features|input_values", re.IGNORECASE)
 
 
 def why_decoder_cannot_see(model: Any, site: Site) -> str | None:
-    """Why an encoder-decoder's decoder cannot be handed prompts with the encoder's output; None where it can.
+    """Why the decoder of an encoder-decoder cannot get prompts with the encoder's output. None if it can.
 
     Args:
         model: the encoder-decoder.
@@ -125,16 +124,16 @@ def why_decoder_cannot_see(model: Any, site: Site) -> str | None:
     parts = [child for child, _ in model.named_children()]
     words = [model_type(model) or "", getattr(model, "main_input_name", ""), *parts]
     if any(SOUND.search(word) for word in words):
-        return f"the decoder of {name} reads times or masks off the length of the encoder's output"
+        return f"the decoder of {name} computes times or masks from the length of the encoder's output"
     if getattr(model, "main_input_name", "input_ids") != "input_ids" and not model.can_generate():
-        return f"the decoder of {name} reads places off the encoder's output, and prompts have none"
+        return f"the decoder of {name} reads places from the encoder's output, and prompts have no place"
     if site.bias_owner is not None and "position_bias" not in parameter_names(site.block):
-        return f"{type(site.attention).__name__} keeps the relative positions to itself in which prompts would stand"
+        return f"{type(site.attention).__name__} computes relative positions itself, so prompts cannot get any"
     return None
 
 
 def extend_both_ways(mask: Tensor | None, slots: int) -> Tensor | None:
-    """Mask of a bidirectional block with `slots` prompt tokens in front, which everyone sees and which see all text.
+    """Mask of a bidirectional block with `slots` prompt tokens in front. They see all text, and all tokens see them.
 
     Args:
         mask: (B, 1, T or 1, T) boolean or additive, or None.
@@ -145,13 +144,13 @@ def extend_both_ways(mask: Tensor | None, slots: int) -> Tensor | None:
     mask = F.pad(mask, (slots, 0), value=value)
     if mask.shape[2] == 1:
         return mask
-    # A prompt sees what any token sees: all of the text, where the tokens themselves look through a window.
+    # A prompt sees what any token sees. With windowed attention that is the whole text.
     anyone = mask.amax(dim=2, keepdim=True) if mask.is_floating_point() else mask.any(dim=2, keepdim=True)
     return torch.cat([anyone.expand(-1, -1, slots, -1), mask], dim=2)
 
 
 def extend_tables(parts: list[Any], text: Any) -> Any:
-    """Rotary tables (b, T, r), as a pair or complex, with those of prompts (b, R, r) in front."""
+    """Rotary tables (b, T, r), a pair or complex, with those of the prompts (b, R, r) in front."""
     if isinstance(text, Tensor):
         batch = max(text.shape[0], *(part.shape[0] for part in parts))
         return torch.cat([part.expand(batch, -1, -1).to(text.dtype) for part in [*parts, text]], dim=1)
@@ -162,9 +161,10 @@ def extend_bias(site: Site, bias: Tensor, slots: Tensor, first: Tensor | None) -
     """T5 bias of a block with prompt tokens in front.
 
     Args:
-        bias: (1, heads, T, T) among the text.
+        site: the attention layer.
+        bias: (1, heads, T, T) bias within the text.
         slots: (R,) positions of the prompts relative to the first real token.
-        first: (B,) column of the first real token; None for column 0 of all.
+        first: (B,) column of the first real token. None: column 0 for all samples.
 
     Returns:
         (B or 1, heads, R + T, R + T).

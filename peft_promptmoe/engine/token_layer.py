@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts as real tokens of a vision transformer's block, for blocks whose prompt outputs the next block reads.
+"""Prompts as real tokens in a block of a vision transformer, so that the next block can read their outputs.
 
-They stand behind the prefix tokens and are taken out behind the block, so that the model sees no more tokens than
+They are inserted after the prefix tokens and removed after the block, so the rest of the model sees as many tokens as
 before.
 """
 
@@ -19,10 +19,10 @@ from .block_layer import BlockLayer
 
 
 class TokenLayer(BlockLayer):
-    """Prompts that pass through the whole block of a vision transformer as real tokens behind its prefix tokens."""
+    """Base of the layers whose prompts pass through a whole block as real tokens, after the prefix tokens."""
 
-    joins_as = "its prompts are tokens of whole blocks"
-    note_name = "_promptmoe_carried"  # left by the block, what it has made of its prompts
+    joins_as = "its prompts are tokens that pass through whole blocks"
+    note_name = "_promptmoe_carried"  # the block leaves its outputs at the prompt positions here
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -30,11 +30,12 @@ class TokenLayer(BlockLayer):
 
     @abstractmethod
     def tokens(self, adapter: str, patches: Tensor, carried: Tensor | None) -> Tensor:
-        """Prompt tokens of the block's input.
+        """Compute the prompt tokens of the block's input.
 
         Args:
+            adapter: name of the adapter.
             patches: (B, N, D) the block's input at the patches.
-            carried: (B, P, D) what the block before has made of its prompts; None if it had none or they are dropped.
+            carried: (B, P, D) the previous block's outputs at the prompt positions. None if there are none.
 
         Returns:
             (B, P, D).
@@ -42,7 +43,7 @@ class TokenLayer(BlockLayer):
 
     @abstractmethod
     def takes_over(self, adapter: str) -> TokenLayer | None:
-        """The layer of the block before whose prompts are read here; None where none are."""
+        """The previous block's layer, if its outputs at the prompt positions are read here, else None."""
 
     def hook(self) -> list[Any]:
         return [
@@ -60,7 +61,7 @@ class TokenLayer(BlockLayer):
         working = self.working_adapters()
         if len(working) > 1:
             raise ValueError(
-                f"{self.method} works with one active adapter at a time, and {working} are active. Activate one with "
+                f"{self.method} works with one active adapter at a time, but {working} are active. Activate one with "
                 "set_adapter()."
             )
         return working[0] if working else None
@@ -81,9 +82,9 @@ class TokenLayer(BlockLayer):
             before.notes.forget()
             if carried is None:
                 raise RuntimeError(
-                    f"The input of {self.site.name!r} is not what the block before it put out, so its prompts cannot "
-                    "be carried on. If the model checkpoints activations, do so with use_reentrant=False; if FSDP "
-                    "shards it, train with DDP; otherwise set carry_prompts=False."
+                    f"The input of {self.site.name!r} is not the output of the previous block, so prompts cannot be "
+                    "carried on. With gradient checkpointing, set use_reentrant=False. With FSDP, train with DDP "
+                    "instead. Otherwise set carry_prompts=False."
                 )
         prefix = self.patches.prefix
         prompts = self.tokens(adapter, x[:, prefix:], carried).to(x.dtype)
@@ -91,7 +92,7 @@ class TokenLayer(BlockLayer):
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, self._names[0]: x})
 
     def _is_checkpointed(self) -> bool:
-        """Whether the block runs again alone, or will, so that the last note is of another block's run."""
+        """Whether the block is checkpointed: it then runs again alone, and the last note is of another block."""
         call = self.calls.call
         return call is None or call.learns != torch.is_grad_enabled()
 
@@ -106,7 +107,7 @@ class TokenLayer(BlockLayer):
         return kept
 
     def _after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the prompts out of the attention weights that a model is asked for, as everywhere else."""
+        """Remove the prompts from returned attention weights."""
         adapter = self.working_adapter()
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if adapter is None or not isinstance(weights, Tensor):

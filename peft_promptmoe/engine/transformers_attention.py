@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extra key and value rows inside one frozen attention layer of transformers.
 
-A deep prompt is overwritten at the next layer, so the text sees only its keys and values in this layer's attention.
-They are made in `projection`; here they meet the layer's call of the public `AttentionInterface`, and one of `kernels`
-puts them in front of the text's. What a call needs travels in its keyword arguments; no module is changed per call,
-which is what makes threads and `torch.compile` safe.
+A deep prompt is replaced at the next layer, so the text sees only its keys and values in this layer's attention. They
+are computed in `projection`. Here they reach the layer's call of the public `AttentionInterface`, and one of `kernels`
+puts them in front of the text's keys and values. Everything that a call needs is passed as keyword arguments. No
+module is changed per call, so threads and `torch.compile` are safe.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ COLUMNS = "promptmoe_columns"
 
 
 class KernelName(str):
-    """The interface's name for who looks a kernel up, and equal to the real kernel's for who compares names.
+    """Name of this package's attention function that compares equal to the name of the real kernel.
 
-    DeepSeek's sparse attention builds its mask under the kernels that it knows by name.
+    DeepSeek's sparse attention builds its mask only for kernel names that it knows.
     """
 
     real: str | None = None
@@ -42,11 +42,11 @@ class KernelName(str):
 
 
 class ConfigView:
-    """A layer's config with the attention interface replaced; everything else reads and writes the real one.
+    """View of a layer's config with another attention implementation. Everything else is the real config.
 
     Args:
         real: the config.
-        compared: whether the layer compares the name of its kernel, which compiled code cannot follow.
+        compared: whether the layer compares the name of its kernel. (Compiled code does not support `KernelName`.)
     """
 
     def __init__(self, real: Any, compared: bool = False) -> None:
@@ -62,7 +62,7 @@ class ConfigView:
         return name
 
     def __getattr__(self, name: str) -> Any:
-        if name == "real" or name.startswith("__"):  # not there yet while copying or unpickling
+        if name == "real" or name.startswith("__"):  # does not exist yet while copying or unpickling
             raise AttributeError(name)
         return getattr(self.real, name)
 
@@ -74,7 +74,7 @@ class ConfigView:
 
 
 def config_view(site: Site) -> ConfigView:
-    """The view of an attention layer's config that opens its way to the kernel for prompt rows."""
+    """The view of an attention layer's config with which its prompt rows reach the kernel."""
     compared = site.family is None and compares(unwrapped_forward(site.attention), "_attn_implementation")
     return ConfigView(site.attention.config, compared)
 
@@ -87,9 +87,9 @@ def promptmoe_attention(
     attention_mask: Tensor | MaskWithRows | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a prompted layer: the model's own kernel, over the prompt rows and the text.
+    """Attention of a prompted layer: the model's own kernel on the prompt rows and the text.
 
-    Without rows (adapter disabled, another method's layer) the call passes through untouched.
+    Without rows (adapter disabled, another method's layer) the call is passed on unchanged.
     """
     columns = kwargs.pop(COLUMNS, None)
     if isinstance(attention_mask, MaskWithRows):
@@ -104,13 +104,13 @@ def promptmoe_attention(
         columns = None
     if columns is None:
         known = known_kernel(name)
-        # Kernels that never look at the config compile best without a stand-in.
+        # Kernels that do not read the config compile better without a replacement module.
         seen = module if known is not None and not known.reads_config else PlainModule(module)
         return function(seen, query, key, value, attention_mask, **kwargs)
     kernel = find_kernel(name)
     seen = PlainModule(module) if kernel.reads_config else module
     output, weights = kernel.attend(function, seen, query, key, value, attention_mask, columns.arrive(), kwargs)
-    return output.contiguous(), weights  # as kernels give it: some layers view it
+    return output.contiguous(), weights  # contiguous as from other kernels, because some layers call view()
 
 
 AttentionInterface.register(INTERFACE, promptmoe_attention)

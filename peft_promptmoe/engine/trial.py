@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trial of layers outside the table of tested architectures, on a few rows, before the model is changed."""
+"""Tries layers outside the table of tested architectures on a few rows, before the model is changed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CLOSE = 1e-3
 
 
 def try_on_rows(site: Site) -> None:
-    """Run an attention layer on rows and see whether each gets its own key and value, whatever stands beside it.
+    """Run an attention layer on rows, and check that a row's key and value do not depend on the other rows.
 
     Raises:
-        CannotJoin: it does not.
+        CannotJoin: they do, or the layer cannot be run on rows.
     """
     if site.family is not None and site.family.direct:
         return
@@ -38,12 +38,12 @@ def try_on_rows(site: Site) -> None:
     try:
         first, second = (_harvest(site, part) for part in (rows, other))
     except TROUBLE as error:
-        trouble = f"run on prompt rows alone, to make keys and values of them, it ends in {type(error).__name__}"
+        trouble = f"run on prompt rows alone to compute their keys and values, it raises {type(error).__name__}"
         raise CannotJoin(site.name, site.attention, f"{trouble} ({str(error).rstrip('.')})") from error
     parts = ((first.key, second.key), (first.value, second.value))
     if device.type != "meta" and any(_differ(one[:, :, 1:], two[:, :, 1:]) for one, two in parts):
-        neighbours = "its keys and values are made of neighbouring tokens as well (by a convolution, for example)"
-        raise CannotJoin(site.name, site.attention, f"{neighbours}, and prompts have none")
+        neighbours = "its keys and values also depend on neighbouring tokens (by a convolution, for example)"
+        raise CannotJoin(site.name, site.attention, f"{neighbours}, and prompts have no neighbours")
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def _harvest(site: Site, rows: Tensor) -> Rows:
 
 
 def _where_the_text_starts(site: Site, rows: Tensor) -> Positions:
-    """All rows at position 0, so that they differ in nothing but themselves."""
+    """Position 0 for all rows, so that only the rows themselves differ."""
     if not site.is_rotary or site.rotary is None:
         return Positions()
     ids = torch.zeros(1, 1, dtype=torch.long, device=rows.device)

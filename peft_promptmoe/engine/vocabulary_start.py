@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initial prompt rows of text models: the model's own layer inputs on random vocabulary tokens."""
+"""Initial prompt rows of text models: the model's own layer inputs for random vocabulary tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..models.sites import Site
 from .projection import normed_rows
 from .rehearsal import listening, saved_modules_of
 
-REMOVED = 0.05  # what a norm's epsilon may leave of a change of scale, of the size of its output
+REMOVED = 0.05  # largest relative effect of a change of scale on a norm's output (from its epsilon)
 
 
 def why_unread(model: nn.Module, reader: nn.Module | None, length: int) -> str | None:
-    """Why the model cannot be run on texts of `length` vocabulary tokens; None if it can."""
+    """Why the model cannot be run on `length` vocabulary tokens. None if it can."""
     if reader is None:
         return "it does not read token ids alone"
     # RoBERTa counts its positions from 2.
@@ -30,7 +30,7 @@ def why_unread(model: nn.Module, reader: nn.Module | None, length: int) -> str |
 
 
 def _vocabulary(reader: Any) -> int:
-    """Tokens that the embeddings have rows for; 0 if they are no table. They may be another adapter's by now."""
+    """Number of tokens in the embedding table, 0 if there is none. Another adapter may have wrapped the table."""
     try:
         embeddings = reader.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -43,23 +43,23 @@ def _vocabulary(reader: Any) -> int:
 def vocabulary_inputs(
     model: nn.Module, reader: nn.Module, adapter: str, rows: int, length: int
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Layer inputs on random vocabulary tokens at every prompted attention layer that text reaches, without prompts.
+    """Layer inputs for random vocabulary tokens, at every prompted attention layer that text reaches, without prompts.
 
-    Each row is a sequence of its own, so its first slot has what a model keeps in the first position of a text; causal
-    language models rest their attention there.
+    Each row is a separate sequence, so its first slot is like the first position of a text. Causal language models put
+    much of their attention there.
 
     Args:
-        model: the base model, prompt layers in place.
-        reader: what of it reads text (`text_reader`).
-        adapter: whose saved modules, such as embeddings, are to be used.
-        rows: sequences N.
+        model: the base model with its prompt layers.
+        reader: the part of the model that reads text (`text_reader`).
+        adapter: adapter whose saved modules, such as embeddings, are used.
+        rows: number of sequences N.
         length: tokens per sequence P.
 
     Returns:
-        (N, P, D) by path of the attention layer, and why there are none: where the model wants more than token ids.
+        (N, P, D) by path of the attention layer, and the reason if there are none (the model needs other inputs).
 
     Raises:
-        CannotJoin: an attention layer's input is not what it was taken for.
+        CannotJoin: an attention layer's input is not the one that was expected.
     """
     device = next(reader.parameters()).device
     ids = torch.randint(_vocabulary(reader), (rows, length)).to(device)
@@ -69,23 +69,23 @@ def vocabulary_inputs(
         except CannotJoin:
             raise
         except TROUBLE as error:
-            return {}, f"run on token ids alone it ends in {type(error).__name__} ({str(error).rstrip('.')})"
+            return {}, f"on token ids alone it raises {type(error).__name__} ({str(error).rstrip('.')})"
     return {name: runs[-1].layer_input for name, runs in heard.items()}, None
 
 
 @torch.no_grad()
 def at_unit_scale(site: Site, inputs: Tensor) -> Tensor:
-    """Layer inputs divided by one number, so that the root mean square of the middle one is 1.
+    """Layer inputs divided by one number, so that their median root mean square is 1.
 
-    One number and not one for each row: the rows that a model rests its attention on are a hundred times as large as
-    others, and have to move as little as they did for attention to stay where it is.
+    One number is used for all rows. The rows that get most of a model's attention are a hundred times as large as
+    others, and training must move them as little as before.
 
     Args:
         site: the attention layer.
-        inputs: (N, P, D).
+        inputs: (N, P, D) layer inputs.
 
     Returns:
-        (N, P, D); `inputs` itself where there is no norm in front of attention, or one that lets scale through.
+        (N, P, D). `inputs` unchanged if there is no norm in front of attention, or one that does not remove scale.
     """
     size = inputs.double().square().mean(dim=-1).sqrt().median()
     if site.norm is None or not (torch.isfinite(size) and size > 0):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The running mean that is subtracted from a router's input."""
+"""Running mean that is subtracted from a router's input (router_centering)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 MOMENTUM = 0.01
-SETTLED = round(1 / MOMENTUM)  # steps after which every batch counts by the momentum
+SETTLED = round(1 / MOMENTUM)  # steps after which the momentum is constant
 
 
 class RouterCenter(nn.Module):
-    """Running mean of a router's input, saved with the adapter and frozen in evaluation.
+    """Running mean of a router's input. It is saved with the adapter and does not change in evaluation mode.
 
-    The mean is a frozen parameter, not a buffer, so that whoever copies an adapter by `named_parameters()` copies it.
+    It is a frozen parameter and not a buffer, so that code that copies an adapter with `named_parameters()` copies it.
 
     Args:
-        width: D.
+        width: width D of the input.
     """
 
     steps: Tensor
@@ -35,33 +35,33 @@ class RouterCenter(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> RouterCenter:
         super()._apply(fn, recurse)
-        # In half precision a small momentum changes nothing; PEFT recasts only adapters that it has just made.
+        # Stays in float32: in half precision a small momentum would change nothing.
         self.weight.data = self.weight.data.to(torch.promote_types(self.weight.dtype, torch.float32))
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._written = None  # what is there now is no trace of the first batch
+        self._written = None  # the loaded value is not from the first batch
 
     def forward(self) -> Tensor:
-        """(D,) the mean, without gradient."""
+        """The mean, (D,), without gradient."""
         return self.weight.detach()
 
     @property
     def is_known(self) -> Tensor:
-        """Whether any batch was taken in; a mean that was copied without its steps counts."""
+        """Whether there is a mean: from any batch, or copied without its step count."""
         return (self.steps > 0) | self.weight.any()
 
     @torch.no_grad()
     def update(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Take in one batch; the first batches count fully, later ones by the momentum.
+        """Update the mean with a batch. The first batches are averaged; later ones count with the momentum.
 
         Args:
-            inputs: (B, D).
+            inputs: (B, D) router inputs.
             weight: (B, 1), zero for rows that do not count.
 
         Returns:
-            (D,) the batch's mean, of all processes where DDP runs the model on several.
+            (D,) mean of the batch, over all processes in DDP.
 
         Raises:
             RuntimeError: the mean after the first batch was lost.
@@ -77,9 +77,9 @@ class RouterCenter(nn.Module):
         return mean
 
     def _check_kept(self) -> None:
-        """Look once, before the second batch, whether the first one is still there; FSDP1 says so by a view.
+        """Check once, before the second batch, that the update by the first one was kept.
 
-        A mean that was loaded is there before any batch, so what counts is whether the first one has changed it.
+        A loaded mean exists before any batch, so the check is whether the first batch has changed it.
         """
         if torch.compiler.is_compiling() or self._kept_one:
             return
@@ -90,15 +90,14 @@ class RouterCenter(nn.Module):
             lost = torch.equal(self.weight, before) and not torch.equal(before, after)
         if lost:
             raise RuntimeError(
-                "router_centering=True keeps a running mean beside each router, and FSDP and ZeRO-3 put such tensors "
-                "away after each block, with what a batch has added. Train with DDP or on one device, or set "
-                "router_centering=False."
+                "router_centering=True keeps a running mean for each router, but FSDP and ZeRO-3 discard the update "
+                "of such tensors after each block. Train with DDP or on one device, or set router_centering=False."
             )
 
 
 def _mean(inputs: Tensor, weight: Tensor) -> Tensor:
     total = torch.cat([(inputs * weight).sum(dim=0), weight.sum().reshape(1)])
-    # Set by DDP while it runs the model, when all of its processes take this step together.
+    # DDP sets this while all of its processes run the model together.
     running = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if running is not None and not torch.compiler.is_compiling():
         dist.all_reduce(total, group=running.process_group)

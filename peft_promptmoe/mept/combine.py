@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several static prompts as one adapter."""
+"""Combines several static prompts into one adapter."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def layers_of(model: nn.Module, adapter: str) -> list[MEPTLayer]:
 def combined_config(
     model: nn.Module, configs: dict[str, MEPTConfig], weights: Sequence[float], combination_type: str
 ) -> MEPTConfig:
-    """The config of several adapters' prompts side by side.
+    """Make the config of an adapter that concatenates the prompts of several adapters.
 
     Args:
-        model: the model that holds them.
-        configs: of the adapters, by name.
-        weights: of each.
+        model: the model with the adapters.
+        configs: configs of the adapters, by name.
+        weights: one weight per adapter.
         combination_type: "cat".
 
     Raises:
-        ValueError: one adapter cannot stand for them.
+        ValueError: the adapters cannot be combined.
     """
     if combination_type != "cat":
         raise ValueError(
-            f"Prompts are combined by concatenation, combination_type='cat', and not by {combination_type!r}: what "
-            "they do to attention is not linear in their rows."
+            f"combination_type must be 'cat', got {combination_type!r}. Prompts can only be concatenated: their "
+            "effect on attention is not linear in their rows."
         )
     if not configs or len(configs) != len(weights):
         raise ValueError(
-            f"{len(configs)} different adapters were given with {len(weights)} weights; give one for each."
+            f"There are {len(configs)} different adapters and {len(weights)} weights. Pass one weight per adapter."
         )
     for weight in weights:
         check_number("weights", weight, 0.0, open_low=True)
@@ -48,23 +48,29 @@ def combined_config(
     for name, config in configs.items():
         if config.num_experts > 1:
             raise ValueError(
-                f"Adapter {name!r} chooses among {config.num_experts} experts by a router of its own, which cannot be "
-                "combined with others. Combine static prompts (num_experts=1), or activate the adapters together by "
-                "set_adapter."
+                f"Adapter {name!r} has a router over {config.num_experts} experts, and routers cannot be combined. "
+                "Combine static prompts (num_experts=1), or activate the adapters together with set_adapter."
             )
         if config.modules_to_save or config.trainable_token_indices:
-            raise ValueError(f"Adapter {name!r} has saved modules or tokens, and of these there can be one set only.")
+            raise ValueError(
+                f"Adapter {name!r} has saved modules or tokens, which cannot be combined. Use adapters without them."
+            )
         if config.decoder_sees_prompts is True:
-            raise ValueError(f"The decoder sees the prompts of {name!r} as tokens, which have no weights.")
+            raise ValueError(
+                f"The decoder sees the prompts of {name!r} as tokens, which cannot be weighted. Use "
+                "decoder_sees_prompts=False."
+            )
     for setting in ("num_virtual_tokens", "prompt_positions"):
         if any(getattr(other, setting) != getattr(first, setting) for other in others):
             raise ValueError(
-                f"The adapters have different values of {setting}, so their prompts cannot share positions."
+                f"The adapters have different values of {setting}, so they cannot be combined. Use adapters with the "
+                "same."
             )
     found = [{layer.site.name for layer in layers_of(model, name)} for name in configs]
     if any(each != found[0] for each in found):
         raise ValueError(
-            "The adapters have prompts in different layers, and one adapter has them in all of its layers."
+            "The adapters have prompts in different layers, so they cannot be combined. Use adapters of the same "
+            "layers."
         )
     counted: list[float] = []
     for (name, config), weight in zip(configs.items(), weights, strict=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt experts and router of one layer."""
+"""The MEPT layer: prompt experts and router of one attention layer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..sharing.rollback import is_loading
 from .center import RouterCenter
 from .config import MEPTConfig
 
-SHARED_START = 0.1  # of the spread of other rows, for shared rows that are added to those of a chosen expert
+SHARED_START = 0.1  # initial size of added shared rows, relative to other rows
 
 
 class MEPTLayer(KeyValueLayer):
@@ -37,7 +37,7 @@ class MEPTLayer(KeyValueLayer):
     """
 
     adapter_layer_names = ("mept_prompts", "mept_shared_prompts", "mept_router")
-    other_param_names = (*KeyValueLayer.other_param_names, "mept_router_center")  # which never trains
+    other_param_names = (*KeyValueLayer.other_param_names, "mept_router_center")  # never trained by gradients
     dispensable = ("mept_router_center", "steps")
     method = "MEPT"
     unrouted = "has static prompts and no router with num_experts=1; make it with num_experts of 2 or more"
@@ -64,7 +64,7 @@ class MEPTLayer(KeyValueLayer):
 
     @torch.no_grad()
     def start_from(self, adapter: str, inputs: Tensor) -> None:
-        """Make the rows of an adapter's first N experts what `inputs` (N, P, D) holds; N is `experts_to_start`."""
+        """Set the rows of an adapter's first N experts to `inputs` (N, P, D). N is `experts_to_start`."""
         config = self.prompt_config[adapter]
         self.mept_prompts[adapter]().copy_(inputs[: config.num_experts] / config.prompt_scale)
         if config.num_shared_experts and not shared_are_added(config):
@@ -72,7 +72,7 @@ class MEPTLayer(KeyValueLayer):
 
     @torch.no_grad()
     def static_tables(self, adapter: str) -> Tensor:
-        """(N, P, D) rows of the prompts of an adapter without routed experts, which count alike in attention."""
+        """Rows of an adapter without router, (N, P, D). All have the same weight in attention."""
         config = self.prompt_config[adapter]
         tables = self.mept_prompts[adapter]() * config.prompt_scale
         if not config.num_shared_experts:
@@ -100,7 +100,7 @@ class MEPTLayer(KeyValueLayer):
         return mixed if shared is None else mixed + shared.sum(dim=0)
 
     def _mix(self, adapter: str, experts: Tensor, x: Tensor, real: Tensor | None, call: PromptCall | None) -> Tensor:
-        """(B or 1, P, D) gate-weighted sum of the experts that each sample's pooled input chooses."""
+        """Gate-weighted sum of the experts chosen by each sample's pooled input, (B or 1, P, D)."""
         config = self.prompt_config[adapter]
         if config.num_experts == 1:
             return experts
@@ -153,10 +153,10 @@ class MEPTLayer(KeyValueLayer):
         return self._center(adapter, pooled, None if real is None else real.any(dim=1), call)
 
     def _center(self, adapter: str, pooled: Tensor, some: Tensor | None, call: PromptCall | None) -> Tensor | None:
-        """(D,) the centre to subtract; a training forward takes its batch in once, after reading the old value.
+        """The centre to subtract, (D,). A training forward pass updates it once, after reading the old value.
 
-        Forwards without gradients take nothing in. Trainers let models in training mode write texts (GRPO), each
-        process texts of its own, and centres of processes would part.
+        Forward passes without gradients do not update it. Some trainers generate text in training mode (GRPO), each
+        process its own, and the centres of the processes would become different.
         """
         if adapter not in self.mept_router_center:
             return None
@@ -171,7 +171,7 @@ class MEPTLayer(KeyValueLayer):
         if key not in call.centers:
             weight = torch.ones_like(pooled[:, :1]) if some is None else some[:, None].to(pooled.dtype)
             before, known = center().clone(), center.is_known
-            # The very first batch is centred by itself; zero would leave it to the shared direction.
+            # The very first batch is centred by its own mean. A centre of zero would leave the shared direction in.
             call.centers[key] = torch.where(known, before, center.update(pooled, weight))
         return call.centers[key]
 
@@ -206,38 +206,38 @@ class MEPTLayer(KeyValueLayer):
 
 
 def _of_all(x: Tensor, weights: list[float]) -> Chosen:
-    """The choice of all of several prompts with fixed weights, by every token of `x` (B, T, D)."""
+    """The record that every token of `x` (B, T, D) chooses all of several prompts, with fixed weights."""
     log_gates = torch.tensor(weights, device=x.device, dtype=torch.float32).log().expand(*x.shape[:2], -1)
     return Chosen(log_gates, torch.arange(len(weights), device=x.device).expand_as(log_gates), len(weights))
 
 
 def shared_are_added(config: MEPTConfig) -> bool:
-    """Whether shared rows are added to those of chosen experts, and so start small (official code, in effect: zero).
+    """Whether shared rows are added to those of the chosen experts. They then start small (official code: zero).
 
-    Rows of a sum of two starts are alike for all samples, and routers had nothing to choose between: on four tasks at
-    once that cost 3 points of accuracy.
+    With shared rows of full size the sums are alike for all experts, and the router has little to choose between. On
+    four tasks at once this cost 3 points of accuracy.
     """
     added = config.routing == "sample" and config.num_experts > 1 and config.num_shared_experts > 0
     return bool(config.init_weights and added)
 
 
 def experts_to_start(config: MEPTConfig) -> int:
-    """How many experts start as layer inputs on vocabulary tokens."""
+    """Number of experts that are initialised with layer inputs of vocabulary tokens."""
     return config.num_experts + (0 if shared_are_added(config) else config.num_shared_experts)
 
 
 def random_rows(experts: int, slots: int, width: int, std: float) -> Tensor:
-    """(E, P, D) normal numbers of spread `std`; while a file is loaded, nothing yet.
+    """Normal random numbers (E, P, D) with standard deviation `std`. Left uninitialised while a file is loaded.
 
-    To draw the numbers of many experts takes longer than to read those that replace them, and a file that lacks any of
-    them is refused.
+    The file's values replace them, and drawing the numbers would take longer than reading the file. A file that lacks
+    any of them is refused.
     """
     rows = torch.empty(experts, slots, width)
     return rows if is_loading() else rows.normal_(std=std)
 
 
 def orthogonal_rows(rows: int, width: int) -> Tensor:
-    """(rows, width) orthonormal rows (the router's intended start in the official code), in groups if rows > width."""
+    """Orthonormal rows (rows, width), the initialisation that the official code intends. In groups if rows > width."""
     weight = torch.empty(rows, width)
     for start in range(0, rows, width):
         nn.init.orthogonal_(weight[start : start + width])

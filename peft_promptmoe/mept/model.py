@@ -25,10 +25,11 @@ from .layer import MEPTLayer, experts_to_start
 
 
 class MEPTModel(PromptTuner):
-    """Adds routed prompt experts to the attention layers of a transformers model (arXiv 2509.00996).
+    """MEPT tuner: adds routed prompt experts to the attention layers of a model (arXiv 2509.00996).
 
     Args:
-        model: the base model, any transformers model whose attention goes through the `AttentionInterface`.
+        model: the base model: a transformers model whose attention uses the `AttentionInterface` or is otherwise
+            supported, or a vision transformer of timm.
         config: a [`MEPTConfig`].
         adapter_name: name of the adapter.
 
@@ -63,11 +64,11 @@ class MEPTModel(PromptTuner):
             config.decoder_sees_prompts = not any(self._why_decoder_cannot_see(config, site) for site in sites)
 
     def _why_decoder_cannot_see(self, config: MEPTConfig, site: Site) -> str | None:
-        """Why the decoder, if there is one, cannot attend to the prompts of the last encoder block."""
+        """Why a decoder cannot attend to the prompts of the last encoder block. None if it can, or there is none."""
         if not is_encoder_decoder(self.model):
             return None
         if config.routing == "token":
-            return "with routing='token' there is no one set of prompt tokens per sample, as with routing='sample'"
+            return "routing='token' does not make one set of prompt tokens per sample, as routing='sample' does"
         return why_decoder_cannot_see(self.model, site)
 
     def initialize(self, config: MEPTConfig, adapter_name: str) -> None:
@@ -75,7 +76,7 @@ class MEPTModel(PromptTuner):
             return
         reader, length = text_reader(self.model), config.num_virtual_tokens
         reason = why_unread(self.model, reader, length)
-        if reader is None and config.prompt_init == "auto":  # images and sounds, which have no vocabulary
+        if reader is None and config.prompt_init == "auto":  # models of images and audio have no vocabulary
             return
         layers = [m for m in prompt_layers(self.model) if isinstance(m, MEPTLayer) and adapter_name in m.prompt_config]
         inputs: dict[str, Tensor] = {}
@@ -90,48 +91,50 @@ class MEPTModel(PromptTuner):
         for layer in layers:
             if layer.site.name in inputs:
                 rows = inputs[layer.site.name]
-                # Real tokens keep their size behind the norm, in the block's residual stream.
+                # Rows that are real tokens also enter the block's residual stream, so their size matters.
                 if config.start_scale == "unit" and not layer.as_tokens(adapter_name):
                     rows = at_unit_scale(layer.site, rows)
                 layer.start_from(adapter_name, rows)
 
     def _say_why(self, config: MEPTConfig, reason: str) -> None:
-        """Refuse, or warn, where prompts cannot start as layer inputs on vocabulary tokens."""
+        """Refuse, or warn, if prompts cannot be initialised with layer inputs of vocabulary tokens."""
         name = type(self.model).__name__
         if config.prompt_init == "sample_vocab":
             raise ValueError(
                 f"prompt_init='sample_vocab' runs {name} on num_virtual_tokens vocabulary tokens, but {reason}. Set "
-                "prompt_init='auto', which starts at random where it has to, or prompt_init='random'."
+                "prompt_init='auto', which uses random rows where necessary, or prompt_init='random'."
             )
         warnings.warn(
-            f"Prompts usually start as a model's own layer inputs on vocabulary tokens. With {name} they start at "
-            f"random, which can throw a causal language model off: {reason}. Set prompt_init='random' where this is "
-            "meant.",
+            f"Prompts are usually initialised with the model's own layer inputs for vocabulary tokens. With {name} "
+            f"they start at random, because {reason}. Random prompts can make a causal language model useless at "
+            "first. Set prompt_init='random' to accept this without a warning.",
             stacklevel=2,
         )
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
-        """Add an adapter that has the static prompts of others side by side.
+        """Add an adapter that concatenates the static prompts of other adapters.
 
-        In attention the rows of each count as often as its weight says: the log of the weight is added to their
-        scores. With weights of 1 it is what the adapters are when all of them are active.
+        A weight says how much the rows of an adapter count in attention: its logarithm is added to their scores. With
+        all weights 1 the new adapter acts like all the adapters active together.
 
         Args:
             adapters: names of adapters with num_experts=1.
-            weights: of each, greater than 0.
-            adapter_name: of the new adapter. It is not made active.
-            combination_type: "cat", the one there is.
+            weights: one weight per adapter, greater than 0.
+            adapter_name: name of the new adapter. It is not activated.
+            combination_type: "cat" is the only one.
 
         Raises:
-            ValueError: the name is taken, or one adapter cannot stand for these: they have routers, saved modules, or
-                different lengths, positions or layers. The model is as it was.
+            ValueError: the name is taken, or the adapters cannot be combined: they have routers, saved modules, or
+                different lengths, positions or layers. The model is then unchanged.
         """
         if adapter_name in self.peft_config:
-            raise ValueError(f"There is an adapter {adapter_name!r} already. Delete it first, or choose another name.")
+            raise ValueError(
+                f"The model already has an adapter {adapter_name!r}. Delete it first, or choose another name."
+            )
         if missing := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"There is no adapter {missing[0]!r}; there are {sorted(self.peft_config)}.")
+            raise ValueError(f"The model has no adapter {missing[0]!r}. It has {sorted(self.peft_config)}.")
         configs: dict[str, Any] = {name: self.peft_config[name] for name in adapters}
         self.peft_config[adapter_name] = combined_config(self.model, configs, weights, combination_type)
         self.inject_adapter(self.model, adapter_name)
@@ -141,8 +144,8 @@ class MEPTModel(PromptTuner):
     def check_site(self, config: MEPTConfig, site: Site) -> None:
         if config.decoder_sees_prompts and (reason := self._why_decoder_cannot_see(config, site)):
             raise ValueError(
-                f"decoder_sees_prompts=True hands the decoder prompt tokens with the encoder's output: {reason}. Set "
-                "decoder_sees_prompts=False."
+                f"decoder_sees_prompts=True is not possible: {reason}. Set decoder_sees_prompts=False, or leave it "
+                "'auto'."
             )
         if config.prompt_positions == "prefix" and not can_stand_before(site):
             raise ValueError(no_angles(site))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Knowledge about base models: attention layers, their surroundings, and the arguments of a call."""
+"""What the package knows about base models: attention layers, their surroundings, and call arguments."""

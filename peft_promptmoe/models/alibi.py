@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bloom, Falcon and MPT: linear biases (ALiBi), of which prompts before the text have more than its first token."""
+"""Bloom, Falcon and MPT: linear position biases (ALiBi), extended to prompt rows in front of the text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .own_attention import Asked, Attribute, OwnAttention, always
 
 
 def slopes(heads: int, device: torch.device) -> Tensor:
-    """(heads,) slopes of the ALiBi paper (arXiv 2108.12409, section 3), for any number of heads."""
+    """Slopes (heads,) of the ALiBi paper (arXiv 2108.12409, section 3), for any number of heads."""
     power = 2 ** math.floor(math.log2(heads))
     first = [2.0 ** (-8.0 * head / power) for head in range(1, power + 1)]
     rest = [2.0 ** (-4.0 * head / power) for head in range(1, 2 * (heads - power) + 1, 2)]
@@ -22,7 +22,7 @@ def slopes(heads: int, device: torch.device) -> Tensor:
 
 
 def _bias_from_the_first_token(asked: Asked) -> Tensor:
-    """Bloom and Falcon count from the first real token, and add slopes times the position of the key."""
+    """Bias of Bloom and Falcon: slope times the key's position, counted from the first real token."""
     heads = slopes(asked.query.shape[1], asked.query.device)
     return (heads[:, None] * asked.offsets)[None, :, None]
 
@@ -30,7 +30,9 @@ def _bias_from_the_first_token(asked: Asked) -> Tensor:
 def _falcon_bias(asked: Asked) -> Tensor:
     if not asked.attention.config.alibi:
         return asked.query.new_zeros(1, 1, 1, 1)
-    return _bias_from_the_first_token(asked) * asked.attention.inv_norm_factor  # which it scales with the scores
+    return (
+        _bias_from_the_first_token(asked) * asked.attention.inv_norm_factor
+    )  # Falcon scales the bias together with the scores
 
 
 def _without_alibi(attention: Any) -> bool:
@@ -38,7 +40,7 @@ def _without_alibi(attention: Any) -> bool:
 
 
 def _mpt_bias(asked: Asked) -> Tensor:
-    """MPT counts columns back from the last key, padding or not."""
+    """Bias of MPT: columns counted back from the last key, padding included."""
     given = asked.bound["position_bias"]  # (H, 1, length)
     heads = given[:, 0, -1] - given[:, 0, -2]
     return heads[None, :, None, None] * (asked.columns() - (asked.keys - 1))[:, None, None]

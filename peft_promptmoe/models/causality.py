@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether attention is causal, and whether the model's output is read token by token."""
+"""Finds out whether attention is causal, and whether the model's output is read token by token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from .inspection import unwrapped_forward
 from .targets import is_encoder_decoder, model_type
 
-# In the names of classes that give one answer for a row, and so may read all of it.
+# Parts of the names of classes that give one answer per row, and so may read the whole row.
 ONE_ANSWER = (
     "ForSequenceClassification",
     "ForMultipleChoice",
@@ -25,10 +25,11 @@ ONE_ANSWER = (
 
 
 def is_causal(model: nn.Module, path: str) -> bool:
-    """Whether what the text attention layer at `path` puts out for a token may depend on earlier tokens only.
+    """Whether the text attention layer at `path` is causal: a token's output may depend on earlier tokens only.
 
-    The layer's own word for it is enough. Where it says no, or nothing, its model can still be one that writes (behind
-    a prefix that sees itself, as PaliGemma), or one that hands the layer causal masks (CLIP's text tower, Doge).
+    True if the layer itself says so. If it says no or nothing, it is still treated as causal in a model that generates
+    text (PaliGemma, whose prefix attends to itself) or that passes causal masks to the layer (CLIP's text tower,
+    Doge).
     """
     attention: Any = model.get_submodule(path)
     if getattr(attention, "is_causal", False):
@@ -38,24 +39,24 @@ def is_causal(model: nn.Module, path: str) -> bool:
 
 
 def answers_by_row(model: nn.Module, path: str) -> bool:
-    """Whether the attention layer at `path` belongs to a model that is known to give one answer for a row."""
+    """Whether the attention layer at `path` belongs to a model that is known to give one answer per row."""
     owners = list(_owners(model, path))
     names = (base.__name__ for owner in owners for base in type(owner).__mro__)
-    # Models that are trained to bring texts and images together read one feature off each (CLIP).
+    # Models of texts and images (CLIP) read one feature from each text.
     return any(kind in name for name in names for kind in ONE_ANSWER) or any(
         hasattr(owner, "get_text_features") and hasattr(owner, "get_image_features") for owner in owners
     )
 
 
 def _owners(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules that hold the one at `path`, from the inside out."""
+    """The modules that contain the one at `path`, from the inside out."""
     while path:
         path = path.rpartition(".")[0]
         yield model.get_submodule(path)
 
 
 def _writes_with(owner: PreTrainedModel, attention: nn.Module) -> bool:
-    """Whether the model generates text with the attention layer, or is the body of one that does."""
+    """Whether the model generates text with this attention layer, or is the body of a model that does."""
     if is_encoder_decoder(owner):
         return False
     if not owner.can_generate() and model_type(owner) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -64,7 +65,7 @@ def _writes_with(owner: PreTrainedModel, attention: nn.Module) -> bool:
 
 
 def _masks_causally(owners: list[PreTrainedModel]) -> bool:
-    """Whether the innermost model makes causal masks, and no others."""
+    """Whether the innermost model makes causal masks only."""
     if not owners or getattr(owners[0].config, "use_bidirectional_attention", False):
         return False
     code = getattr(unwrapped_forward(owners[0]), "__code__", None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeBERTa: scores of content and of relative positions, each with a table (arXiv 2006.03654, section 3.1)."""
+"""DeBERTa: attention scores from content and from tables of relative positions (arXiv 2006.03654, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .own_attention import Asked, OwnAttention, TwoProjections, not_scaled
 
 
 def _places(asked: Asked, span: int) -> Tensor:
-    """(B or 1, T, R) the entry of a table of 2 * span relative positions that belongs to each query and row."""
+    """(B or 1, T, R) index into the table of 2 * span relative positions, for each query and row."""
     distance, attention = asked.distance(), asked.attention
     buckets = getattr(attention, "position_buckets", -1)
     if buckets > 0 and attention.max_relative_positions > 0:
@@ -74,7 +74,7 @@ def _bias_v1(asked: Asked) -> Tensor:
     entries = attention.pos_dropout(asked.bound["rel_embeddings"])
     kinds, places = attention.pos_att_type, _places(asked, attention.max_relative_positions)
     bias = asked.query.new_zeros(1, 1, 1, 1)
-    if "c2p" in kinds:  # its queries are divided before
+    if "c2p" in kinds:  # here the queries were divided before
         bias = bias + _of_position(asked, _split_heads(attention, attention.pos_proj(entries)), places)
     if "p2c" in kinds:
         table = _split_heads(attention, attention.pos_q_proj(entries)) / _divisor_v1(attention)
@@ -96,7 +96,7 @@ def _talks(attention: Any) -> str | None:
 
 
 def _pairs(mask: Tensor) -> Tensor:
-    """Of a mask that is 1 where both tokens are real."""
+    """Pair mask from a token mask: 1 where both tokens are real."""
     return mask.to(torch.bool)
 
 

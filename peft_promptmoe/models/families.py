@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of tested architectures: how each names and builds its attention layers."""
+"""Table of the tested architectures: names and structure of their attention layers."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ class Family:
 
     Attributes:
         attention: regular expression that fully matches the paths of the attention layers to prompt.
-        norm: sibling of the attention layer that normalises its input, or several of which a block has the first or
-            the next; None for post-norm blocks, FOUND where it is to be read from the block.
-        key, value: the key and value projections, attributes of the attention layer.
-        key_norm: norm applied to each head's keys, if the layer has one.
-        fused: the projection that makes queries, keys and values at once, instead of `key` and `value`.
+        norm: attribute of the block with the norm in front of the attention layer, or several possible names. None for
+            post-norm blocks. FOUND: it is found by reading the block's code.
+        key, value: attributes of the attention layer with the key and value projections.
+        key_norm: attribute with the norm of each head's keys, if the layer has one.
+        fused: attribute with one projection for queries, keys and values, used instead of `key` and `value`.
         head_dim: attribute of the attention layer with the width of one head.
-        input_norm: path from the block to the norm that ends it, whose output is the next block's input (post-norm).
-        stem_norm: end of the path of the norm behind the embeddings, whose output is the first block's input
+        input_norm: path from the block to its last norm, whose output is the next block's input (post-norm).
+        stem_norm: end of the path of the norm after the embeddings, whose output is the first block's input
             (post-norm).
-        direct: whether the projections named here give keys and values; otherwise the layer itself is run on the rows.
-        own: how the layer computes attention itself, past transformers' AttentionInterface; None where it does not.
-        rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
+        direct: whether keys and values are computed with the projections named here. Otherwise the layer itself is run
+            on the prompt rows.
+        own: how the layer computes attention, if it does not use transformers' AttentionInterface; else None.
+        rows_by_mask: whether prompt rows are passed together with the attention mask. Needed in layers that pass on no
+            other arguments.
     """
 
     attention: str
@@ -134,7 +136,7 @@ _VIT = Family(r"(.*\.)?layers\.\d+\.attention", norm="layernorm_before")
 _DINOV2 = Family(r"(.*\.)?encoder\.layer\.\d+\.attention", norm="norm1")
 _CLIP_PATH = r"(.*\.)?encoder\.layers\.\d+\.self_attn"
 
-# By the model type in the attention layer's own config, which is that of the vision tower in a model of several.
+# By model type in the attention layer's own config. In a model with several towers that is the tower's config.
 VISION_FAMILIES: dict[str, Family] = {
     "vit": _VIT,
     "deit": _VIT,
@@ -152,8 +154,8 @@ VISION_FAMILIES: dict[str, Family] = {
     "siglip_vision_model": Family(_CLIP_PATH, norm="layer_norm1", rows_by_mask=True),
 }
 
-# By the class of the attention layer, which several models and parts of models have; their adapters between encoder
-# and decoder, which shorten the sound before they attend, have another path.
+# By class of the attention layer, for classes that several models use. Their adapters between encoder and decoder,
+# which shorten the audio sequence before attention, have another path.
 _SPEECH_PATH = r"(?!(?:.*\.)?adapter\.)(.*\.)?layers\.\d+\.self_attn"
 LAYER_FAMILIES: dict[str, Family] = {
     **dict.fromkeys(
@@ -176,8 +178,8 @@ LAYER_FAMILIES: dict[str, Family] = {
 }
 
 TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.(?:attns\.\d+\.)?attn"
-# By the class of timm's attention layer; where the norm stands is read from the block, of which timm has many. EVA
-# (and timm's DINOv3) splits the biases of its projection, so there the layer itself is run.
+# By class of timm's attention layer. timm has many blocks, so the norm is found by reading the block's code. EVA (and
+# timm's DINOv3) splits the biases of its projection, so there the layer itself is run.
 TIMM_FAMILIES: dict[str, Family] = {
     "timm.layers.attention.Attention": Family(TIMM_PATH, fused="qkv", key_norm="k_norm"),
     "timm.models.eva.EvaAttention": Family(TIMM_PATH, direct=False),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads of models: image heads, which PEFT does not know, and heads that would stay frozen unnoticed."""
+"""Finds heads of models: image heads, which PEFT does not know, and heads that would stay frozen unnoticed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..adapter_state import PROMPT_CHILD
 from .patches import Patches
 
-# Heads of transformers' vision models, children of the model itself; timm's are asked for by `get_classifier`.
+# Names of the heads of transformers' vision models. timm models are asked with `get_classifier`.
 HEADS = (
     "classifier",
     "cls_classifier",
@@ -26,10 +26,10 @@ HEADS = (
 
 
 def vision_heads(model: nn.Module, patches: Patches) -> list[str]:
-    """Names of the heads of an image model that train along with prompts; a model may say so itself (`head_names`)."""
+    """Names of the heads of an image model to train with the prompts. A model may name them in `head_names`."""
     if isinstance(named := getattr(model, "head_names", None), list):
         return named
-    # A bare encoder has no head; what is called so there (SigLIP) pools.
+    # An encoder without a task has no head; its module of this name pools tokens (SigLIP).
     bare = any(child is patches.owner for child in model.children()) or patches.owner is model
     children = [] if bare else model.named_children()
     found = [name for name, child in children if name in HEADS and _has_parameters(child)]
@@ -42,11 +42,11 @@ def vision_heads(model: nn.Module, patches: Patches) -> list[str]:
 
 
 def text_heads(model: Any, paths: list[str]) -> list[str]:
-    """Names of the heads of a model that has no vocabulary to put out: they are new, and useless until they train.
+    """Names of the heads of a model that does not predict vocabulary tokens. Such heads are new and must be trained.
 
     Args:
-        model: a model of transformers, or a user's own around one.
-        paths: of the attention layers that prompts join.
+        model: a model of transformers, or a user's module around one.
+        paths: paths of the attention layers that prompts join.
     """
     tower = getattr(model, "base_model", model) if isinstance(model, PreTrainedModel) else None
     if tower is None:
@@ -63,29 +63,29 @@ def text_heads(model: Any, paths: list[str]) -> list[str]:
 
 
 def _writes(model: Any) -> bool:
-    """Whether the model puts out words, by a head that was trained along with it."""
+    """Whether the model predicts vocabulary tokens, with a head that was trained with the model."""
     return isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None
 
 
 def takes(name: str, path: str) -> bool:
-    """Whether PEFT takes a module for one that `name` in `modules_to_save` means: any whose path ends so."""
+    """Whether `name` in `modules_to_save` matches the module at `path`. PEFT matches every path that ends with it."""
     return path.endswith(name)
 
 
 def apart(model: nn.Module, names: Iterable[str], own: Iterable[str]) -> list[str]:
-    """Names for `modules_to_save` none of which takes a module and also a part of it, or a part of an adapter.
+    """Rewrite names for `modules_to_save` so that none matches a module and a part of it, or a part of an adapter.
 
-    PEFT would wrap both (a "head" and the "head" within it), and such an adapter does not load. In the place of the
-    outer one come its parts, which hold all of its weights. A name that our own modules end with ("router") is written
-    as the whole paths of the others that do.
+    PEFT would wrap both (a "head" and the "head" inside it), and such an adapter cannot be loaded. The outer module is
+    replaced by its parts, which hold all of its weights. A name that this package's own modules also have ("router")
+    is replaced by the full paths of the model's modules.
 
     Args:
         model: the base model.
-        names: as the user or we have them.
-        own: names of our modules.
+        names: names from the user or from the package.
+        own: names of the package's own modules.
 
     Raises:
-        ValueError: the outer one has weights beside those of its parts.
+        ValueError: the outer module has weights that its parts do not have.
     """
     paths = [path for path, _ in model.named_modules() if path and PROMPT_CHILD not in path.split(".")]
     found = []
@@ -101,7 +101,7 @@ def apart(model: nn.Module, names: Iterable[str], own: Iterable[str]) -> list[st
         at = found.index(name)
         new: list[str] = []
         for path in (path for path in paths if takes(name, path)):
-            # A path that the outer one ends with would take it again.
+            # A path with which the outer module's path ends would match the outer module again.
             new += _parts(model, path) if takes(path, outer) else [path]
         found = list(dict.fromkeys([*found[:at], *new, *found[at + 1 :]]))
 
@@ -110,8 +110,8 @@ def _parts(model: nn.Module, path: str) -> list[str]:
     module = model.get_submodule(path)
     if next(module.parameters(recurse=False), None) is not None:
         raise ValueError(
-            f"modules_to_save takes every module whose path ends as it says, so {path!r} and also a part of it, and "
-            "such an adapter could not be loaded. Name parts of it in modules_to_save that hold no other."
+            f"modules_to_save matches every module whose path ends with a name: here {path!r} and also a part of it. "
+            "Such an adapter could not be loaded. Name only parts of it in modules_to_save."
         )
     return [f"{path}.{name}" for name, child in module.named_children() if _has_parameters(child)]
 

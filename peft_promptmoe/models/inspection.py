@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a module's forward: its parameters, and the order of its calls."""
+"""Reads the source of a module's forward: its parameters, and what it calls in which order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 
 def unwrapped_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward function as its modelling file defines it, below decorators and device hooks."""
+    """The forward function as its modelling file defines it, without decorators and device hooks."""
     return inspect.unwrap(type(module).forward)
 
 
@@ -37,13 +37,13 @@ def calls_sdpa(module: nn.Module) -> bool:
 
 @lru_cache(maxsize=256)
 def calls_in_order(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Attributes of `self` that a function calls, in the order of the calls; arguments are evaluated before a call."""
+    """Attributes of `self` that a function calls, in the order of the calls (arguments before the call itself)."""
     calls: list[str] = []
 
     class Visitor(ast.NodeVisitor):
         def visit_Call(self, node: ast.Call) -> None:
             self.generic_visit(node)
-            # One of a list, as in self.attentions[0](x), stands for the list.
+            # A call of a list item, such as self.attentions[0](x), counts as a call of the list.
             called = node.func.value if isinstance(node.func, ast.Subscript) else node.func
             if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
                 calls.append(called.attr if called.value.id == "self" else "")
@@ -54,7 +54,7 @@ def calls_in_order(function: Callable[..., Any]) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def passes_on_keywords(function: Callable[..., Any]) -> bool:
-    """Whether a function takes keyword arguments it does not name and hands them to something it calls."""
+    """Whether a function takes **kwargs and passes them on to something that it calls."""
     parameters = inspect.signature(function).parameters.values()
     rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
     calls = (node for node in ast.walk(_source_tree(function)) if isinstance(node, ast.Call))
@@ -64,7 +64,7 @@ def passes_on_keywords(function: Callable[..., Any]) -> bool:
 
 @lru_cache(maxsize=256)
 def reads_into(function: Callable[..., Any], argument: str) -> bool:
-    """Whether a function looks into an argument itself (an index or an attribute of it), not only hands it on."""
+    """Whether a function itself reads an argument (an index or an attribute of it) and does not only pass it on."""
     nodes = ast.walk(_source_tree(function))
     looks = (node.value for node in nodes if isinstance(node, (ast.Subscript, ast.Attribute)))
     return any(isinstance(value, ast.Name) and value.id == argument for value in looks)
@@ -87,12 +87,12 @@ def compares(function: Callable[..., Any], attribute: str) -> bool:
 
 @lru_cache(maxsize=256)
 def divides_its_loss(forward: Callable[..., Any]) -> bool:
-    """Whether a model hands keyword arguments on to its loss function, which divides by `num_items_in_batch` then."""
+    """Whether a model passes **kwargs on to its loss function, which then divides by `num_items_in_batch`."""
     parameters = inspect.signature(forward).parameters.values()
     rest = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
     try:
         calls = [node for node in ast.walk(_source_tree(forward)) if isinstance(node, ast.Call)]
-    except ValueError:  # no source: as the Trainer, which goes by the arguments
+    except ValueError:  # without source, decide like the Trainer: by the arguments
         return rest is not None
     losses = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "loss_function"]
     handed_on = (word.value for call in losses for word in call.keywords if word.arg is None)
@@ -104,12 +104,12 @@ def _source_tree(function: Callable[..., Any]) -> ast.AST:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except OSError as error:
         raise ValueError(
-            f"The source of {function.__qualname__} cannot be read, from which the generic rule for architectures "
-            "outside the tested table learns where a norm stands. This model is not supported."
+            f"The source of {function.__qualname__} cannot be read. The generic rule for architectures outside the "
+            "tested table needs it to find the norm in front of attention. This model is not supported."
         ) from error
 
 
 def accepts_keyword_arguments(model: nn.Module) -> bool:
-    """Whether the model's forward takes keyword arguments it does not name, which go on to attention."""
+    """Whether the model's forward takes **kwargs, which reach the attention layers."""
     parameters = inspect.signature(unwrapped_forward(model)).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

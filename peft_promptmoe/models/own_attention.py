@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention layers with their own attention code: what the engine must know of each so that rows can join.
+"""Attention layers with their own attention code: what the engine must know of each so that prompt rows can join.
 
 Such a layer multiplies queries with keys, takes a softmax and multiplies with values in its own forward, or calls
-`scaled_dot_product_attention` itself. The engine adds the rows' part to these steps where they happen; an entry says
-what cannot be seen there.
+`scaled_dot_product_attention` itself. The engine intercepts these steps and adds the prompt rows. An entry of this
+table says what the intercepted steps do not show.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Asked:
-    """One call of one attention layer, of which the bias of its prompt rows is asked.
+    """One call of one attention layer, for which the position bias of its prompt rows is computed.
 
     Attributes:
         attention: the layer.
         bound: the call's arguments by name.
-        query: (B, H, T, d) as the layer multiplies it with keys.
-        key: (B or 1, H or 1, R, d) of the rows.
+        query: (B, H, T, d) queries as the layer multiplies them with keys.
+        key: (B or 1, H or 1, R, d) keys of the prompt rows.
         offsets: (R,) positions of the rows relative to the first real token.
-        first: (B,) column of the first real token; None for column 0 of all.
-        keys: columns of the text S, those before this call's tokens among them.
-        owner: the module that holds the model's table of relative positions; None if it has none.
+        first: (B,) column of the first real token. None: column 0 for all samples.
+        keys: number of text columns S, including those in the cache.
+        owner: module with the model's table of relative positions, or None.
     """
 
     attention: Any
@@ -42,17 +42,17 @@ class Asked:
     owner: Any = None
 
     def columns(self) -> Tensor:
-        """(B or 1, R) where the rows stand, in columns of the text; those in front of it have negative numbers."""
+        """Positions of the rows in columns of the text, (B or 1, R). Negative in front of the text."""
         return self.offsets[None] + (0 if self.first is None else self.first[:, None])
 
     def distance(self) -> Tensor:
-        """(B or 1, T, R) position of each query minus that of each row."""
+        """Position of each query minus position of each row, (B or 1, T, R)."""
         queries = torch.arange(self.keys - self.query.shape[2], self.keys, device=self.offsets.device)
         return queries[None, :, None] - self.columns()[:, None, :]
 
 
 def scale_by_width(attention: Any) -> float:
-    """1 / sqrt(d) of the head width."""
+    """1 / sqrt(d), with d the head width."""
     return 1.0 / math.sqrt(head_width(attention))
 
 
@@ -63,53 +63,53 @@ def head_width(attention: Any) -> int:
 
 
 def not_scaled(attention: Any) -> float:
-    """1: queries or keys are scaled before they are multiplied, or not at all."""
+    """1, for layers that scale queries or keys before the multiplication, or not at all."""
     return 1.0
 
 
 def is_causal(attention: Any) -> bool:
-    """Whether a query sees earlier positions only, as the layer says it."""
+    """Whether queries attend to earlier positions only, read from the layer's attribute."""
     return bool(getattr(attention, "is_causal", False))
 
 
 def always(attention: Any) -> bool:
-    """As all layers of a decoder's stack."""
+    """True, for layers of a decoder."""
     return True
 
 
 def never(attention: Any) -> bool:
-    """As layers that know no rotary tables."""
+    """False, for layers without rotary embeddings."""
     return False
 
 
 def nothing(attention: Any) -> None:
-    """No number, or no reason."""
+    """None, for entries without a number or a reason."""
     return None
 
 
 def first_of(lefts: list[Tensor]) -> Tensor:
-    """The first left factor: the query."""
+    """The first left factor of the multiplications: the query."""
     return lefts[0]
 
 
 def last_of(lefts: list[Tensor]) -> Tensor:
-    """The last left factor, in layers that multiply queries with positions before."""
+    """The last left factor, for layers that first multiply queries with positions."""
     return lefts[-1]
 
 
 def if_decoder(attention: Any) -> bool:
-    """Whether the config makes a decoder of what is an encoder otherwise."""
+    """Whether the config turns an encoder into a decoder (`is_decoder`)."""
     return bool(getattr(attention, "is_decoder", False))
 
 
 def as_it_is(mask: Tensor) -> Tensor:
-    """The mask, which is open where it is True or near zero, as transformers' masks are."""
+    """The mask itself: open where it is True or near zero, as in transformers."""
     return mask
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A number that the attention layer holds under a name. (Torch's compiler cannot look into an `attrgetter`.)"""
+    """Reads a number from an attribute of the attention layer. (torch.compile does not support `attrgetter`.)"""
 
     name: str
 
@@ -119,7 +119,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class TwoProjections:
-    """Keys and values of two linear layers of the attention layer, by their names."""
+    """Computes keys and values with two linear layers of the attention layer, given by name."""
 
     key: str
     value: str
@@ -133,20 +133,20 @@ class TwoProjections:
 
 @dataclass(frozen=True)
 class OwnAttention:
-    """What is to be known of one class of attention layers. Models are pickled with it, so functions have names.
+    """Entry for one class of attention layers. It is pickled with models, so all its functions are named functions.
 
     Attributes:
-        project: gives keys (B, H, R, d) and values (B, H, R, dv) of normed rows (B, R, D).
-        scale: factor of a product of query and key that the layer applies behind the multiplication.
-        bias: gives what is added to the scores of the rows, (B or 1, H, T or 1, R); None if nothing is.
-        causal: whether a query sees earlier positions only.
-        opens: makes of the layer's mask one that is True, or near zero, where attention is open.
-        turns: whether the layer turns its keys by the rotary tables it is given, and
-        turned: how many features of a head it turns; None for all.
-        table: attribute of the module that holds the model's relative positions, which `bias` is handed as the owner.
-        query: gives what multiplies the rows, (B, H, T, d) or (B * H, T, d), of all left factors up to the softmax
-            in their order.
-        why_not: says why an option of the model rules prompts out; None where nothing does.
+        project: computes keys (B, H, R, d) and values (B, H, R, dv) from normed rows (B, R, D).
+        scale: factor that the layer applies to the product of query and key after the multiplication.
+        bias: computes what is added to the scores of the rows, (B or 1, H, T or 1, R). None: nothing.
+        causal: whether queries attend to earlier positions only.
+        opens: converts the layer's mask to one that is True, or near zero, where attention is open.
+        turns: whether the layer applies the rotary embedding it is given to its keys.
+        turned: number of features of a head that the rotary embedding turns. None: all.
+        table: attribute of the module with the model's table of relative positions. `bias` gets this module as owner.
+        query: picks the queries, (B, H, T, d) or (B * H, T, d), from the left factors of all multiplications before
+            the softmax, in their order.
+        why_not: returns the reason if an option of the model rules prompts out, else None.
     """
 
     project: Callable[[Any, Tensor], tuple[Tensor, Tensor]]

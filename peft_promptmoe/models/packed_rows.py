@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed rows: several samples in one row, which sample routing cannot tell apart."""
+"""Refuses packed rows (several samples in one row) for sample routing, which cannot tell them apart."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 def refuse_packed_rows(bound: dict[str, Any], causal: bool, outermost: bool) -> None:
-    """Refuse rows that hold several samples, where routers read a whole row.
+    """Raise ValueError if rows hold several samples although routers read whole rows.
 
     Args:
-        bound: the arguments of the base model, or of a module within it, by name.
-        causal: whether such a router is in a causal layer. Others do not heed position ids that start again, which
-            may be those of a pair of texts.
-        outermost: whether the arguments are the caller's own. What models make of them tells nothing new.
+        bound: arguments of the base model, or of a module inside it, by name.
+        causal: whether such a router is in a causal layer. Otherwise position ids that start again are allowed: they
+            may belong to a pair of texts.
+        outermost: whether the arguments are the caller's. Arguments that the model computed tell nothing new.
 
     Raises:
-        ValueError: the rows are packed. Compiled code can tell by `cu_seq_lens_q` alone.
+        ValueError: the rows are packed. In compiled code only `cu_seq_lens_q` is checked.
     """
     told = bound.get("cu_seq_lens_q") is not None or (causal and starts_again(bound, outermost))
     if told or (outermost and parts_by_mask(bound)):
         raise ValueError(
-            "routing='sample' chooses experts once per row and packed rows hold several samples. Use "
+            "routing='sample' chooses experts once per row, but these rows are packed with several samples. Use "
             "routing='token', or do not pack (in TRL: packing=False and padding_free=False)."
         )
 
 
 def starts_again(bound: dict[str, Any], outermost: bool) -> bool:
-    """Whether position ids do what they do in rows packed with several samples.
+    """Whether position ids start again inside a row, as in rows packed with several samples.
 
-    A caller's without a mask and a cache count up by one, or are packed: so transformers finds samples of one token,
-    too. Others go back behind a real token.
+    Without a mask and a cache, a caller's position ids that do not count up by one mean packed rows; transformers uses
+    the same rule, which also finds samples of one token. Otherwise position ids must go back after a real token.
     """
     positions = bound.get("position_ids")
     if not isinstance(positions, Tensor):
         return False
     if positions.ndim == 3 and positions.shape[0] == 4:
-        positions = positions[0]  # of the text, above those in time, height and width (Qwen2-VL)
+        positions = positions[0]  # the text's positions; the others are time, height and width (Qwen2-VL)
     if positions.ndim != 2 or positions.shape[1] == 1 or _has_no_values(positions):
         return False
     step, mask = positions.diff(dim=1), attention_mask(bound)
@@ -59,12 +59,12 @@ def starts_again(bound: dict[str, Any], outermost: bool) -> bool:
 
 
 def parts_by_mask(bound: dict[str, Any]) -> bool:
-    """Whether a mask keeps a real token from the real token before it, as between samples."""
+    """Whether a mask hides a real token from the next real token, as between two samples."""
     for name in MASKS:
         given = bound.get(name)
         masks: list[Any] = list(given.values()) if isinstance(given, dict) else [given]
         if all(map(_is_square, masks)):
-            # Chunked layers open anew at every chunk; other layers of theirs see over it.
+            # Chunked attention starts anew at every chunk, but the model's other layers see across.
             apart = [_apart(mask) for mask in masks]
             if bool(torch.stack(apart).all(dim=0).any()):
                 return True
@@ -77,7 +77,7 @@ def _is_square(mask: Any) -> bool:
 
 
 def _apart(mask: Tensor) -> Tensor:
-    """(B, T-1) whether two real neighbours are kept apart."""
+    """(B, T-1) whether the mask separates two neighbouring real tokens."""
     real = real_tokens(mask, mask.shape[2])
     assert real is not None
     seen = mask if mask.dtype == torch.bool else mask > SHUT

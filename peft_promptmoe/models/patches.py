@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of vision transformers: a patch grid, prefix tokens, heads that PEFT does not know."""
+"""Finds the patch grid and the prefix tokens of vision transformers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Grid = tuple[int, int]
 
 @dataclass
 class Patches:
-    """How a vision tower makes tokens of an image.
+    """How a vision tower turns an image into tokens.
 
     Attributes:
-        embedding: the convolution that makes one token of each patch.
-        prefix: tokens in front of the patches: class, distillation, registers.
-        size: pixels of a patch, (rows, columns).
-        image_size: pixels of the model's own images, (rows, columns); None where it takes any.
-        owner: the module that adds prefix tokens and positions.
-        pads: whether images are padded to whole patches, not cropped.
+        embedding: the convolution that turns each patch into one token.
+        prefix: number of tokens in front of the patches (class, distillation, registers).
+        size: size of a patch in pixels, (rows, columns).
+        image_size: size of the model's images in pixels, (rows, columns). None: it takes any size.
+        owner: module that adds prefix tokens and positions.
+        pads: whether images are padded to whole patches instead of cropped.
     """
 
     embedding: nn.Conv2d
@@ -39,17 +39,17 @@ class Patches:
     pads: bool = False
 
     def grid(self, image_size: Grid) -> Grid:
-        """Rows and columns of patches in an image of `image_size` pixels."""
+        """(rows, columns) of patches in an image of `image_size` pixels."""
         more = (self.size[0] - 1, self.size[1] - 1) if self.pads else (0, 0)
         return (image_size[0] + more[0]) // self.size[0], (image_size[1] + more[1]) // self.size[1]
 
 
 def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
-    """The patch embedding of the tower that the attention layer at `path` belongs to.
+    """Find the patch embedding of the tower to which the attention layer at `path` belongs.
 
     Returns:
-        None where there is no single one of the attention layer's width: text, windows, pyramids, patches of another
-        network's features, tokens behind the patches.
+        None if the tower has not exactly one patch embedding of the attention layer's width: text models, windows,
+        pyramids, patches made from another network's features, tokens after the patches.
     """
     attention: Any = model.get_submodule(path)
     config = getattr(attention, "config", None)
@@ -82,7 +82,7 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
 
 
 def _queries_in_front(config: Any, path: str) -> int:
-    """Queries that EoMT puts in front of all other tokens before the last blocks of its encoder."""
+    """Number of queries that EoMT puts in front of all other tokens before the last blocks of its encoder."""
     blocks, queries = getattr(config, "num_blocks", None), getattr(config, "num_queries", None)
     number = re.search(r"(?<![^.])\d+(?![^.])", path)
     if blocks is None or queries is None or number is None:
@@ -91,15 +91,15 @@ def _queries_in_front(config: Any, path: str) -> int:
 
 
 def hides_patches(owner: nn.Module) -> bool:
-    """Whether a module that makes tokens of an image leaves some of them out (ViT-MAE)."""
+    """Whether a module that turns images into tokens leaves some of them out (ViT-MAE)."""
     config = getattr(owner, "config", None)
     return "noise" in parameter_names(owner) and getattr(config, "mask_ratio", 0.0) > 0.0
 
 
 def says_hidden(owner: nn.Module) -> str:
-    """What a user is told of a module that hides patches."""
+    """The message about a module that leaves patches out."""
     return (
-        f"{type(owner).__name__} hides and shuffles patches, and the adapter works on the whole patch grid. Load the "
+        f"{type(owner).__name__} masks and shuffles patches, but the adapter needs the whole patch grid. Load the "
         "weights into ViTModel or ViTForImageClassification, or set config.mask_ratio=0 and pass no noise."
     )
 
@@ -117,7 +117,7 @@ def _ancestors(path: str, top: str) -> Iterator[str]:
 
 
 def count_prefix(module: nn.Module) -> int | None:
-    """Tokens that a module puts in front of the patches; None if it is not the one that does."""
+    """Number of tokens that a module puts in front of the patches. None if this module does not do that."""
     known = getattr(module, "num_prefix_tokens", None)  # timm
     if isinstance(known, int):
         return known
@@ -127,7 +127,7 @@ def count_prefix(module: nn.Module) -> int | None:
 
 
 def _image_size(owners: list[Any]) -> Grid | None:
-    """Size as the innermost of the modules and configs that knows one has it; timm says `img_size`."""
+    """Image size from the innermost module or config that has one. timm calls it `img_size`."""
     for owner in owners:
         for name in ("img_size", "image_size"):
             found = getattr(owner, name, None)

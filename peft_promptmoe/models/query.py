@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The query: the part of a row that sample routing may read in a causal language model."""
+"""Finds the query: the tokens of a row that sample routing may read in a causal language model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .call_arguments import attention_mask, real_tokens
 
 
 def query_of(bound: dict[str, Any]) -> Tensor | None:
-    """(B or 1, T) tokens that routers of a causal language model may read; None where the arguments do not tell.
+    """Tokens that routers of a causal language model may read, (B or 1, T). None if the arguments do not tell.
 
-    They are those before the first label. Without labels, and with logits asked for at the last tokens only, they are
-    those up to the first of these: what follows are guesses of assisted decoding, or answers that a trainer scores.
+    With labels: the tokens before the first label. Without labels, but with logits requested for the last tokens only:
+    the tokens up to the first of these. The tokens after it are guesses of assisted decoding, or answers that a
+    trainer scores.
 
     Args:
-        bound: the arguments of the base model, or of a module within it, by name.
+        bound: arguments of the base model, or of a module inside it, by name.
     """
     labels = bound.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim != 2 or labels.is_floating_point():
@@ -42,36 +43,35 @@ def _before_last(bound: dict[str, Any]) -> Tensor | None:
 
 
 def refuse_unknown_query() -> None:
-    """Refuse what would let routers learn from the answers."""
+    """Raise ValueError: the query is unknown in training, so routers would learn from the answers."""
     raise ValueError(
-        "routing='sample' on a causal model learns which tokens are the query from the labels, and this training "
-        "forward has none (label smoothing and compute_loss_func take them away), so routers would read the answer. "
-        "Pass labels, say how many tokens are the query by peft_promptmoe.given_query, or use routing='token', which "
-        "never looks ahead."
+        "routing='sample' on a causal model needs labels to know which tokens are the query, and this training "
+        "forward has none (label smoothing and compute_loss_func remove them). Routers would read the answer. Pass "
+        "labels, give the number of query tokens with peft_promptmoe.given_query, or use routing='token', which never "
+        "looks ahead."
     )
 
 
 def warn_of_whole_rows() -> None:
-    """Say that routers read all of a text, which is right for generation and wrong for scores."""
+    """Warn that routers read whole texts, which is right for generation and wrong for scoring texts."""
     warnings.warn(
-        "routing='sample' on a causal model reads the whole input when no labels are given. That is right for "
-        "generate(), but scores of a text leak later tokens into earlier ones, and where texts are padded without an "
-        "attention mask (as lm-eval does) they depend on the batch: pass labels with the query set to -100, say how "
-        "many tokens are the query by peft_promptmoe.given_query, or use routing='token'.",
+        "routing='sample' on a causal model reads the whole input when no labels are given. This is right for "
+        "generate(). But scores of a text leak later tokens into earlier ones, and they depend on the batch if texts "
+        "are padded without an attention mask (as lm-eval does). To score texts, pass labels with the query set to "
+        "-100, give the number of query tokens with peft_promptmoe.given_query, or use routing='token'.",
         stacklevel=2,
     )
 
 
 def warn_of_no_query(query: Tensor) -> None:
-    """Say so if no row has a query, as with labels that are the input ids: routers then learn nothing.
+    """Warn if no row has a query, for example because the labels are the input ids. Routers then learn nothing.
 
     Args:
-        query: (B, T) of `query_of`, without padding.
+        query: (B, T) from `query_of`, with padding removed.
     """
     if not bool(query.any()):
         warnings.warn(
-            "No row of this batch has a query: the labels begin with the first token, so the routers of "
-            "routing='sample' read nothing and get no gradient. Set the labels of the query to -100, or use "
-            "routing='token'.",
+            "No row of this batch has a query: the labels start at the first token. With routing='sample' the routers "
+            "then read nothing and get no gradient. Set the labels of the query to -100, or use routing='token'.",
             stacklevel=2,
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention layers prompts cannot join, and why. Read from their structure, before anything is changed."""
+"""Decides which attention layers prompts cannot join, and why, from their structure, before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import nn
 from .inspection import gives, passes_on_keywords, reads_into, unwrapped_forward
 from .patches import Patches
 
-# What an attention layer may ask for that prompt rows have: the rest of its arguments have to have defaults.
+# Required arguments of an attention layer that can be supplied for prompt rows. All others must have defaults.
 ROWS_HAVE = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
 PACKED = ("cu_seqlens", "cu_seq_lens", "cu_window_seqlens")
 
-# What a model's own code may run into when a part of it is run on less than it expects.
+# Errors that model code may raise when a part of it is run with fewer inputs than it expects.
 TROUBLE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 class CannotJoin(ValueError):
-    """Prompts cannot join an attention layer; others of the same model they may be able to.
+    """Error: prompts cannot join an attention layer. They may still be able to join other layers of the model.
 
     Args:
-        path: of the layer.
+        path: path of the layer.
         attention: the layer.
-        reason: as a sentence goes on with it after a colon.
+        reason: the reason, as the end of a sentence after a colon.
     """
 
     def __init__(self, path: str, attention: nn.Module, reason: str) -> None:
         super().__init__(
             f"Prompts cannot join {path!r}, a {type(attention).__name__}: {reason}. This architecture is not "
-            "supported; leave such layers out by `exclude_modules`, or use another model."
+            "supported. Leave such layers out with `exclude_modules`, or use another model."
         )
         self.reason = reason
 
@@ -40,13 +40,15 @@ class CannotJoin(ValueError):
 def check_reachable(
     model: nn.Module, path: str, patches: Patches | None, rotary: nn.Module | None, biases: nn.Module | None
 ) -> None:
-    """Refuse layers that the generic rule is known not to reach.
+    """Raise CannotJoin for layers in which prompts are known not to work.
 
     Args:
-        patches, rotary, biases: as a `Site` has them; the last is the owner of the relative position biases.
+        model: the base model.
+        path: path of the attention layer.
+        patches, rotary, biases: as in `Site`; `biases` is its `bias_owner`.
 
     Raises:
-        CannotJoin: with the reason.
+        CannotJoin: prompts cannot join the layer. The message gives the reason.
     """
     attention: Any = model.get_submodule(path)
     reason = (
@@ -60,7 +62,7 @@ def check_reachable(
 
 
 def _inputs(attention: nn.Module) -> str | None:
-    """Why the layer cannot be given rows and nothing else."""
+    """Why the layer cannot be run on prompt rows alone. None if it can."""
     forward = unwrapped_forward(attention)
     parameters = inspect.signature(forward).parameters
     if "hidden_states" not in parameters:
@@ -76,12 +78,12 @@ def _inputs(attention: nn.Module) -> str | None:
 
 
 def _order_of_tokens(model: nn.Module, path: str) -> str | None:
-    """Why what the layer attends over is not the tokens of its block: windows, or several resolutions."""
+    """Why the layer does not attend over the tokens of its block (windows, several resolutions). None if it does."""
     attention: Any = model.get_submodule(path)
     parent = model.get_submodule(path.rpartition(".")[0])
     config = attention.config
     if hasattr(config, "depths") or hasattr(config, "hidden_sizes") or hasattr(parent, "window_size"):
-        return "it attends within windows or over several resolutions, and not over all tokens of its block"
+        return "it attends within windows or over several resolutions, not over all tokens of its block"
     convolutions = (part for part in parent.children() if isinstance(part, nn.Conv1d))
     if any(stride > 1 for part in convolutions for stride in part.stride):
         return "a convolution before it makes fewer tokens of its block's"
@@ -91,20 +93,20 @@ def _order_of_tokens(model: nn.Module, path: str) -> str | None:
 def _positions(
     attention: nn.Module, patches: Patches | None, rotary: nn.Module | None, biases: nn.Module | None
 ) -> str | None:
-    """Why the layer's positions cannot be given to rows."""
+    """Why prompt rows cannot get positions in this layer. None if they can."""
     if biases is None and gives(unwrapped_forward(attention), "position_bias"):
         return "it adds a relative position bias of a form that prompts cannot be given"
     if "position_embeddings" not in inspect.signature(unwrapped_forward(attention)).parameters:
         return None
     if patches is not None:
-        return "it turns its patches by a rotary embedding, in which prompts have no place"
+        return "it applies a rotary embedding to its patches, and prompts have no position in it"
     if rotary is None and not turns_keys(attention):
-        return "it takes position embeddings that come from no rotary embedding that can be found"
+        return "it takes position embeddings, and no rotary embedding that makes them was found"
     return None
 
 
 def _biases_of_the_stack(model: nn.Module, path: str, attention: Any) -> str | None:
-    """Why a layer's own table of relative positions is not what it adds: its stack makes other biases (UDOP)."""
+    """Why a layer does not add the biases of its own table: its stack makes other biases (UDOP). None if it does."""
     if not hasattr(attention, "has_relative_attention_bias"):
         return None
     stack = model.get_submodule(re.sub(r"\.?[^.]+\.\d+\..*$", "", path))
@@ -115,29 +117,29 @@ def _biases_of_the_stack(model: nn.Module, path: str, attention: Any) -> str | N
 
 
 def check_timm(attention: Any, path: str) -> None:
-    """Refuse attention layers of timm whose queries are not one for each token of their block, or see but some.
+    """Raise CannotJoin for timm attention layers with windows, or with fewer queries than tokens.
 
     Raises:
-        CannotJoin: with the reason.
+        CannotJoin: prompts cannot join the layer. The message gives the reason.
     """
     if getattr(attention, "use_mask_unit_attn", False):
-        raise CannotJoin(path, attention, "it attends within windows, and not over all tokens of its block")
+        raise CannotJoin(path, attention, "it attends within windows, not over all tokens of its block")
     if getattr(attention, "q_stride", 1) > 1:
         raise CannotJoin(path, attention, "it merges its queries, so that there are fewer of them than tokens")
 
 
 def turns_keys(attention: nn.Module) -> bool:
-    """Whether the layer's own code turns queries and keys by rotary angles."""
+    """Whether the layer's own code applies a rotary embedding to queries and keys."""
     return any("rot" in name for name in unwrapped_forward(attention).__code__.co_names)
 
 
 def hands_on_its_mask_only(attention: nn.Module) -> bool:
-    """Whether the layer hands its mask on as it is, and no keyword arguments."""
+    """Whether the layer passes its mask on unchanged, but no keyword arguments."""
     forward = unwrapped_forward(attention)
     named = "attention_mask" in inspect.signature(forward).parameters
     return named and not passes_on_keywords(forward) and not reads_into(forward, "attention_mask")
 
 
 def is_differential(attention: nn.Module) -> bool:
-    """Whether the layer attends twice and takes one from the other (arXiv 2410.05258)."""
+    """Whether the layer subtracts two attention maps (differential transformer, arXiv 2410.05258)."""
     return any(name.startswith("lambda_q") for name, _ in attention.named_parameters(recurse=False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a model that reads text."""
+"""Finds the part of a model that reads text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .targets import is_encoder_decoder
 
 
 def text_reader(model: nn.Module) -> nn.Module | None:
-    """What of a model reads token ids alone, without images or sounds; None where nothing does.
+    """The part of a model that reads token ids alone, without images or audio. None if there is none.
 
-    Looked for in what others have wrapped (PEFT's models, a user's own module), and within models of several inputs.
+    It is searched inside wrappers (PEFT's models, a user's module) and inside models with several kinds of input.
     """
     whole: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if whole is None:
         return None
     if whole.main_input_name == "input_ids" and is_encoder_decoder(whole):
         return whole.get_encoder()
-    if is_encoder_decoder(whole):  # Whisper has embeddings, for what it writes
+    if is_encoder_decoder(whole):  # Whisper has token embeddings, but for its output
         return None
     if whole.config.get_text_config() is whole.config:
         return whole.base_model if whole.main_input_name == "input_ids" else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speech encoders (conformers, WavLM, SpeechT5), whose scores depend on the distance between query and key."""
+"""Speech encoders (conformers, WavLM, SpeechT5): scores depend on the distance between query and key."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def _of_sinusoids(asked: Asked, encoding: Any, weights: Any, content: Tensor, po
     """(B, H, T, R) terms b and d of Transformer-XL (arXiv 1901.02860, section 3.3).
 
     Args:
-        encoding: gives sinusoids (1, 2 * L - 1, D) of the distances from L - 1 down to 1 - L of a text (1, L, ...).
-        weights: projects them.
-        content, position: (H, d) the biases u, which the queries have, and v.
+        encoding: computes sinusoids (1, 2 * L - 1, D) of the distances L - 1 down to 1 - L, for a text (1, L, ...).
+        weights: projection of the sinusoids.
+        content, position: (H, d) biases u (already added to the queries) and v.
     """
     attention = asked.attention
-    length = asked.keys + asked.offsets.shape[0] + 1  # the farthest is less away
+    length = asked.keys + asked.offsets.shape[0] + 1  # larger than any distance
     table = weights(encoding(asked.query.new_zeros(1, length, 1)))[0].unflatten(-1, content.shape).transpose(0, 1)
     scores = (asked.query + (position - content)[:, None]) @ table.transpose(-1, -2)
     places = (length - 1 - asked.distance())[:, None]
@@ -56,23 +56,27 @@ def _parakeet_bias(asked: Asked) -> Tensor:
 
 def _turns_its_input(attention: Any) -> str | None:
     turns = attention.position_embeddings_type == "rotary"
-    return "position_embeddings_type='rotary' turns the input before keys are made of it" if turns else None
+    return (
+        "position_embeddings_type='rotary' applies the rotary embedding to the input of the key projection"
+        if turns
+        else None
+    )
 
 
 def _grouped(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values, repeated for all queries that share them."""
+    """Keys and values, repeated for all query heads that share them."""
     key, value = TwoProjections("k_proj", "v_proj")(attention, x)
     groups = attention.num_key_value_groups
     return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
 
 
 def _tokens(mask: Tensor) -> Tensor:
-    """(B, 1, 1, S) of a mask (B, S)."""
+    """Mask (B, S) as (B, 1, 1, S)."""
     return mask[:, None, None].to(torch.bool)
 
 
 def _wavlm_bias(asked: Asked) -> Tensor:
-    """Entries of the first layer's table of distances, times a gate that each head of a query makes of its input."""
+    """Bias of WavLM: entries of the first layer's table of distances, times a gate from each query's input."""
     attention = asked.attention
     buckets = attention._relative_positions_bucket(-asked.distance())
     bias = asked.owner.rel_attn_embed(buckets).permute(0, 3, 1, 2)
@@ -84,14 +88,14 @@ def _wavlm_bias(asked: Asked) -> Tensor:
 
 
 def _speecht5_bias(asked: Asked) -> Tensor:
-    """Products of queries, which it scales before, with one entry for each distance (arXiv 1803.02155)."""
+    """Bias of SpeechT5: products of (already scaled) queries with one entry per distance (arXiv 1803.02155)."""
     table, limit = asked.owner.pe_k.weight, asked.owner.max_length
     entries = table[asked.distance().clamp(-limit, limit - 1) + limit].to(asked.query.dtype)
     return (asked.query.transpose(1, 2) @ entries.transpose(-1, -2)).transpose(1, 2)
 
 
 def _turn(x: Tensor, columns: Tensor) -> Tensor:
-    """Rows (B or 1, H, R, d) turned to positions (B or 1, R), neighbouring features by one angle each."""
+    """Rotary embedding of rows (B or 1, H, R, d) at positions (B or 1, R), with one angle per pair of neighbours."""
     width = x.shape[-1]
     places = torch.arange(0, width, 2, device=x.device, dtype=torch.float32)
     angles = columns[:, None, :, None] * torch.exp(-math.log(10000.0) / width * places)
@@ -101,13 +105,13 @@ def _turn(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def _roformer_bias(asked: Asked) -> Tensor:
-    """What turning the rows to their columns adds to their scores; the model turns tokens before it multiplies."""
+    """Bias of RoFormer: what the rotary embedding adds to the rows' scores. The model itself only turns tokens."""
     added = _turn(asked.key, asked.columns()) - asked.key
     return asked.query @ added.to(asked.query.dtype).transpose(-1, -2) / math.sqrt(asked.attention.attention_head_size)
 
 
 def _turns_values(attention: Any) -> str | None:
-    return "rotary_value=True turns values, too" if attention.rotary_value else None
+    return "rotary_value=True applies the rotary embedding to values, too" if attention.rotary_value else None
 
 
 CONFORMER = OwnAttention(

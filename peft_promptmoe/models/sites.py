@@ -33,23 +33,24 @@ class Site:
         index: number of the block, the first number in the path.
         attention: the attention layer.
         block: the transformer block that holds it.
-        norm: module that makes the attention layer's input from the residual stream; None for post-norm blocks.
-        family: the table's entry, None where only the generic rule reached this layer.
-        width: width `D` of the layer input.
-        causal: whether what the layer puts out for a token depends on earlier tokens only (`is_causal`).
-        by_token: whether the layer is causal and the model's outputs are read token by token, so that a router which
-            reads a whole row would let answers reach what is put out before them.
-        is_rotary: whether the layer turns its keys by angles that it is given or makes of position ids.
-        rotary: the model's rotary embedding, if it has one that can be asked, and
-        rotary_type: the layer type it takes, for models that keep one table per type.
-        sine_first: whether it gives (sin, cos), not (cos, sin).
-        bias_owner: the module that holds the table of relative position biases this layer adds.
-        input_std: spread of the block's input where it is knowable without running the model, else None.
-        patches: of vision towers that have one patch grid, how it is made; else None.
-        factor: what the block multiplies the norm's output by (Falcon-H1); None where it does not.
-        calls: how many kernel calls the layer makes (two with differential attention).
-        rows_by_mask: whether prompt rows travel with the attention mask, in layers that hand no other arguments on.
-        reads_mask: whether the layer looks into its mask itself (DeepSeek's indexer), so that there must be one.
+        norm: norm between the residual stream and the attention layer. None for post-norm blocks.
+        family: entry of the table of tested architectures. None if the layer was found by the generic rule.
+        width: width `D` of the layer's input.
+        causal: whether the layer's output for a token depends on earlier tokens only (`is_causal`).
+        by_token: whether the layer is causal and the model's output is read token by token. A router that reads a
+            whole row would then leak answers into outputs before them.
+        is_rotary: whether the layer applies a rotary embedding to its keys.
+        rotary: the model's rotary embedding, if it has one that can be called.
+        rotary_type: the layer type that `rotary` needs, for models with one table per type.
+        sine_first: whether `rotary` returns (sin, cos) instead of (cos, sin).
+        bias_owner: module with the table of relative position biases that this layer adds.
+        input_std: standard deviation of the block's input. None if it is only known by running the model.
+        patches: the patch grid of a vision tower that has one, else None.
+        factor: factor on the norm's output in this block (Falcon-H1), else None.
+        calls: number of kernel calls of the layer (two for differential attention).
+        rows_by_mask: whether prompt rows are passed together with the attention mask. Needed in layers that pass on no
+            other arguments.
+        reads_mask: whether the layer itself reads its mask (DeepSeek's indexer), so that there must be one.
     """
 
     name: str
@@ -75,17 +76,17 @@ class Site:
 
     @property
     def own(self) -> OwnAttention | None:
-        """How the layer computes attention itself; None where it calls a kernel."""
+        """How the layer computes attention itself. None if it calls a kernel."""
         return self.family.own if self.family is not None else None
 
     @property
     def is_called(self) -> bool:
-        """Whether rows join within the layer's own forward, and not at transformers' AttentionInterface."""
+        """Whether prompt rows join inside the layer's own forward instead of transformers' AttentionInterface."""
         return self.own is not None or self.is_timm
 
     @property
     def is_timm(self) -> bool:
-        """Whether the attention layer is timm's, which does not go through transformers' AttentionInterface."""
+        """Whether this is a timm attention layer, which does not use transformers' AttentionInterface."""
         return is_timm_attention(self.attention, self.name)
 
 
@@ -93,8 +94,8 @@ def find_site(model: nn.Module, path: str) -> Site:
     """Describe the attention layer at `path`.
 
     Raises:
-        ValueError: the module at `path` is not an attention layer that the engine can reach, or the architecture is
-            one where its output is known to differ from the definition; a `CannotJoin` where that is of this layer.
+        ValueError: the module at `path` is not an attention layer that prompts can join. A `CannotJoin` if other
+            layers of the model may still be joined.
     """
     attention: Any = model.get_submodule(path)
     timm = is_timm_attention(attention, path)
@@ -108,8 +109,8 @@ def find_site(model: nn.Module, path: str) -> Site:
         )
     if is_cross_attention_layer(path, attention) or id(attention) in decoder_modules(model):
         raise ValueError(
-            f"`target_modules` matched {path!r}. Prompts join self-attention, and of an encoder-decoder the encoder's "
-            "only; its decoder sees them through what the encoder puts out. Name layers of the encoder, or leave "
+            f"`target_modules` matched {path!r}. Prompts join self-attention only, and in an encoder-decoder that of "
+            "the encoder: the decoder sees prompts through the encoder's output. Name layers of the encoder, or leave "
             "`target_modules` unset."
         )
     if own is not None and (reason := own.why_not(attention)) is not None:
@@ -118,8 +119,8 @@ def find_site(model: nn.Module, path: str) -> Site:
         check_timm(attention, path)
     if getattr(attention, "reorder_and_upcast_attn", False):
         raise ValueError(
-            f"{type(attention).__name__} with reorder_and_upcast_attn=True leaves out transformers' "
-            "AttentionInterface, by which prompts join. Load the model with reorder_and_upcast_attn=False."
+            f"{type(attention).__name__} with reorder_and_upcast_attn=True does not use transformers' "
+            "AttentionInterface, which prompts need. Load the model with reorder_and_upcast_attn=False."
         )
     block_path, index = block_of(path)
     block = model.get_submodule(block_path or path.rpartition(".")[0])
@@ -131,7 +132,7 @@ def find_site(model: nn.Module, path: str) -> Site:
         check_reachable(model, path, patches, rotary, biases)
     by_mask = family.rows_by_mask if family is not None else not timm and hands_on_its_mask_only(attention)
     kind, names = rotary_type(rotary, attention, block), () if timm else parameter_names(attention)
-    # Beam turns in some kinds of layers only, and Falcon not where it has linear biases.
+    # Beam applies rotary embeddings in some kinds of layers only, and Falcon not in models with ALiBi.
     if (kind is not None and not hasattr(rotary, f"{kind}_inv_freq")) or (own and not own.turns(attention)):
         rotary, kind, names = None, None, ()
     causal = not timm and patches is None and (own.causal(attention) if own is not None else is_causal(model, path))
@@ -160,5 +161,5 @@ def find_site(model: nn.Module, path: str) -> Site:
 
 
 def caps_scores(attention: nn.Module) -> bool:
-    """Whether an attention layer squashes its scores before the softmax (Gemma 2)."""
+    """Whether an attention layer applies a soft cap to its scores before the softmax (Gemma 2)."""
     return getattr(attention, "attn_logit_softcapping", None) is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the surroundings of an attention layer: its block, the norm before it, the source of its positions."""
+"""Finds the surroundings of an attention layer: its block, the norm in front of it, the source of its positions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .inspection import calls_in_order, parameter_names, unwrapped_forward
 
 
 def block_of(path: str) -> tuple[str, int]:
-    """Path and number of the block that holds the attention layer: everything up to the first number."""
+    """Path and number of the attention layer's block: the path up to the first number, and this number."""
     match = re.match(r"(?:.*?\.)?(\d+)(?=\.)", path)
     return (match.group(0), int(match.group(1))) if match else ("", 0)
 
 
 def input_norm(model: nn.Module, path: str, block_path: str, family: Family | None) -> nn.Module | None:
-    """The norm between the residual stream and the attention layer; None in post-norm blocks.
+    """The norm between the residual stream and the attention layer. None in post-norm blocks.
 
-    Without a table entry it is the norm that the attention layer's parent (or its parent, up to the block) calls last
-    before it calls attention.
+    For layers without a table entry: the last norm that a parent of the attention layer (up to the block) calls before
+    it calls attention.
     """
     parent_path, _, name = path.rpartition(".")
     if family is not None and family.norm != FOUND:
@@ -33,7 +33,7 @@ def input_norm(model: nn.Module, path: str, block_path: str, family: Family | No
         return next((here[each] for each in names if each in here), None)
     while True:
         parent = model.get_submodule(parent_path)
-        if isinstance(parent, nn.Sequential):  # timm's parallel blocks, which call their parts in this order
+        if isinstance(parent, nn.Sequential):  # parallel blocks of timm call their parts in this order
             children = dict(parent.named_children())
             found = [norm for norm in list(children.values())[: list(children).index(name)] if _as_norm(norm, None)]
             return found[-1] if found else None
@@ -58,7 +58,7 @@ def _as_norm(module: object, number: int | None) -> nn.Module | None:
 
 
 def rotary_embedding(model: nn.Module, path: str) -> nn.Module | None:
-    """The rotary module nearest to the attention layer; a model of several towers has several."""
+    """The rotary embedding nearest to the attention layer. A model with several towers has several."""
     while path:
         path = path.rpartition(".")[0]
         for module in model.get_submodule(path).modules():
@@ -69,22 +69,22 @@ def rotary_embedding(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _is_table(rotary: nn.Module) -> bool:
-    """Whether a module looks its sines and cosines up by position (GPT-J), instead of having frequencies."""
+    """Whether a module stores sines and cosines by position (GPT-J) instead of frequencies."""
     return "embed_positions" in rotary._buffers and "position_ids" in parameter_names(rotary)
 
 
 def sine_first(rotary: nn.Module | None) -> bool:
-    """Whether a rotary module gives (sin, cos), as GPT-J's, and not (cos, sin)."""
+    """Whether a rotary module returns (sin, cos), as in GPT-J, instead of (cos, sin)."""
     if rotary is None or not _is_table(rotary):
         return False
     table = rotary.get_buffer("embed_positions")
     first, second = rotary(table, torch.zeros(1, 1, dtype=torch.long, device=table.device))
-    # On the meta device there are no values to tell by; of all that store a table the sine is known to come first.
+    # On the meta device there are no values to check. In all models that store a table the sine comes first.
     return bool(table.is_meta or first.abs().sum() < second.abs().sum())
 
 
 def rotary_type(rotary: nn.Module | None, attention: nn.Module, block: nn.Module) -> str | None:
-    """The layer type that a rotary module asks for, if it keeps one table for each."""
+    """The layer type that a rotary module needs, if it has one table per type."""
     if rotary is None or "layer_type" not in inspect.signature(unwrapped_forward(rotary)).parameters:
         return None
     for owner, name in ((attention, "layer_type"), (block, "attention_type"), (block, "layer_type")):
@@ -99,8 +99,8 @@ def rotary_type(rotary: nn.Module | None, attention: nn.Module, block: nn.Module
 def bias_owner(model: nn.Module, path: str, attention: nn.Module, table: str | None) -> nn.Module | None:
     """The module with the table of relative position biases that an attention layer adds.
 
-    T5 keeps one in the first layer of a stack, UMT5 one in each layer. With the name of a `table` it is looked for in
-    what holds the layer, from near to far: MPNet's stack has it, and of WavLM's layers the first.
+    T5 has one in the first layer of a stack, UMT5 one in each layer. If the name of the `table` is given, it is
+    searched in the modules around the layer, from the inside out: MPNet has it in its stack, WavLM in its first layer.
     """
     while table is not None and path:
         path = path.rpartition(".")[0]
@@ -116,7 +116,7 @@ def bias_owner(model: nn.Module, path: str, attention: nn.Module, table: str | N
 
 
 def input_std(model: nn.Module, path: str, index: int, family: Family | None) -> float | None:
-    """Spread of a post-norm block's input: that of the LayerNorm that made it, sqrt(mean(weight^2 + bias^2))."""
+    """Std of a post-norm block's input, from the LayerNorm that makes it: sqrt(mean(weight^2 + bias^2))."""
     if family is None or family.input_norm is None or family.stem_norm is None:
         return None
     if index == 0:

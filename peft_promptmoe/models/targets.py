@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention layers of a model prompts can join: the table's, or those that a generic rule finds."""
+"""Finds the attention layers that prompts can join, with the table of tested models or with a generic rule."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .families import FAMILIES, LAYER_FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION
 from .inspection import calls_attention_interface, calls_sdpa
 from .patches import find_patches
 
-# How models call the tokens that one looks at: Swin, Hiera, Twins; LED and Longformer; LongT5; BigBird and Pegasus-X.
+# Names of window sizes: Swin, Hiera, Twins; LED and Longformer; LongT5; BigBird and Pegasus-X.
 WINDOWS = ("window_size", "mask_unit_size", "ws", "one_sided_attn_window_size", "local_radius", "block_size")
 
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec|x_attn", re.IGNORECASE)
 
 
 def model_type(model: nn.Module) -> str | None:
-    """Type of a transformers model as its config names it; None for anything else."""
+    """The `model_type` in a transformers model's config. None for any other model."""
     found = getattr(getattr(model, "config", None), "model_type", None)
     return found if isinstance(found, str) else None
 
@@ -30,15 +30,15 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
         return False
-    # Heads on the encoder alone (Whisper's of audio classification) name themselves, for want of a decoder.
+    # Without a decoder `get_decoder` returns the model itself (Whisper for audio classification).
     return model.get_decoder() not in (model, getattr(model, "base_model", model))  # type: ignore[operator]
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
-    """Attention layers to prompt when the user names none: a regular expression, or a list of paths.
+    """Return the attention layers to prompt if the user names none: a regular expression, or a list of paths.
 
     Raises:
-        ValueError: the model has no attention layer that the engine can reach.
+        ValueError: the model has no attention layer that prompts can join.
     """
     kind = model_type(model) or ""
     family = FAMILIES.get(kind) or VISION_FAMILIES.get(kind)
@@ -55,33 +55,33 @@ def _why_none(model: nn.Module) -> str:
     if windowed:
         return (
             f"{type(model).__name__} has no attention layer that prompts can join: its attention stays within windows "
-            f"({next(iter(windowed))}), and a prompt is read by all tokens of a layer. Use a plain vision transformer "
-            "of transformers or timm."
+            f"({next(iter(windowed))}), but a prompt must be visible to all tokens of a layer. Use a "
+            "plain vision transformer of transformers or timm."
         )
     named = [type(module).__name__ for module in model.modules() if _is_named_attention(module)]
-    own = f"{named[0]} computes attention in a way of its own" if named else "none of its modules computes attention"
+    own = f"{named[0]} computes attention in its own way" if named else "none of its modules computes attention"
     return (
-        f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: {own}, and not through "
-        "transformers' AttentionInterface or as timm's plain vision transformers do. Use a model whose attention does "
-        "(most architectures of transformers 5, vision transformers of timm)."
+        f"{type(model).__name__} has no attention layer that peft_promptmoe can reach: {own}, not through "
+        "transformers' AttentionInterface or like timm's plain vision transformers. Use a supported model (most "
+        "architectures of transformers 5, vision transformers of timm)."
     )
 
 
 def _is_named_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention layer by its name, and none within it is."""
+    """Whether a module is an attention layer by its name and contains no other one."""
     names = [re.search(r"Attention|Attn", type(part).__name__) is not None for part in module.modules()]
     return names[0] and not any(names[1:])
 
 
 def attends_within_windows(module: nn.Module) -> bool:
-    """Whether a module is an attention layer, or a block around one, that looks at one window at a time."""
+    """Whether a module is an attention layer with windows, or a block around one."""
     size = next((found for name in WINDOWS if (found := getattr(module, name, 0))), 0)
     named = re.search(r"window|Attention|Attn|Block|Layer", type(module).__name__) is not None
     return named and (size > 0 if isinstance(size, int) else bool(size))
 
 
 def _of_family(model: nn.Module, family: Family) -> str | list[str]:
-    """Where the family's attention layers are, but for those of an encoder-decoder's decoder."""
+    """The family's attention layers, except those in the decoder of an encoder-decoder."""
     matched = {path: id(module) for path, module in model.named_modules() if re.fullmatch(family.attention, path)}
     inside_decoder = decoder_modules(model)
     kept = [path for path, number in matched.items() if number not in inside_decoder]
@@ -89,13 +89,13 @@ def _of_family(model: nn.Module, family: Family) -> str | list[str]:
 
 
 def image_targets(model: nn.Module) -> str | list[str]:
-    """Attention layers that see the tokens of one patch grid, in towers of any depth within the model.
+    """Return the attention layers over one patch grid, in vision towers at any depth of the model.
 
     Returns:
-        A regular expression where one matches just these layers, else their paths.
+        A regular expression if one matches exactly these layers, otherwise their paths.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no such layer.
     """
     kinds: dict[bool, list[str]] = {True: [], False: []}
     for path, module in _generic_attentions(model):
@@ -106,7 +106,7 @@ def image_targets(model: nn.Module) -> str | list[str]:
     if not (found := kinds[True] or kinds[False]):
         raise ValueError(
             f"{type(model).__name__} has no attention layers over one patch grid, from which these prompts are made: "
-            "it is no vision transformer, or one of windows or of several resolutions (Swin, Hiera, PVT). Use a plain "
+            "it is no vision transformer, or one with windows or several resolutions (Swin, Hiera, PVT). Use a plain "
             "vision transformer of transformers or timm."
         )
     family = family_of(model, model.get_submodule(found[0]), found[0])
@@ -115,7 +115,7 @@ def image_targets(model: nn.Module) -> str | list[str]:
 
 
 def _is_decoder(path: str) -> bool:
-    """Whether a vision model's decoder is on the path (ViT-MAE's, which sees a grid of its own)."""
+    """Whether the path goes through a vision model's decoder (ViT-MAE's, which has another grid)."""
     return "decoder" in path
 
 
@@ -126,7 +126,7 @@ def is_timm_attention(module: nn.Module, path: str) -> bool:
 
 
 def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every self-attention layer by the generic rule; of an encoder-decoder only the encoder's."""
+    """All self-attention layers found by the generic rule. In an encoder-decoder, those of the encoder only."""
     inside_decoder = decoder_modules(model)
     for path, module in model.named_modules():
         if is_timm_attention(module, path):
@@ -141,7 +141,7 @@ def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def family_of(model: nn.Module, attention: nn.Module, path: str) -> Family | None:
-    """The table's entry for an attention layer."""
+    """The entry of the table of tested models for an attention layer, or None."""
     if is_timm_attention(attention, path):
         return TIMM_FAMILIES.get(f"{type(attention).__module__}.{type(attention).__qualname__}")
     own = getattr(getattr(attention, "config", None), "model_type", "")
@@ -153,26 +153,26 @@ def family_of(model: nn.Module, attention: nn.Module, path: str) -> Family | Non
 def input_width(attention: Any) -> int:
     """Width D of the layer's input."""
     found = (getattr(module, "in_features", getattr(module, "nx", None)) for module in attention.modules())
-    taken = [width for width in found if isinstance(width, int)]  # `nx` is what GPT-2's Conv1D calls it
+    taken = [width for width in found if isinstance(width, int)]  # GPT-2's Conv1D calls it `nx`
     named = getattr(getattr(attention, "config", None), "hidden_size", None)
-    # The first projection takes the layer's input; where it is none of these, the config has to say.
+    # The first projection takes the layer's input. If its width is unknown, the config must have it.
     return int(named if isinstance(named, int) and (named in taken or not taken) else taken[0] if taken else 0)
 
 
 def decoder_modules(model: nn.Module) -> set[int]:
-    """The modules of an encoder-decoder's decoder, by id."""
+    """Ids of the modules in the decoder of an encoder-decoder."""
     if not is_encoder_decoder(model):
         return set()
     return {id(module) for module in model.get_decoder().modules()}  # type: ignore[operator]
 
 
 def is_cross_attention_layer(path: str, attention: nn.Module) -> bool:
-    names = ".".join(path.split(".")[-2:])  # BLIP-2's Q-Former has its own inside: crossattention.attention
+    names = ".".join(path.split(".")[-2:])  # BLIP-2's Q-Former nests it: crossattention.attention
     return bool(CROSS_ATTENTION.search(names)) or bool(getattr(attention, "is_cross_attention", False))
 
 
 def check_at_hand(attention: nn.Module, path: str) -> None:
-    """Raise ValueError where accelerate has put a layer's weights away, so that prompts would have no device."""
+    """Raise ValueError if accelerate has offloaded a layer's weights: prompts would then have no device."""
     if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in attention.modules()):
         raise ValueError(
             f"The weights of {path!r} are offloaded by accelerate. Add or load the adapter while the model is in "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Older models of transformers, whose layers compute scores, softmax and sum step by step."""
+"""Older models of transformers, whose attention layers compute scores, softmax and sum step by step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _openai_scale(attention: Any) -> float:
 
 
 def _mpnet_bias(asked: Asked) -> Tensor:
-    """Entries of the table of relative positions key - query that all layers share."""
+    """Bias of MPNet: entries of the table of relative positions (key - query) that all layers share."""
     owner = asked.owner
     buckets = owner.relative_position_bucket(
         -asked.distance(), num_buckets=owner.relative_attention_bias.num_embeddings
@@ -31,19 +31,19 @@ def _mpnet_bias(asked: Asked) -> Tensor:
 
 
 def _eomt_bias(asked: Asked) -> Tensor:
-    """What its mask has where attention is open, which is 1 and not 0."""
+    """Bias of EoMT: its mask adds 1, not 0, where attention is open."""
     mask = asked.bound.get("attention_mask")
     return asked.query.new_zeros(1, 1, 1, 1) if mask is None else mask.amax(dim=-1, keepdim=True)
 
 
 GPT_NEO = OwnAttention(TwoProjections("k_proj", "v_proj"), scale=not_scaled, causal=always)
-XGLM = GPT_NEO  # scales its queries before
+XGLM = GPT_NEO  # scales its queries first
 OPENAI_GPT = OwnAttention(_openai_project, scale=_openai_scale, causal=always)
 BERT_LIKE = OwnAttention(TwoProjections("key", "value"), causal=if_decoder)
 MPNET = OwnAttention(TwoProjections("k", "v"), bias=_mpnet_bias)
 VIDEOMAE = OwnAttention(TwoProjections("key", "value"))
 EOMT = OwnAttention(TwoProjections("k_proj", "v_proj"), scale=Attribute("scale"), bias=_eomt_bias)
-VJEPA2 = VIDEOMAE  # turns patches by frame, row and column; prompts stand at none and are not turned
+VJEPA2 = VIDEOMAE  # its rotary embedding is by frame, row and column; prompts have none of these and are not turned
 
 
 def _neox_project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _neox_scale(attention: Any) -> float:
 
 
 def _of_words_and_entities(lefts: list[Tensor]) -> Tensor:
-    """LUKE has queries of words for words and for entities, and of entities for both; prompts are words."""
+    """LUKE has separate queries for words and for entities. Prompts count as words."""
     return lefts[0] if len(lefts) == 1 else torch.cat([lefts[0], lefts[2]], dim=2)
 
 

@@ -41,7 +41,7 @@ class Reader:
         patch: size of a patch in pixels, (rows, columns). Images are padded to multiples of it.
         prefix: number of tokens in front of the patches, for hidden states.
         interpolates: whether the forward pass takes `interpolate_pos_encoding=True`, to accept images of any size.
-        only: the only image size in pixels, (rows, columns), that a timm model accepts. None: any size.
+        only: the one image size that a timm model accepts in pixels, (rows, columns). None: any size.
         widths: channels of each level's map, found by running the backbone once.
         strides: size of each level's cell in pixels, (rows, columns).
     """

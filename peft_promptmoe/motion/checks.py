@@ -39,7 +39,10 @@ def check_settings(
     if decoder_output not in (None, "inverse", "depth"):
         raise ValueError(f"decoder_output must be 'inverse', 'depth' or None, got {decoder_output!r}.")
     if task_weights is not None and not isinstance(task_weights, Mapping):
-        raise ValueError(f"task_weights must name its tasks, as {dict.fromkeys(tasks, 1.0)}, got {task_weights!r}.")
+        raise ValueError(
+            f"task_weights must be a dict from tasks to weights, such as {dict.fromkeys(tasks, 1.0)}, got "
+            f"{task_weights!r}."
+        )
     weights = dict.fromkeys(tasks, 1.0) | dict(task_weights or {})
     for task, weight in weights.items():
         if task not in tasks:

@@ -40,7 +40,7 @@ def write_flo(file: File, flow: NDArray[np.floating]) -> None:
         ValueError: the array has another shape.
     """
     if np.ndim(flow) != 3 or np.shape(flow)[0] != 2:
-        raise ValueError(f"Flow must have the shape (2, rows, columns), x first, got {np.shape(flow)}.")
+        raise ValueError(f"flow must have the shape (2, rows, columns), x first, got {np.shape(flow)}.")
     values = np.asarray(flow, dtype="<f4").transpose(1, 2, 0)
     values = np.where(np.isnan(values), np.float32(10 * UNKNOWN), values)
     size = np.array([values.shape[1], values.shape[0]], dtype="<i4")

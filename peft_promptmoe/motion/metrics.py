@@ -56,8 +56,7 @@ class PixelMetric(evaluate.Metric):
             self.add(prediction=prediction, reference=reference, **own)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **masks: Any) -> None:
-        """Add one image, without the batch dimension. `evaluate.combine` names the arguments in the plural.
-
+        """Add one image, without the batch dimension. `evaluate.combine` names its arguments in the plural.
 
         Raises:
             ValueError: shapes differ, or one of the two is missing.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""pMoE, several frozen vision backbones whose prompts talk to each other (our reading of arXiv 2602.22938)."""
+"""pMoE: several frozen vision backbones exchange information through prompts (our reading of arXiv 2602.22938)."""
 
 from ..registration import register_tuner
 from ..reports.dispatch_report import DispatchReport

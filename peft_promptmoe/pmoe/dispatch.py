@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a dispatcher makes the prompts of one block of one expert: pure functions.
+"""Pure functions of the dispatchers, which make the prompts of one block of one expert.
 
-This is our reading of pMoE, whose equations are not public to us; what the functions read are the three groups of
-tokens that a review quotes from section 3.3 of the paper.
+This is our reading of pMoE, whose equations we could not read. The functions read the three groups of tokens that a
+review quotes from section 3.3 of the paper.
 
 Letters: `B` batch, `K` experts, `P` prompts per expert, `N` patches, `D` width of the expert whose prompts are made,
 `r` rank, `h` hidden width.
@@ -22,12 +22,12 @@ NORM_EPS = 1e-5
 
 
 def plain_norm(x: Tensor) -> Tensor:
-    """Layer norm without gain and bias, which the linear maps behind it would take in, in at least float32."""
+    """Layer norm in at least float32, without gain and bias (the linear map that follows includes them)."""
     return F.layer_norm(x.to(routing_dtype(x)), x.shape[-1:], eps=NORM_EPS)
 
 
 def read_tokens(tokens: Tensor, weight: Tensor) -> Tensor:
-    """A linear map of `plain_norm(tokens)` that keeps the tokens for the backward pass and not their norm, too.
+    """Linear map of `plain_norm(tokens)`. Only the tokens are stored for the backward pass, not their norm.
 
     Args:
         tokens: (B, M, D).
@@ -43,25 +43,28 @@ def read_tokens(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 def all_tokens(prompts: list[Tensor], carried: Tensor | None, patches: Tensor) -> Tensor:
-    """(B, M, D) what a dispatcher reads: all experts' prompts, the carried prompts, the expert's patches.
+    """Tokens that a dispatcher reads, (B, M, D): all experts' prompts, the carried prompts, the expert's patches.
 
     Args:
-        prompts: K of (P, D), as this expert sees them.
-        carried: (B, P, D) or None.
-        patches: (B, N, D).
+        prompts: K tensors (P, D), mapped to this expert's width.
+        carried: (B, P, D) the previous block's outputs at the prompt positions, or None.
+        patches: (B, N, D) patches in front of the block.
     """
     own = torch.cat(prompts).to(patches.dtype).expand(patches.shape[0], -1, -1)
     return torch.cat([own, patches] if carried is None else [own, carried.to(patches.dtype), patches], dim=1)
 
 
 def group_shares(shares: Tensor, experts: int, slots: int, carried: bool) -> Tensor:
-    """What each group of tokens contributes.
+    """Share of each group of tokens in the prompts.
 
     Args:
-        shares: (B, P, M) weights of the tokens, rows that sum to 1.
+        shares: (B, P, M) weights of the tokens. Rows sum to 1.
+        experts: number of experts K.
+        slots: prompts per expert P.
+        carried: whether there are carried prompts.
 
     Returns:
-        (B, K + 2) each expert's prompts, the carried prompts, the patches; rows sum to 1.
+        (B, K + 2) shares of each expert's prompts, the carried prompts and the patches. Rows sum to 1.
     """
     mean = shares.mean(dim=1)
     edge = experts * slots
@@ -75,16 +78,17 @@ def group_shares(shares: Tensor, experts: int, slots: int, carried: bool) -> Ten
 
 
 def dispatch_tokens(tokens: Tensor, own: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Each prompt a convex combination of all tokens, after the dispatch of Soft-MoE (dispatcher "token").
+    """Dispatcher "token": each prompt is a convex combination of all tokens, like the dispatch of Soft-MoE.
 
-    A bias per slot, which a linear gate would have, cancels in a softmax over the tokens. Ours stands on the expert's
-    own prompt of the same number, so that slots start near their own prompts and not all at the mean of the patches.
+    A bias per slot, as in a linear gate, would cancel in the softmax over tokens. So the bias is added only to the
+    score of the expert's own prompt of the same number. Slots then start near their own prompts, not all near the mean
+    of the patches.
 
     Args:
-        tokens: (B, M, D) of `all_tokens`.
-        own: where the expert's own prompts start among the tokens.
-        weight: (P, D).
-        bias: (P,).
+        tokens: (B, M, D) from `all_tokens`.
+        own: index of the expert's first own prompt among the tokens.
+        weight: (P, D) gate weight.
+        bias: (P,) bias of the own prompts.
 
     Returns:
         (B, P, D) prompts and (B, P, M) weights.
@@ -105,11 +109,11 @@ def dispatch_experts(
     weight: Tensor,
     bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The carried prompts and a mixture of the experts' prompts, weighed for the whole image (dispatcher "expert").
+    """Dispatcher "expert": the carried prompts plus a mixture of the experts' prompts, with one weight per expert.
 
     Args:
-        tokens: (B, M, D) of `all_tokens`.
-        prompts: K of (P, D).
+        tokens: (B, M, D) from `all_tokens`.
+        prompts: K tensors (P, D).
         carried: (B, P, D) or None.
         hidden_weight: (h, D), hidden_bias: (h,).
         weight: (K, h), bias: (K,).
@@ -127,10 +131,10 @@ def dispatch_experts(
 def dispatch_attention(
     tokens: Tensor, own: Tensor, carried: Tensor | None, query: Tensor, key: Tensor, down: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The expert's own and carried prompts, and what they attend to among all tokens (dispatcher "attention").
+    """Dispatcher "attention": the expert's own and carried prompts, plus what they attend to among all tokens.
 
     Args:
-        tokens: (B, M, D) of `all_tokens`.
+        tokens: (B, M, D) from `all_tokens`.
         own: (P, D) the expert's own prompts.
         carried: (B, P, D) or None.
         query, key, down: (r, D).
@@ -140,7 +144,7 @@ def dispatch_attention(
         (B, P, D) prompts and (B, P, M) weights.
     """
     dtype = routing_dtype(tokens)
-    # A copy for each sample: on an expanded view torch's products round by whether the weights want a gradient.
+    # A copy per sample: on an expanded view the rounding would depend on whether the weights need a gradient.
     start = own.to(dtype).repeat(tokens.shape[0], 1, 1) if carried is None else own.to(dtype) + carried
     asked, keys = read_tokens(start, query), read_tokens(tokens, key)
     shares = (asked @ keys.transpose(1, 2) / math.sqrt(query.shape[0])).softmax(dim=-1)
@@ -149,11 +153,12 @@ def dispatch_attention(
 
 
 def dispatch_sum(prompts: list[Tensor], carried: Tensor | None, batch: int) -> Tensor:
-    """The mean of the prompts given, and the carried ones (dispatchers "mean", of all experts, and "none", of one).
+    """Dispatchers "mean" and "none": the mean of the prompts passed in, plus the carried prompts.
 
     Args:
-        prompts: any number of (P, D).
+        prompts: any number of tensors (P, D): all experts' for "mean", the own ones for "none".
         carried: (B, P, D) or None.
+        batch: batch size B.
 
     Returns:
         (B, P, D).

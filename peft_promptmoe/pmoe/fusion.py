@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the further experts' features join the base model's classifier."""
+"""Adds the further experts' features to the base model's classifier."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .shared import PMoEShared
 
 
 class Fusion:
-    """Hooks on the base model, which tells of its images, and on its classifier, whose reading the experts join.
+    """Hooks on the base model, to get its images, and on its classifier, to add the experts' features.
 
     Args:
-        shared: what the experts share.
+        shared: the state that the experts share.
     """
 
     def __init__(self, shared: PMoEShared) -> None:
@@ -30,7 +30,7 @@ class Fusion:
         self._handles: list[Any] = []
 
     def open(self) -> None:
-        """Hook the base model, which tells of its images, and its classifier, whose reading the experts join."""
+        """Add the hooks on the base model and on its classifier."""
         model, head = self.shared.base()
         self._handles = [model.register_forward_hook(self._without_prompts)]
         if head is None:
@@ -44,13 +44,13 @@ class Fusion:
         ]
 
     def shut(self) -> None:
-        """Take the hooks away. PEFT copies a classifier to train it, and would copy its hooks."""
+        """Remove the hooks. PEFT copies a classifier to train it, and would copy its hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def working_adapter(self) -> str | None:
-        """The active adapter, if it has further experts; layers see to it that there are not several."""
+        """The active adapter if it has further experts, else None. Layers refuse several active adapters."""
         working = [name for name in self.shared.working_adapters() if self.shared.members[name]]
         return working[0] if working else None
 
@@ -62,7 +62,7 @@ class Fusion:
         self._pixels.pop(caller(), None)
 
     def _without_prompts(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the prompts out of the first of transformers' hidden states, which is what the first block got."""
+        """Remove the prompts from the first of transformers' hidden states, the input of the first block."""
         adapter = next(iter(self.shared.working_adapters()), None)
         first = self.shared.find(None, 0)
         if adapter is None or first is None or adapter not in first.prompt_config:
@@ -71,7 +71,7 @@ class Fusion:
         start = self.shared.patches(None).prefix
 
         def narrow(states: Any) -> Any:
-            """Of other tuples than hidden states, which get narrower behind the first, nothing is changed."""
+            """Change hidden states only: tuples whose first item has more tokens than the others."""
             if not isinstance(states, (tuple, list)) or len(states) < 2 or not all(map(_is_tokens, states[:2])):
                 return states
             if states[0].shape[1] != states[1].shape[1] + prompts:
@@ -89,8 +89,8 @@ class Fusion:
         pixels = self._pixels.get(caller())
         if pixels is None:
             raise RuntimeError(
-                "The classifier was called outside the model's forward, where the further experts have seen no image. "
-                "Call the model, or disable the adapter."
+                "The classifier was called outside a forward pass of the model, so the further experts have no image. "
+                "Call the whole model, or disable the adapter."
             )
         return pixels
 
@@ -125,7 +125,9 @@ def expert_features(shared: PMoEShared, adapter: str, pixels: Tensor) -> list[tu
     """Feature (B, D_k) and patch tokens (B, N_k, D_k) of each further expert.
 
     Args:
-        pixels: (B, channels, rows, columns) as the base model gets them.
+        shared: the state that the experts share.
+        adapter: name of the adapter.
+        pixels: (B, channels, rows, columns) images as the base model gets them.
     """
     config: PMoEConfig = shared.prompt_config[adapter]
     incoming = _normalisation(config.image_mean, config.image_std)
@@ -149,12 +151,12 @@ def _is_tokens(state: Any) -> bool:
 
 
 def caller() -> int:
-    """Who is calling: forwards of several threads must not see each other's images."""
+    """Id of the calling thread: forward passes in several threads must not see each other's images."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def checkpoints(model: Any) -> bool:
-    """Whether the model trades time for memory, which its further experts then do, too."""
+    """Whether the model uses gradient checkpointing. Its further experts then use it, too."""
     return model.training and any(
         getattr(module, "gradient_checkpointing", False) or getattr(module, "grad_checkpointing", False)
         for module in model.modules()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts and dispatcher of one block of one expert."""
+"""The pMoE layer: prompts and dispatcher of one block of one expert."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..routing.router import without_autocast
 from .config import PMoEConfig
 from .dispatch import all_tokens, dispatch_attention, dispatch_experts, dispatch_sum, dispatch_tokens, group_shares
 
-OWN_SHARE = 0.9  # of what a dispatcher takes from its own expert's prompts when training begins
+OWN_SHARE = 0.9  # initial share of its own expert's prompts in a dispatcher's output
 
 
 class OtherExperts(Protocol):
-    """What the prompt layer of one block asks of the other experts; `PMoEShared` answers."""
+    """What a prompt layer needs from the other experts. Implemented by `PMoEShared`."""
 
     def number(self, adapter: str, expert: str | None) -> int:
-        """Place of an expert among those of an adapter; the base model is number 0."""
+        """Number of an expert within an adapter. The base model is number 0."""
 
     def find(self, expert: str | None, block: int) -> PMoELayer | None:
-        """The prompt layer of an expert's block; None for blocks without."""
+        """The prompt layer of an expert's block. None if the block has none."""
 
     def prompts(self, adapter: str, reader: PMoELayer, device: torch.device) -> list[Tensor]:
-        """All experts' prompts at the relative depth of a block, K of (P, D), as the block's expert sees them."""
+        """All experts' prompts at the same relative depth as the reader's block, K tensors (P, D) of its width."""
 
 
 class PMoELayer(TokenLayer):
@@ -43,9 +43,9 @@ class PMoELayer(TokenLayer):
         site: the block's attention layer.
 
     Attributes:
-        expert: key of the expert that the block belongs to; None for the base model.
-        last_shares: by adapter, (B, K + 2) what the experts' prompts, the carried prompts and the patches contributed
-            in the last forward.
+        expert: key of the expert that the block belongs to. None: the base model.
+        last_shares: for each adapter, (B, K + 2) shares of the experts' prompts, the carried prompts and the patches
+            in the last forward pass.
     """
 
     adapter_layer_names = ("pmoe_prompts", "pmoe_dispatcher")
@@ -93,7 +93,7 @@ class PMoELayer(TokenLayer):
             }
         if config.dispatcher == "attention":
             rows = {name: torch.randn(rank, width) / math.sqrt(width) for name in ("query", "key", "down")}
-            # Zero, as in low-rank adapters: training begins at the expert's own prompts.
+            # Zero, as in LoRA: training starts from the expert's own prompts.
             return rows | {"up": torch.zeros(width, rank) if config.init_weights else torch.randn(width, rank)}
         return {}
 
@@ -123,7 +123,7 @@ class PMoELayer(TokenLayer):
     def _dispatch(
         self, adapter: str, config: PMoEConfig, patches: Tensor, carried: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """(B, P, D) prompts, and (B, K + 2) what they were made of."""
+        """Prompts (B, P, D), and the shares of what they are made of (B, K + 2)."""
         shared, slots = self._shared(), config.num_virtual_tokens
         number = shared.number(adapter, self.expert)
         if config.dispatcher == "none":

@@ -17,16 +17,17 @@ from .shared import PMoEShared, shared_of
 
 
 def patch_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Last patch tokens of all experts on the base model's patch grid, for a head that predicts something per pixel.
+    """Return the last patch tokens of all experts on the base model's patch grid, for a head that predicts per pixel.
 
-    Gradients reach the prompts. The base model's classifier is not read, so a bare encoder will do as base model.
+    Gradients reach the prompts. The base model's classifier is not used, so the base model may be an encoder without
+    classifier.
 
     Args:
-        model: with an active pMoE adapter.
-        pixel_values: (B, channels, rows, columns) as the base model gets them.
+        model: a model with an active pMoE adapter.
+        pixel_values: (B, channels, rows, columns) images as the base model gets them.
 
     Returns:
-        (B, sum of D_k, H, W), the base model's channels first; other grids are resized bilinearly.
+        (B, sum of D_k, H, W), the base model's channels first. Other patch grids are resized bilinearly.
 
     Raises:
         ValueError: no pMoE adapter is active.
@@ -34,11 +35,15 @@ def patch_maps(model: nn.Module, pixel_values: Tensor) -> Tensor:
     shared = shared_of(model)
     working = shared.working_adapters()
     if len(working) != 1:
-        raise ValueError(f"patch_maps reads the one active pMoE adapter, and {len(working)} are active.")
+        raise ValueError(
+            f"patch_maps needs exactly one active pMoE adapter, but {len(working)} are active. Use set_adapter()."
+        )
     base, patches = shared.base()[0], shared.patches(None)
     encoder = encoder_within(base, [layer.site for layer in shared.layers_of(None, working[0])])
     if encoder is None:
-        raise ValueError(f"patch_maps reads models of transformers and timm, and {type(base).__name__} is neither.")
+        raise ValueError(
+            f"patch_maps needs a base model of transformers or timm, and {type(base).__name__} is neither."
+        )
     size: Any = tuple(pixel_values.shape[-2:])
     grid = patches.grid(size)
     _, tokens = encode(encoder, patches, pixel_values)
@@ -56,6 +61,6 @@ def _grid_of(shared: PMoEShared, key: str, size: Grid) -> Grid:
 
 
 def _on_grid(tokens: Tensor, own: Grid, grid: Grid) -> Tensor:
-    """(B, N, D) tokens of one grid as a map (B, D, H, W) on another."""
+    """Tokens (B, N, D) of one grid as a map (B, D, H, W) on another grid."""
     found = tokens.transpose(1, 2).unflatten(2, own)
     return found if own == grid else F.interpolate(found, size=grid, mode="bilinear", align_corners=False)

@@ -26,11 +26,11 @@ from .shared import HooksOnBase, PMoEShared, classifier
 
 
 class PMoEModel(PromptTuner):
-    """Makes a mixture of an image model and further frozen backbones (our reading of arXiv 2602.22938).
+    """pMoE tuner: combines an image model with further frozen backbones (our reading of arXiv 2602.22938).
 
     Args:
-        model: the base model, a vision transformer of transformers or timm with one classifier; a bare encoder, if
-            only `patch_maps` is to be read.
+        model: the base model: a vision transformer of transformers or timm with one classifier. An encoder without
+            classifier is enough if only `patch_maps` is used.
         config: a [`PMoEConfig`].
         adapter_name: name of the adapter.
 
@@ -58,7 +58,7 @@ class PMoEModel(PromptTuner):
         return image_targets(self.model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As `PromptTuner.inject_adapter`; further experts are loaded before the model is touched."""
+        """Like `PromptTuner.inject_adapter`. The further experts are loaded before the model is changed."""
         if (fusion := self._fusion()) is not None:
             fusion.shut()
         try:
@@ -113,7 +113,7 @@ class PMoEModel(PromptTuner):
         shared.fusion = shared.fusion or Fusion(shared)
 
     def _tower(self) -> list[Site]:
-        """All attention layers of the base model's tower, prompted or not."""
+        """All attention layers of the base model's tower, with or without prompts."""
         targets = image_targets(self.model)
         if isinstance(targets, str):
             targets = [path for path, _ in self.model.named_modules() if re.fullmatch(targets, path)]
@@ -123,21 +123,21 @@ class PMoEModel(PromptTuner):
         found, everything = {site.name for site in sites}, {site.name for site in tower}
         if found - everything:
             raise ValueError(
-                f"target_modules matches {sorted(found - everything)[0]!r}, which is no attention layer of the image "
-                "tower. Leave target_modules unset."
+                f"target_modules matches {sorted(found - everything)[0]!r}, which is not an attention layer of the "
+                "image tower. Leave target_modules unset."
             )
         if config.layers_to_transform is None and found != everything:
             field = left_out_by(self.model, config) or "target_modules"
             raise ValueError(
-                f"pMoE aligns its experts' blocks by depth, and {field}={getattr(config, field)!r} leaves some of the "
-                f"base model's out. Take them out of {field}; choose blocks by layers_to_transform."
+                f"pMoE aligns its experts' blocks by depth, but {field}={getattr(config, field)!r} leaves out some "
+                f"of the base model's blocks. Remove them from {field}, and choose blocks with layers_to_transform."
             )
 
     def _classifier(self, tower: list[Site], experts: bool) -> str | None:
-        """Path of the base model's linear classifier; None for bare encoders.
+        """Path of the base model's linear classifier. None for an encoder without classifier.
 
         Raises:
-            ValueError: there are several, or the features of further experts would join none.
+            ValueError: there are several classifiers, or there are further experts and no linear classifier.
         """
         assert tower[0].patches is not None
         heads = vision_heads(self.model, tower[0].patches)
@@ -145,26 +145,28 @@ class PMoEModel(PromptTuner):
         bare = encoder_within(self.model, tower) in (self.model, getattr(self.model, "timm_model", None))
         if experts and not found and (heads or not bare):
             raise ValueError(
-                f"The experts' features join a linear classifier, and {type(self.model).__name__} has none that is "
-                "found (nn.Linear, as transformers and timm make it). Use such a model, or a bare encoder whose "
-                "patch_maps your own head reads."
+                f"pMoE needs a linear classifier for the experts' features, and none was found in "
+                f"{type(self.model).__name__} (nn.Linear, as in transformers and timm). Use a model with one, or an "
+                "encoder without classifier and your own head on patch_maps."
             )
         if len(found) > 1:
             raise ValueError(
-                f"{type(self.model).__name__} has several classifiers ({', '.join(found)}), and the experts' features "
-                "join one. Use a model with one classifier."
+                f"{type(self.model).__name__} has several classifiers ({', '.join(found)}), but the experts' features "
+                "can join only one. Use a model with one classifier."
             )
         return found[0] if found else None
 
     def _check_mean(self, experts: list[Expert], head: str | None) -> None:
         if head is None:
-            raise ValueError("fusion='mean' averages what a classifier reads, and the base model has none.")
+            raise ValueError(
+                "fusion='mean' needs a classifier, and the base model has none. Use a model with a classifier."
+            )
         width = classifier(self.model, head).in_features
         other = [expert for expert in experts if expert.record.width != width]
         if other:
             raise ValueError(
-                f"fusion='mean' averages features of one width: the base model's classifier reads {width} values and "
-                f"{other[0].record.name!r} gives {other[0].record.width}. Use fusion='concat'."
+                f"fusion='mean' needs features of one width: the base model's classifier reads {width} values, but "
+                f"{other[0].record.name!r} returns {other[0].record.width}. Use fusion='concat'."
             )
 
 
@@ -175,8 +177,8 @@ def _check_channels(experts: list[Expert], site: Site) -> None:
         patches = expert.sites[0].patches
         if patches is not None and patches.embedding.in_channels != channels:
             raise ValueError(
-                f"Expert {expert.record.name!r} reads images of {patches.embedding.in_channels} channels, and the "
-                f"base model's have {channels}. Use an expert that reads the same images."
+                f"Expert {expert.record.name!r} reads images of {patches.embedding.in_channels} channels, but the "
+                f"base model reads {channels}. Use an expert that reads the same images."
             )
 
 
@@ -185,8 +187,9 @@ def _warn_of_pixels(config: PMoEConfig, experts: list[Expert]) -> None:
     if experts and (unknown or config.image_mean is None):
         which = f"of {', '.join(unknown)}" if config.image_mean is not None else "of the incoming pixels"
         warnings.warn(
-            f"The normalisation {which} is not known, so pixels are passed on as they come. Set image_mean and "
-            "image_std, and hand over experts with a processor's or timm's data config, if they differ.",
+            f"The normalisation {which} is not known, so pixels are passed on unchanged. If the experts need another "
+            "normalisation, set image_mean and image_std, and use experts with an image processor or timm data "
+            "config.",
             stacklevel=2,
         )
 
@@ -195,6 +198,6 @@ def _check_depths(experts: list[Expert], depth: int) -> None:
     for expert in experts:
         if expert.record.depth != depth:
             raise ValueError(
-                f"layers_to_transform counts blocks, and {expert.record.name!r} has {expert.record.depth} of them "
-                f"where the base model has {depth}. Leave layers_to_transform unset."
+                f"layers_to_transform counts blocks, but {expert.record.name!r} has {expert.record.depth} of them "
+                f"and the base model {depth}. Leave layers_to_transform unset."
             )

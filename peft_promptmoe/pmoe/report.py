@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and bytes of a model's backbones and adapters."""
+"""Report on parameters and bytes of a model's backbones and adapters."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from .shared import shared_of
 
 @dataclass
 class ParameterReport:
-    """Parameters and bytes of a model with several backbones, held and trained.
+    """Parameters and bytes of a model with several backbones.
 
     Attributes:
-        rows: name, parameters, bytes, trained parameters: the base model, each further expert, the adapter with heads.
+        rows: (name, parameters, bytes, trained parameters) of the base model, of each further expert, and of the
+            adapters with heads.
     """
 
     rows: list[tuple[str, int, int, int]]
 
     @property
     def total(self) -> tuple[int, int, int]:
-        """Parameters, bytes and trained parameters in all."""
+        """Sums of parameters, bytes and trained parameters."""
         held, size, trained = (sum(column) for column in list(zip(*self.rows, strict=True))[1:])
         return held, size, trained
 
@@ -40,16 +41,16 @@ class ParameterReport:
 
 
 def parameter_report(model: nn.Module) -> ParameterReport:
-    """Parameters and bytes of the backbones and the adapters, held and trained, side by side.
+    """Report parameters, bytes and trained parameters of each backbone and of the adapters.
 
-    PEFT's `print_trainable_parameters` counts the base model and the adapters only: further experts are no part of the
-    model's parameters. Memory and time are those of all backbones.
+    PEFT's `print_trainable_parameters` counts the base model and the adapters only, because further experts are not
+    part of the model's parameters. But all backbones need memory and time.
 
     Args:
-        model: with a pMoE adapter.
+        model: a model with a pMoE adapter.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no pMoE adapter.
     """
     shared = shared_of(model)
     adapters: list[nn.Parameter] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the experts share: the further backbones themselves, bridges between widths, and the head on their features."""
+"""What the experts share: the further backbones, linear maps between widths, and the head on their features."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .layer import PMoELayer
 
 
 class HooksOnBase(Protocol):
-    """Hooks by which the experts' features join the base model; `Fusion` is what there is."""
+    """Hooks that add the experts' features to the base model. Implemented by `Fusion`."""
 
     def open(self) -> None:
-        """Set them."""
+        """Add the hooks."""
 
     def shut(self) -> None:
-        """Take them away."""
+        """Remove the hooks."""
 
 
 class Bridges(nn.Module):
@@ -50,20 +50,20 @@ class Bridges(nn.Module):
 
 
 class PMoEShared(SharedLayer):
-    """The further experts and what their prompts and features pass through, for any number of adapters.
+    """The further experts with their prompt layers, bridges and fusion weights, for any number of adapters.
 
-    The experts' own weights are frozen and no part of the model's parameters or state: they are moved and cast with
-    the model and stay in evaluation mode, and nothing can save, load or train them. Trained tensors per adapter:
+    The experts' own weights are frozen and not part of the model's parameters or state dict. They are moved and cast
+    with the model and stay in evaluation mode; they are not saved, loaded or trained. Trained tensors per adapter:
     `pmoe_fusion` (C, sum of the further experts' D_k), `pmoe_bridges`, and the layers of the further experts' blocks.
 
     Attributes:
-        experts: by key.
-        members: by adapter, the keys of its further experts in order.
-        records: by adapter, what it knows of them; adapters may want other pixels of one expert.
-        last_decision: by adapter, (B, K) each expert's term in the logit of the predicted class, if the last forward
-            was one of evaluation mode.
-        layers: by key and block, the further experts' prompt layers.
-        fusion: the hooks by which their features join the base model; the tuner sets them.
+        experts: the further experts, by key.
+        members: for each adapter, the keys of its further experts in order.
+        records: for each adapter, the records of its experts. Adapters may use an expert with different pixels.
+        last_decision: for each adapter, (B, K) terms of the experts in the logit of the predicted class, if the last
+            forward pass was in evaluation mode.
+        layers: the further experts' prompt layers, by key and block.
+        fusion: hooks that add the features to the base model. Set by the tuner.
     """
 
     adapter_layer_names: tuple[str, ...] = ("pmoe_fusion", "pmoe_bridges")
@@ -90,7 +90,7 @@ class PMoEShared(SharedLayer):
     # -- adapters come and go -----------------------------------------------------------------------------------------
 
     def welcome(self, model: nn.Module, head: str | None, depth: int, experts: list[Expert]) -> None:
-        """Note the further experts of the adapter that comes next, and the base model's classifier and depth."""
+        """Store the further experts of the next adapter, and the base model's classifier and depth."""
         self._base, self.depth, self._coming = (model, head), depth, experts
 
     def join(self, layer: Any) -> None:
@@ -127,7 +127,7 @@ class PMoEShared(SharedLayer):
         blocks[str(block)]._move_adapter_to_device_of_base_layer(adapter)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PMoEShared:
-        """Move and cast the experts along with the model that they are no part of."""
+        """Move and cast the experts together with the model."""
         super()._apply(fn, recurse)
         for expert in self.experts.values():
             expert.module._apply(fn)
@@ -136,7 +136,7 @@ class PMoEShared(SharedLayer):
     # -- who reads whose prompts --------------------------------------------------------------------------------------
 
     def find(self, expert: str | None, block: int) -> PMoELayer | None:
-        """The prompt layer of an expert's block; None for blocks without."""
+        """The prompt layer of an expert's block. None if the block has none."""
         if expert is None:
             return self._base_layers.get(block)
         blocks: Any = self.layers[expert]
@@ -144,15 +144,15 @@ class PMoEShared(SharedLayer):
         return blocks[name] if name in blocks else None  # noqa: SIM401  a ModuleDict has no get
 
     def layers_of(self, expert: str | None, adapter: str) -> list[PMoELayer]:
-        """The layers of an expert in which an adapter has prompts, in the order of the blocks."""
+        """The layers of an expert with prompts of an adapter, in the order of the blocks."""
         blocks: Any = self._base_layers if expert is None else self.layers[expert]
         return [layer for _, layer in sorted(blocks.items(), key=_number) if adapter in layer.prompt_config]
 
     def report(self, adapter: str) -> DispatchReport:
-        """Report of the last forward.
+        """Report on the last forward pass.
 
         Raises:
-            ValueError: there has been none with this adapter.
+            ValueError: no forward pass was run with this adapter.
         """
         names, blocks, shares = ["base model", *(record.name for record in self.records[adapter])], [], []
         images = 0
@@ -163,7 +163,7 @@ class PMoEShared(SharedLayer):
                     blocks.append((number, layer.site.index))
                     shares.append(layer.last_shares[adapter].float().mean(dim=0).cpu())
         if not shares:
-            raise ValueError("No forward pass has been dispatched yet; run the model once before asking for a report.")
+            raise ValueError("No forward pass was dispatched yet. Run the model once before asking for a report.")
         terms = self.last_decision.get(adapter)
         decision = decided = None
         if terms is not None:
@@ -172,11 +172,11 @@ class PMoEShared(SharedLayer):
         return DispatchReport(names, blocks, torch.stack(shares), decision, decided, images)
 
     def number(self, adapter: str, expert: str | None) -> int:
-        """Place of an expert among those of an adapter; the base model is number 0."""
+        """Number of an expert within an adapter. The base model is number 0."""
         return 0 if expert is None else self.members[adapter].index(expert) + 1
 
     def prompts(self, adapter: str, reader: PMoELayer, device: torch.device) -> list[Tensor]:
-        """All experts' prompts at the relative depth of a block, K of (P, D), as the block's expert sees them."""
+        """All experts' prompts at the same relative depth as the reader's block, K tensors (P, D) of its width."""
         found = []
         keys = [None, *self.members[adapter]]
         own = self.number(adapter, reader.expert)
@@ -187,8 +187,8 @@ class PMoEShared(SharedLayer):
             prompts = layer.pmoe_prompts[adapter]()
             if put_away(prompts):
                 raise RuntimeError(
-                    "pMoE reads the prompts of all experts in front of every block, and FSDP holds those of "
-                    f"{layer.site.name!r} only while that block runs. Train with DDP."
+                    "pMoE reads the prompts of all experts in front of every block, but FSDP keeps those of "
+                    f"{layer.site.name!r} in memory only while that block runs. Train with DDP."
                 )
             prompts = prompts.to(device)
             if adapter in self.pmoe_bridges:
@@ -207,7 +207,7 @@ class PMoEShared(SharedLayer):
         return self._base
 
     def patches(self, expert: str | None) -> Patches:
-        """How an expert makes tokens of an image."""
+        """The patch embedding of an expert."""
         layer = next(iter(self._base_layers.values())) if expert is None else None
         site = layer.site if layer is not None else self.experts[str(expert)].sites[0]
         assert site.patches is not None
@@ -223,7 +223,7 @@ def _number(item: tuple[Any, Any]) -> int:
 
 
 def aligned_block(block: int, depth: int, other: int) -> int:
-    """The block at the same relative depth in an expert of `other` blocks."""
+    """The block at the same relative depth in an expert with `other` blocks."""
     return (2 * block + 1) * other // (2 * depth)
 
 
@@ -234,13 +234,13 @@ def prompted_blocks(config: PMoEConfig) -> set[int]:
 
 
 def classifier(model: nn.Module, head: str) -> nn.Linear:
-    """The classifier at a path, below the wrapper by which PEFT trains it."""
+    """The classifier at a path, without PEFT's `modules_to_save` wrapper."""
     module: Any = model.get_submodule(head)
     return getattr(module, "original_module", module)
 
 
 def shared_of(model: nn.Module) -> PMoEShared:
-    """What the experts of a model share.
+    """The shared state of a model's experts.
 
     Raises:
         ValueError: the model has no pMoE adapter.
@@ -248,4 +248,4 @@ def shared_of(model: nn.Module) -> PMoEShared:
     for module in model.modules():
         if isinstance(module, PMoEShared):
             return module
-    raise ValueError(f"{type(model).__name__} has no pMoE adapter; add one with get_peft_model().")
+    raise ValueError(f"{type(model).__name__} has no pMoE adapter. Add one with get_peft_model().")

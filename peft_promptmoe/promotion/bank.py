@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bank of prototypes: where a unit's prototypes start, and how training moves it.
+"""The bank of prototypes: the initial prototypes of a unit, and how training moves them.
 
 Letters: `K` prototypes, `d` unit width, `T` patches of all images.
 """
@@ -16,16 +16,18 @@ from torch._subclasses import FakeTensor
 from ..adapter_state import kept, put_away
 from .prototypes import SHORTEST, unit_rows
 
-LEAST_CHANCE = 1e-9  # of a patch to be chosen, so that there is one to choose where all are alike
+LEAST_CHANCE = 1e-9  # least probability of choosing a patch, for the case that all patches are alike
 
 
 def far_apart(u: Tensor, draws: list[float]) -> Tensor:
-    """Patches that lie far from each other, to start a bank with: the first at random, then each with a chance of
-    (1 - largest cosine with those before)^2.
+    """Choose patches that lie far from each other, to initialise a bank.
+
+    The first patch is random. Each further one is drawn with a probability proportional to (1 - largest cosine with
+    the patches before)^2.
 
     Args:
-        u: (T, d) directions of patches; those that are not finite are never chosen.
-        draws: K numbers in [0, 1), which decide.
+        u: (T, d) directions of patches. Those that are not finite are never chosen.
+        draws: K random numbers in [0, 1).
 
     Returns:
         (K, d), zero where no patch is finite.
@@ -47,24 +49,24 @@ def moved(bank: Tensor, sums: Tensor, momentum: float) -> Tensor:
     """The bank after one step: each prototype moves towards the direction of the patches assigned to it.
 
     Args:
-        bank: (K, d) of length one.
-        sums: (K, d) of patches, weighted by their assignment. A sum without direction, or one that is not finite,
-            leaves its prototype where it was.
-        momentum: how much of the old direction stays.
+        bank: (K, d) prototypes of length one.
+        sums: (K, d) sums of patches, weighted by their assignment. A sum that is zero or not finite leaves its
+            prototype unchanged.
+        momentum: share of the old direction that is kept.
 
     Returns:
-        (K, d) of length one.
+        (K, d) prototypes of length one.
     """
     return unit_rows(momentum * bank + (1.0 - momentum) * unit_rows(sums, bank), bank)
 
 
 def farthest(u: Tensor, similarity: Tensor, count: int) -> Tensor:
-    """The patches that are farthest from every prototype, farthest first.
+    """The patches farthest from all prototypes, farthest first.
 
     Args:
         u: (T, d) directions of patches.
-        similarity: (T, K) their cosines with the prototypes.
-        count: how many.
+        similarity: (T, K) cosines of patches with prototypes.
+        count: number of patches to return.
 
     Returns:
         (count, d).
@@ -74,28 +76,27 @@ def farthest(u: Tensor, similarity: Tensor, count: int) -> Tensor:
 
 
 class PrototypeBank(nn.Module):
-    """A bank and what is pending for it.
+    """A bank of prototypes, with its pending update.
 
-    A forward that trains does not move the bank but leaves word of what it saw. The next one begins by moving it, and
-    evaluation and saving see it moved. So a checkpointed block that is run again in the backward pass meets the bank
-    of its forward, and nothing is counted twice.
+    A training forward pass does not move the bank; it stores a pending update. The next training forward pass first
+    applies the update, and evaluation and saving apply it too. So a checkpointed block that is run again in the
+    backward pass uses the same bank as in its forward pass, and nothing is counted twice.
 
-    The bank is a parameter that never trains, so that it goes wherever parameters are copied, saved or sharded.
+    The bank is a parameter without gradient, so that it is copied, saved and sharded like other parameters.
 
     Args:
-        count: K.
-        width: d.
-        momentum: of `moved`.
-        reseed_after: updates without a patch after which a prototype moves to a patch that is far from all; 0 for
-            never.
-        random: whether the bank starts with random directions rather than with patches of the first batch.
+        count: number of prototypes K.
+        width: width d.
+        momentum: momentum of `moved`.
+        reseed_after: a prototype without a patch for this many updates moves to a patch far from all. 0: never.
+        random: whether the bank is initialised with random directions. Otherwise patches of the first batch are used.
 
     Attributes:
-        weight: (K, d), zero until patches of the first training batch have started it.
-        idle: (K, 1) updates since a prototype last had a patch; with `reseed_after` only.
-        pending: (K, d) sums of the patches of the last training forward, or a start; with `reseed_after`
-            (K, 2d + 1), behind each its far patch and how many patches it had. None where there is none.
-        draft: the same of a forward that has not come to its end.
+        weight: (K, d) prototypes, zero until the first training batch initialises them.
+        idle: (K, 1) updates since each prototype last had a patch. Only with `reseed_after`.
+        pending: (K, d) sums of patches of the last training forward pass, or initial prototypes. With `reseed_after`
+            (K, 2d + 1): also a far patch and the number of patches of each prototype. None: no update is pending.
+        draft: like `pending`, for a forward pass that has not finished.
     """
 
     def __init__(self, count: int, width: int, momentum: float, reseed_after: int = 0, random: bool = False) -> None:
@@ -110,25 +111,25 @@ class PrototypeBank(nn.Module):
         self.draft: Tensor | None = None
         self.pending_starts = False
         self._seen_kept = False
-        self._first_move: tuple[Tensor, Tensor] | None = None  # looked at once, when the next forward begins
+        self._first_move: tuple[Tensor, Tensor] | None = None  # checked once, when the next forward pass begins
 
     def forward(self) -> Tensor:
-        """(K, d) where prototypes start; in evaluation moved by what is pending."""
+        """The initial prototypes, (K, d). In evaluation mode with the pending update applied."""
         weight = kept(self.weight).detach()
         if self.training or self.pending is None:
             return weight
         return self._after(weight, self.pending.to(weight.device))[0]
 
     def start(self, u: Tensor) -> Tensor:
-        """(K, d) the bank, or if nothing has started it, patches of `u` (T, d)."""
+        """The bank, (K, d), or patches of `u` (T, d) if the bank is not initialised."""
         weight = kept(self.weight).detach()
         return torch.where(_is_set(weight), weight, far_apart(u, self.draws).to(weight.dtype))
 
     def begin(self) -> None:
-        """Move the bank before a forward that trains, and find out whether it has been started.
+        """Apply the pending update before a training forward pass, and check whether the bank is initialised.
 
         Raises:
-            RuntimeError: an engine that shards parameters has the bank, and will not keep what is written to it.
+            RuntimeError: the bank is sharded in a way that loses what is written to it.
         """
         self._check_at_hand()
         self.settle()
@@ -140,14 +141,14 @@ class PrototypeBank(nn.Module):
             self.may_be_unstarted = has_values and not bool(_is_set(whole).all())
 
     def leave(self, start: Tensor, u: Tensor, similarity: Tensor, assignment: Tensor, assigned: Tensor) -> None:
-        """Leave word of a training forward, which counts when that has come to its end.
+        """Store the update of a training forward pass. It becomes pending when the forward pass has finished.
 
         Args:
-            start: (K, d) of `start`, where the bank may not have been started.
+            start: (K, d) result of `start`.
             u: (B, N, d) directions of patches.
-            similarity: (B, N, K) cosines.
-            assignment: (B, N, K) of the last round.
-            assigned: (B, N) prototypes.
+            similarity: (B, N, K) cosines of patches with prototypes.
+            assignment: (B, N, K) soft assignment of the last round.
+            assigned: (B, N) number of each patch's prototype.
         """
         sums = start if self.may_be_unstarted else torch.einsum("bnk,bnd->kd", assignment.to(u.dtype), u)
         if self.idle is not None:
@@ -161,7 +162,7 @@ class PrototypeBank(nn.Module):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Move the bank by what is pending."""
+        """Apply the pending update."""
         if self.pending is None:
             return
         weight = _local(self.weight)
@@ -178,8 +179,8 @@ class PrototypeBank(nn.Module):
     def _check_at_hand(self) -> None:
         if put_away(self.weight) and not hasattr(self.weight, "to_local"):
             raise RuntimeError(
-                "The prototypes' bank is part of a flat parameter of FSDP1 and cannot be moved there. Shard with "
-                "FSDP2 (fully_shard; fsdp_version: 2 in accelerate), or train with DDP."
+                "FSDP1 makes the prototypes' bank part of a flat parameter, so it cannot be updated. Shard with FSDP2 "
+                "(fully_shard; fsdp_version: 2 in accelerate), or train with DDP."
             )
         if self._first_move is None:
             return
@@ -188,17 +189,17 @@ class PrototypeBank(nn.Module):
         now = _local(self.weight)
         if now.shape == before.shape and not torch.equal(before, after) and torch.equal(now, before):
             raise RuntimeError(
-                "The prototypes' bank has been put back to what it was before a training step: FSDP shards the whole "
-                "model as one unit, and keeps nothing that a forward writes. Shard each block (fully_shard on every "
-                "block, then on the model), or train with DDP."
+                "The update of the prototypes' bank was lost: FSDP shards the whole model as one unit and discards "
+                "what a forward pass writes. Shard each block (fully_shard on every block, then on the model), or "
+                "train with DDP."
             )
 
     def forget(self) -> None:
-        """Drop what is pending."""
+        """Drop the pending update."""
         self.pending, self.pending_starts, self._first_move = None, False, None
 
     def _after(self, weight: Tensor, pending: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Some rows of the bank and their idle counts, moved by the same rows of what is pending."""
+        """Some rows of the bank and their idle counts, after the same rows of the pending update."""
         width = weight.shape[-1]
         sums = pending[:, :width].to(weight.dtype)
         if self.pending_starts:
@@ -212,10 +213,10 @@ class PrototypeBank(nn.Module):
         waited = idle >= self.reseed_after
         return torch.where(waited, unit_rows(far, bank), bank), torch.where(waited, 0.0, idle)
 
-    # -- how the bank travels -----------------------------------------------------------------------------------------
+    # -- saving, loading, moving --------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As training would go on, without disturbing a step that is under way."""
+        """Save the bank with the pending update applied, without changing the bank itself."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.pending is None:
             return
@@ -232,7 +233,7 @@ class PrototypeBank(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PrototypeBank:
         super()._apply(fn, recurse)
-        # In half precision a step of one in a hundred changes nothing; PEFT recasts by the layer's own type.
+        # Stays in float32: in half precision a step of one in a hundred would change nothing.
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         if self.pending is not None:
@@ -241,17 +242,17 @@ class PrototypeBank(nn.Module):
 
 
 def _is_set(weight: Tensor) -> Tensor:
-    """(K, 1) which rows of a bank hold a direction."""
+    """Which rows of a bank are initialised, (K, 1)."""
     return weight.square().sum(dim=-1, keepdim=True) > SHORTEST**2
 
 
 def _local(tensor: Any) -> Tensor:
-    """The rows of a parameter that this process has: all of them, or FSDP2's part."""
+    """The rows of a parameter on this process: all of them, or FSDP2's shard."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _whole_like(rows: Tensor, parameter: Any) -> Tensor:
-    """Rows of this process in the form that the parameter has."""
+    """Rows of this process in the parameter's own form (a DTensor with FSDP2)."""
     if not hasattr(parameter, "to_local"):
         return rows
     from torch.distributed.tensor import DTensor
@@ -262,7 +263,7 @@ def _whole_like(rows: Tensor, parameter: Any) -> Tensor:
 
 
 def _rows_like(pending: Tensor, weight: Any) -> Tensor:
-    """The rows of what is pending that this process has of the bank."""
+    """The rows of the pending update that belong to this process's rows of the bank."""
     pending = pending.to(weight.device)
     if not hasattr(weight, "to_local"):
         return pending
@@ -275,9 +276,9 @@ def _rows_like(pending: Tensor, weight: Any) -> Tensor:
 
 @torch.no_grad()
 def finish(banks: list[PrototypeBank]) -> None:
-    """Let drafts be pending, when a training forward has come to its end.
+    """Make drafts pending, after a training forward pass has finished.
 
-    What all processes have seen is added up, in one call; starts and far patches are those of the first process.
+    Sums are added over all processes in one call. Initial prototypes and far patches come from the first process.
     """
     drafts = [(bank, bank.draft) for bank in banks if bank.draft is not None]
     if drafts and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -291,7 +292,7 @@ def finish(banks: list[PrototypeBank]) -> None:
 
 
 def _sums_only(bank: PrototypeBank, draft: Tensor) -> Tensor:
-    """What a process other than the first adds."""
+    """The part of a draft that processes other than the first contribute."""
     width = bank.weight.shape[-1]
     counts = torch.ones_like(draft, dtype=torch.bool)
     counts[:, width:-1] = False

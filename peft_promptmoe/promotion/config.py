@@ -70,10 +70,10 @@ class ProMotionConfig(PromptConfig):
             bank hardly moves within some hundred steps). 1: the bank stays as it was initialised.
         reseed_after: a prototype that got no patch for this many training steps moves to the patch farthest from all
             prototypes. 0: never (ours).
-        layers_to_transform: numbers of the blocks that get a unit, counted from 0. Unset: all blocks that
-            `target_modules` names; without `target_modules` the blocks that the heads or the decoder of a `FlowModel`,
-            `DepthModel` or `MotionModel` read, or whose feature maps a backbone of transformers returns; in other
-            models every third block, including the last.
+        layers_to_transform: numbers of the blocks that get a unit, counted from 0. Unset: the blocks that the heads or
+            the decoder of a `FlowModel`, `DepthModel` or `MotionModel` read, or whose feature maps a backbone of
+            transformers returns; in other models every third block, including the last; with `target_modules` all
+            blocks that it names.
         layers_pattern: name of the module list in which `layers_to_transform` counts.
         backbone_eval: whether the frozen base model stays in evaluation mode while the adapter trains.
         target_modules, exclude_modules: attention layers whose blocks get units or are left out, as in PEFT: names or

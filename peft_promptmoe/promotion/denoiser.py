@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The denoiser of a unit: pure functions.
+"""Pure functions of a unit's denoiser.
 
 Letters: `B` images, `N` patches, `d` unit width, `h` heads, `M` steps.
 """
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..routing.router import routing_dtype
 
-LEAST_ENERGY = 1e-12  # of tokens that are all zero, whose denoising loss is then zero
+LEAST_ENERGY = 1e-12  # lower bound: tokens of zeros then have a loss of zero
 
 
 def attention_step(z: Tensor, subspace: Tensor, output: Tensor, gain: Tensor, heads: int) -> Tensor:
-    """z + gain * Attention(z) output: a step towards the subspaces that an image's patches lie on (CRATE).
+    """z + gain * Attention(z) output: a step towards the subspaces of an image's patches (CRATE, arXiv 2306.01129).
 
     Args:
-        z: (B, N, d).
-        subspace: (d, d), query, key and value projection in one.
-        output: (d, d).
-        gain: () or (1,).
-        heads: h, a divisor of d.
+        z: (B, N, d) patches.
+        subspace: (d, d) one projection for queries, keys and values.
+        output: (d, d) output projection.
+        gain: () or (1,) size of the step.
+        heads: number of heads h, a divisor of d.
 
     Returns:
         (B, N, d).
@@ -34,7 +34,7 @@ def attention_step(z: Tensor, subspace: Tensor, output: Tensor, gain: Tensor, he
 
 
 def token_step(y: Tensor, hidden: tuple[Tensor, Tensor], token: tuple[Tensor, Tensor]) -> Tensor:
-    """y + token(gelu(hidden(y))), each patch by itself.
+    """y + token(gelu(hidden(y))), for each patch separately.
 
     Args:
         y: (B, N, d).
@@ -49,15 +49,15 @@ def token_step(y: Tensor, hidden: tuple[Tensor, Tensor], token: tuple[Tensor, Te
 
 
 def denoise(z: Tensor, tensors: dict[str, Tensor], steps: int, heads: int) -> Tensor:
-    """All M denoising steps, one behind the other.
+    """All M denoising steps, one after the other.
 
     Args:
         z: (B, N, d).
-        tensors: of `attention_step`, if there is one, `subspace` and `output` (M, d, d) and `gain` (M,); of
-            `token_step`, if there is one, `hidden_weight` (M, 2d, d), `hidden_bias` (M, 2d), `token_weight` (M, d, 2d)
-            and `token_bias` (M, d).
-        steps: M.
-        heads: h.
+        tensors: for `attention_step`, if used, `subspace` and `output` (M, d, d) and `gain` (M,). For `token_step`,
+            if used, `hidden_weight` (M, 2d, d), `hidden_bias` (M, 2d), `token_weight` (M, d, 2d) and `token_bias`
+            (M, d).
+        steps: number of steps M.
+        heads: number of heads h.
 
     Returns:
         (B, N, d).
@@ -73,7 +73,7 @@ def denoise(z: Tensor, tensors: dict[str, Tensor], steps: int, heads: int) -> Te
 
 
 def add_noise(z: Tensor, std: float, noise: Tensor) -> Tensor:
-    """z + std * rms(z) * noise, the root mean square of each patch; it is no path for the gradient.
+    """z + std * rms(z) * noise, with the root mean square of each patch. No gradient flows through rms(z).
 
     Args:
         z: (B, N, d).
@@ -87,11 +87,11 @@ def add_noise(z: Tensor, std: float, noise: Tensor) -> Tensor:
 
 
 def denoising_loss(found: Tensor, clean: Tensor) -> Tensor:
-    """mean (found - clean)^2 / mean clean^2, which leaving the noise in scores with its variance, `noise_std`^2.
+    """mean (found - clean)^2 / mean clean^2. Without any denoising it is the noise's variance, `noise_std`^2.
 
     Args:
-        found: (B, N, d) what the denoiser makes of the noisy patches.
-        clean: (B, N, d) what they were, which is no path for the gradient: patches of zero would score best.
+        found: (B, N, d) output of the denoiser for the noisy patches.
+        clean: (B, N, d) patches without noise. No gradient flows through them: patches of zero would score best.
 
     Returns:
         () in at least float32.
@@ -102,10 +102,10 @@ def denoising_loss(found: Tensor, clean: Tensor) -> Tensor:
 
 
 def first_images(images: int, share: float) -> int:
-    """How many of a batch's images the denoiser learns from."""
+    """Number of a batch's images that the denoiser learns from: the share, at least one."""
     return max(1, int(images * share))
 
 
 def draw_noise(z: Tensor) -> Tensor:
-    """(B, N, d) standard normal numbers from torch's own generator, which checkpointing puts back."""
+    """Standard normal numbers (B, N, d) from torch's generator, whose state checkpointing restores."""
     return torch.randn_like(z)

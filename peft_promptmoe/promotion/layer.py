@@ -30,19 +30,19 @@ from .prototypes import (
 )
 
 NORM_EPS = 1e-5
-GAIN = 0.1  # of the denoiser's attention at first
+GAIN = 0.1  # initial gain of the denoiser's attention
 BANK = "promotion_bank"
 
 
 class ProMotionLayer(BlockLayer):
-    """Units behind one frozen block, for any number of adapters, which add to what it puts out at the patches.
+    """The units behind one frozen block, one per adapter. Each adds to the block's outputs at the patches.
 
     Trained tensors per adapter: `promotion_norm` (D,) twice, `promotion_down` weight (d, D) and bias (d,),
-    `promotion_denoiser` (see `denoise`), `promotion_project` (d, d), `promotion_up` weight (D, d) and bias (D,). Kept
-    beside them and never trained: `promotion_bank` (K, d).
+    `promotion_denoiser` (see `denoise`), `promotion_project` (d, d), `promotion_up` weight (D, d) and bias (D,).
+    Saved with them, but not trained by gradients: `promotion_bank` (K, d).
 
     Attributes:
-        units: by adapter, how many layers of the model have one.
+        units: for each adapter, the number of layers of the model that have a unit.
     """
 
     adapter_layer_names = (
@@ -52,11 +52,11 @@ class ProMotionLayer(BlockLayer):
         "promotion_project",
         "promotion_up",
     )
-    # PEFT lets gradients be asked for of all in `adapter_layer_names`, and a bank never has one.
+    # Not in `adapter_layer_names`: PEFT makes those require gradients, and a bank never has one.
     other_param_names = (*BlockLayer.other_param_names, BANK, "last_assignment", "units")
     method = "ProMotion"
     unrouted = "groups patches and has no router; assignment_report and AssignmentCallback show the groups"
-    joins_as = "its units add to what blocks put out"
+    joins_as = "its units add to the outputs of blocks"
 
     promotion_norm: nn.ModuleDict
     promotion_down: nn.ModuleDict
@@ -110,7 +110,7 @@ class ProMotionLayer(BlockLayer):
         return torch.cat([x[:, :prefix], changed], dim=1) if prefix else changed
 
     def _added(self, adapter: str, config: ProMotionConfig, x: Tensor) -> Tensor:
-        """(B, N, D) what one adapter adds to patches x (B, N, D)."""
+        """What one adapter adds to patches x, both (B, N, D)."""
         self._check_count(config, x.shape[1])
         learns = self.leaves_word(adapter)
         z = self._compress(adapter, x)
@@ -135,7 +135,7 @@ class ProMotionLayer(BlockLayer):
         return carry_loss(added, term, self.calls, self.calls.call, self.site.name, adapter, values)
 
     def _compress(self, adapter: str, x: Tensor) -> Tensor:
-        """(B, N, d)"""
+        """Normed and compressed patches, (B, N, d)."""
         gain, shift = self.promotion_norm[adapter]()
         weight, bias = self.promotion_down[adapter]()
         normed = F.layer_norm(x, x.shape[-1:], gain.to(x.dtype), shift.to(x.dtype), NORM_EPS)
@@ -150,7 +150,7 @@ class ProMotionLayer(BlockLayer):
     def _prototypes(
         self, adapter: str, config: ProMotionConfig, found: Tensor, learns: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What patches read of their prototypes (B, N, d), and the losses of the grouping."""
+        """What patches read from the prototypes, (B, N, d), and the losses of the grouping."""
         u = directions(found, self.promotion_project[adapter](), config.center)
         start = self._start(adapter, config, u.detach(), learns)
         prototypes, assignment = estimate(
@@ -174,7 +174,7 @@ class ProMotionLayer(BlockLayer):
         return read, losses
 
     def _start(self, adapter: str, config: ProMotionConfig, u: Tensor, learns: bool) -> Tensor:
-        """(B or 1, K, d) the directions that prototypes start from."""
+        """Initial prototypes, (B or 1, K, d)."""
         if config.proposal == "pool":
             assert self.grids is not None
             return pool_proposals(u, self.grids.of(u.shape[1]), config.num_prototypes)
@@ -194,8 +194,8 @@ class ProMotionLayer(BlockLayer):
         grid = self.grids.last if self.grids is not None else None
         shape = f"{patches} patches" + (f" ({grid[0]} x {grid[1]})" if grid is not None else "")
         raise ValueError(
-            f"num_prototypes={config.num_prototypes} is more than a quarter of an image's {shape}, which leaves too "
-            "few patches for each. Choose fewer prototypes, or larger images."
+            f"num_prototypes={config.num_prototypes} is more than a quarter of an image's {shape}, so each gets too "
+            "few patches. Choose fewer prototypes, or larger images."
         )
 
     # -- what the engine asks -----------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class ProMotionLayer(BlockLayer):
         return bool(self.prompt_config[adapter].proposal == "pool")
 
     def leaves_word(self, adapter: str) -> bool:
-        """Whether the adapter trains here: in training mode, unless it is frozen or for inference."""
+        """Whether the adapter trains here: in training mode, not frozen, and not in inference mode."""
         up: Any = self.promotion_up[adapter]
         inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
         return self.training and bool(up.weight.requires_grad) and not inference
@@ -235,7 +235,7 @@ class ProMotionLayer(BlockLayer):
 
 
 def _denoiser(config: ProMotionConfig) -> dict[str, Tensor]:
-    """Tensors of all denoising steps, started so that they hardly change anything."""
+    """Tensors of all denoising steps, initialised so that the steps change little."""
     steps, unit = config.denoise_steps, config.bottleneck_dim
     tensors: dict[str, Tensor] = {}
     if config.has_attention:

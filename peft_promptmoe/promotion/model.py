@@ -15,11 +15,11 @@ from .layer import ProMotionLayer
 
 
 class ProMotionModel(PromptTuner):
-    """Adds denoised prototypes behind blocks of a frozen vision transformer, for optical flow and depth.
+    """ProMotion tuner: adds denoised prototypes behind blocks of a frozen vision transformer, for flow and depth.
 
-    Experimental, and our reading of ProMotion (arXiv 2406.04999), whose code and equations are not public: an adapter
-    where the paper trains a network. It works with any model that a vision transformer of transformers or timm is part
-    of; its losses reach the optimiser through the `loss` that the model puts out.
+    Experimental. This is our reading of ProMotion (arXiv 2406.04999), whose code and equations are not public: an
+    adapter, while the paper trains a network. It works with any model that contains a vision transformer of
+    transformers or timm. Its losses reach the optimiser through the `loss` that the model returns.
 
     Args:
         model: the base model, with one patch grid.
@@ -60,7 +60,10 @@ class ProMotionModel(PromptTuner):
     def resolve(self, config: ProMotionConfig, sites: list[Site]) -> None:
         refuse_task_type(config)
         if len(sites) > MAX_UNITS:
-            raise ValueError(f"ProMotion would stand behind {len(sites)} blocks; at most {MAX_UNITS} are allowed.")
+            raise ValueError(
+                f"ProMotion would add units to {len(sites)} blocks; at most {MAX_UNITS} are allowed. Set "
+                "layers_to_transform."
+            )
 
     def check_site(self, config: ProMotionConfig, site: Site) -> None:
         check_has_patches(site, self.method)

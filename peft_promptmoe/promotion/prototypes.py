@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prototypes of an image's patches: pure functions.
+"""Pure functions for the prototypes of an image's patches.
 
 Letters: `B` images, `N` patches, `d` unit width, `K` prototypes.
 """
@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIRECTION_EPS = 1e-6  # under the root, so that a patch of zeros has the direction zero
-SHORTEST = 1e-6  # a shorter sum of patches has no direction
+DIRECTION_EPS = 1e-6  # added under the root: a patch of zeros gets the direction zero
+SHORTEST = 1e-6  # a shorter sum of patches counts as having no direction
 
 
 def directions(z: Tensor, projection: Tensor, center: bool) -> Tensor:
-    """Directions of patches in the space in which prototypes stand apart.
+    """Directions of patches, in the space where they are compared with prototypes.
 
     Args:
         z: (B, N, d) denoised patches.
-        projection: (d, d).
-        center: whether each image's own mean is taken off before. All patches share one direction, beside which their
-            differences are small.
+        projection: (d, d) projection into this space.
+        center: whether the mean over each image's patches is subtracted first. All patches share one direction, and
+            their differences are small compared with it.
 
     Returns:
-        (B, N, d) of length one, or zero.
+        (B, N, d) vectors of length one, or zero.
     """
     v = F.linear(z, projection.to(z))
     if center:
@@ -35,18 +35,18 @@ def directions(z: Tensor, projection: Tensor, center: bool) -> Tensor:
 
 
 def unit_rows(rows: Tensor, otherwise: Tensor | None = None) -> Tensor:
-    """Rows of length one; one shorter than `SHORTEST`, or not finite, is that of `otherwise`, or zero.
+    """Rows scaled to length one. Rows shorter than `SHORTEST` or not finite are replaced.
 
     Args:
         rows: (..., K, d).
-        otherwise: (..., K, d).
+        otherwise: (..., K, d) replacements. None: zeros.
 
     Returns:
         (..., K, d).
     """
     square = rows.square().sum(dim=-1, keepdim=True)
     is_long = (square > SHORTEST**2) & torch.isfinite(square)
-    # The inner `where` keeps NaN out of the gradient of the rows that are not taken.
+    # The inner `where` keeps NaN out of the gradient of the replaced rows.
     scaled = torch.where(is_long, rows, 0.0) * torch.rsqrt(torch.where(is_long, square, 1.0))
     return torch.where(is_long, scaled, torch.zeros_like(rows) if otherwise is None else otherwise)
 
@@ -54,16 +54,16 @@ def unit_rows(rows: Tensor, otherwise: Tensor | None = None) -> Tensor:
 def sinkhorn(scores: Tensor, rounds: int, balance: float = 1.0) -> Tensor:
     """Soft assignment of each image's patches to prototypes of (nearly) equal mass, by Sinkhorn-Knopp.
 
-    In the logarithm, because exp(1 / 0.05) is too large for half precision. Never across images, whose outputs would
-    depend on their mates in the batch.
+    Computed with logarithms, because exp(1 / 0.05) is too large for half precision. Each image is balanced separately,
+    so that its output does not depend on the other images of the batch.
 
     Args:
-        scores: (B, N, K), divided by the temperature.
-        rounds: how often columns and rows are scaled; rows come last and are exact.
-        balance: 1 for equal masses 1 / K, 0 for a softmax over prototypes, in between for unequal masses.
+        scores: (B, N, K) cosines divided by the temperature.
+        rounds: how often columns and rows are scaled. Rows are scaled last and sum to one exactly.
+        balance: 1: equal masses 1 / K. 0: softmax over prototypes. Between: masses are partly balanced.
 
     Returns:
-        (B, N, K) in at least float32, rows of sum one.
+        (B, N, K) assignment in at least float32. Rows sum to one.
     """
     patches, prototypes = scores.shape[-2:]
     log = scores.to(torch.promote_types(scores.dtype, torch.float32))
@@ -77,18 +77,20 @@ def sinkhorn(scores: Tensor, rounds: int, balance: float = 1.0) -> Tensor:
 def estimate(
     u: Tensor, start: Tensor, rounds: int, eps: float, sinkhorn_rounds: int, balance: float
 ) -> tuple[Tensor, Tensor]:
-    """Prototypes of each image: assign patches, take the direction of their weighted sum, and again.
+    """Estimate the prototypes of each image: assign patches, take the direction of their weighted sum, and repeat.
 
-    The assignment is no path for the gradient; it flows through the patches of the last sum.
+    No gradient flows through the assignment. It flows through the patches of the last sum.
 
     Args:
         u: (B, N, d) directions of patches.
-        start: (B or 1, K, d) directions of the prototypes to begin with.
-        rounds: how often.
+        start: (B or 1, K, d) initial prototypes.
+        rounds: number of repetitions.
         eps: temperature of the assignment.
+        sinkhorn_rounds: Sinkhorn iterations per assignment.
+        balance: as in `sinkhorn`.
 
     Returns:
-        prototypes (B, K, d) of length one, and the last assignment (B, N, K), rows of sum one.
+        Prototypes (B, K, d) of length one, and the last assignment (B, N, K), whose rows sum to one.
     """
     prototypes = start.expand(u.shape[0], -1, -1)
     fixed = u.detach()
@@ -100,18 +102,18 @@ def estimate(
 
 
 def cosines(u: Tensor, prototypes: Tensor) -> Tensor:
-    """(B, N, K) cosines of patches (B, N, d) with prototypes (B, K, d)."""
+    """Cosines (B, N, K) of patches (B, N, d) with prototypes (B, K, d)."""
     return u @ prototypes.transpose(1, 2)
 
 
 def read_back(similarity: Tensor, prototypes: Tensor, temperature: float, top: int | None) -> Tensor:
-    """What patches read of the prototypes, at the spread that denoised patches have.
+    """What patches read from the prototypes, at the scale of denoised patches.
 
     Args:
         similarity: (B, N, K) cosines.
-        prototypes: (B, K, d).
-        temperature: of the softmax over prototypes.
-        top: how many of the nearest prototypes are read; None for all.
+        prototypes: (B, K, d) prototypes.
+        temperature: temperature of the softmax over prototypes.
+        top: number of nearest prototypes that a patch reads. None: all.
 
     Returns:
         (B, N, d).
@@ -128,23 +130,25 @@ def pool_proposals(u: Tensor, grid: tuple[int, int], count: int) -> Tensor:
 
     Args:
         u: (B, N, d) directions of patches, row by row.
-        grid: rows and columns of patches.
-        count: prototypes K, a square.
+        grid: (rows, columns) of patches.
+        count: number of prototypes K, a square number.
 
     Returns:
         (B, K, d).
     """
-    # Contiguous, because pooling adds up in another order where one image alone could pass for channels last.
+    # Contiguous: a single image could pass for channels-last, and pooling would then add in another order.
     maps = u.transpose(1, 2).unflatten(2, grid).contiguous()
     return unit_rows(F.adaptive_avg_pool2d(maps, math.isqrt(count)).flatten(2).transpose(1, 2))
 
 
 def margin_loss(similarity: Tensor, assigned: Tensor, margin: float, temperature: float) -> Tensor:
-    """Cross-entropy of each patch's prototype, whose cosine counts for `margin` less.
+    """Cross-entropy of each patch's own prototype, with `margin` subtracted from its cosine.
 
     Args:
         similarity: (B, N, K) cosines.
-        assigned: (B, N) prototypes.
+        assigned: (B, N) number of each patch's prototype.
+        margin: the margin.
+        temperature: temperature of the softmax.
 
     Returns:
         ().
@@ -154,5 +158,5 @@ def margin_loss(similarity: Tensor, assigned: Tensor, margin: float, temperature
 
 
 def compactness(similarity: Tensor, assigned: Tensor) -> Tensor:
-    """() mean of (1 - cosine)^2 of patches and their prototypes, of `margin_loss`'s arguments."""
+    """Mean of (1 - cosine)^2 of patches and their prototypes, (). Arguments as for `margin_loss`."""
     return (1.0 - similarity.gather(-1, assigned[..., None])).square().mean()

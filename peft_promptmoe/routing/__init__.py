@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers: their mathematics, auxiliary losses, and the record of what was chosen."""
+"""Mathematics of routers, auxiliary losses, and records of what routers chose."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Auxiliary losses: they reach the optimiser through the gradient of the model's own loss, in any training loop."""
+"""Auxiliary losses. They are added to the gradient of the model's own loss, so they work in any training loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .prompt_call import CallBook, PromptCall
 
 
 class _TermGradient(torch.autograd.Function):
-    """Identity on `carrier`; gives `term` the gradient that the model's loss was given."""
+    """Identity on `carrier`. In the backward pass `term` gets the gradient of the model's loss."""
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, term: Tensor, call: PromptCall | None) -> Tensor:
@@ -25,24 +25,24 @@ class _TermGradient(torch.autograd.Function):
         gradient = ctx.call.loss_gradient if ctx.call is not None else None
         if gradient is None:
             warnings.warn(
-                "The adapter's auxiliary losses have no effect in this step: the loss that was differentiated is not "
-                "the model's own outputs.loss (label smoothing, compute_loss_func, TRL's trainers of preferences and "
-                "rewards or a loss of your own replace it). Add peft_promptmoe.auxiliary_loss(model) to that loss, in "
-                "compute_loss of a subclass of the trainer; or set the weights of the auxiliary losses "
+                "The adapter's auxiliary losses have no effect in this step: backward() was called on another loss "
+                "than the model's own outputs.loss (label smoothing, compute_loss_func, TRL's preference and reward "
+                "trainers or a loss of your own replace it). Add peft_promptmoe.auxiliary_loss(model) to that loss, "
+                "in compute_loss of a subclass of the trainer. Or set the weights of the auxiliary losses "
                 "(balance_loss_weight, denoise_weight, margin_weight, compact_weight) to 0.",
                 stacklevel=2,
             )
-        # Layers of a model that is spread over devices need not be where its loss is.
+        # In a model spread over devices, layers and loss may be on different devices.
         return gradients[0], None if gradient is None else gradient.to(ctx.device), None
 
 
 class _LossGradient(torch.autograd.Function):
-    """Identity on the loss; notes its gradient before any layer's backward pass runs."""
+    """Identity on the loss. Notes its gradient before the backward pass of any layer runs."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | float) -> Tensor:
         ctx.book, ctx.call, ctx.share = book, call, share
-        return loss.clone()  # no view: the Trainer scales the loss in place
+        return loss.clone()  # not a view, because the Trainer scales the loss in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -51,7 +51,7 @@ class _LossGradient(torch.autograd.Function):
 
 
 class _TokenGradient(torch.autograd.Function):
-    """Identity on log-probabilities of labels; notes what each token's loss weighs in the sum."""
+    """Identity on log-probabilities of labels. Notes the weight of each token's loss in the sum."""
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, labelled: Tensor, book: CallBook, call: PromptCall) -> Tensor:
@@ -82,7 +82,7 @@ class _OwnGradient(torch.autograd.Function):
 
 
 def _note(book: CallBook, call: PromptCall, gradient: Tensor) -> None:
-    """Let the layers of a forward find what its loss's gradient is, unless that of their own losses is known."""
+    """Store the gradient of the loss for the layers, unless that of `auxiliary_loss(model)` is already known."""
     if not call.by_hand:
         call.loss_gradient = gradient
     book.differentiate(call)
@@ -99,21 +99,23 @@ def carry_loss(
 ) -> Tensor:
     """Attach an auxiliary loss to a tensor that the layer's output depends on.
 
-    In eager mode the term rides on `carrier` and gets its gradient when that of `carrier` is computed, so it needs no
-    path to the loss: re-entrant checkpointing runs the layer without a graph and would cut any other. Compiled code
-    may not write from a backward pass to the outside, but there the whole graph is in view: the term is listed.
+    In eager mode the loss gets its gradient when the gradient of `carrier` is computed. So it needs no path in the
+    graph to the model's loss, which re-entrant checkpointing would cut. Compiled code cannot write to the outside in a
+    backward pass, but it has the whole graph: there the loss is put into a list of the call.
 
     Args:
+        carrier: the tensor.
         term: the weighted loss, a scalar.
-        book: of the base model.
-        call: of the forward; None in a block that is run again where no argument tells.
+        book: calls of the base model.
+        call: call of this forward pass. None in a checkpointed block that is run again without it.
         site: path of the attention layer.
-        values: what to report of it, by name.
+        adapter: name of the adapter.
+        values: values to report, by name.
     """
     if call is not None:
         for name, value in values.items():
             call.losses[site, adapter, name] = value.detach()
-        if book.call is call:  # and not a block that is run again
+        if book.call is call:  # not a checkpointed block that is run again
             value = term.detach()
             call.total = value if call.total is None else call.total.to(value.device) + value
     if not torch.is_grad_enabled():
@@ -128,23 +130,25 @@ def carry_loss(
 
 
 def add_losses(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | float = 1.0) -> Tensor:
-    """The model's loss, unchanged in value, with the auxiliary losses of its layers in its gradient.
+    """Return the model's loss with an unchanged value and the auxiliary losses of its layers in its gradient.
 
-    Their gradient is scaled like that of the loss, whatever the trainer does to it afterwards: division by
-    accumulation steps, a gradient scaler, a weight in a sum.
+    Their gradient is scaled like that of the loss, whatever the trainer does with it: division by accumulation steps,
+    a gradient scaler, a weight in a sum.
 
     Args:
         loss: the model's loss, a scalar.
-        book: of the base model.
-        call: of this forward.
-        share: of this forward in its optimiser step, where the loss already accounts for it.
+        book: calls of the base model.
+        call: call of this forward pass.
+        share: share of this forward pass in its optimiser step, if the loss already includes it.
     """
     compiled = torch.compiler.is_compiling()
-    if compiled and not call.terms and not call.added:  # blocks that ran eagerly: their losses ride on their outputs
+    if (
+        compiled and not call.terms and not call.added
+    ):  # blocks ran eagerly: their losses are attached to their outputs
         return _noted(loss, book, call, share)
     for term in call.terms:
         loss = loss + (share * (term - term.detach())).to(loss.dtype)
-    call.terms, call.added = [], True  # a model around this one may put out the same loss
+    call.terms, call.added = [], True  # a model around this one may return the same loss
     return loss if compiled else _noted(loss, book, call, share)
 
 
@@ -155,16 +159,16 @@ def _noted(loss: Tensor, book: CallBook, call: PromptCall, share: Tensor | float
 
 
 def add_losses_to_tokens(log_probs: Tensor, labelled: Tensor, book: CallBook, call: PromptCall) -> Tensor:
-    """Log-probabilities of labels, unchanged, with the auxiliary losses in the gradient of their mean.
+    """Return log-probabilities of labels unchanged, with the auxiliary losses in the gradient of their mean.
 
-    For trainers that make the loss of them. Where that is the mean of the tokens' losses, auxiliary losses have the
-    gradient that `add_losses` would give them; where tokens have weights, they weigh as much as these do together.
+    For trainers that compute their loss from log-probabilities. If this loss is the mean over tokens, auxiliary losses
+    get the same gradient as with `add_losses`. If tokens have weights, auxiliary losses get the sum of these weights.
 
     Args:
-        log_probs: (B, T).
+        log_probs: (B, T) log-probabilities.
         labelled: (B, T) which tokens have a label.
-        book: of the base model.
-        call: of this forward.
+        book: calls of the base model.
+        call: call of this forward pass.
     """
     for term in call.terms:
         log_probs = log_probs - labelled * (term - term.detach()).to(log_probs.dtype)
@@ -174,9 +178,9 @@ def add_losses_to_tokens(log_probs: Tensor, labelled: Tensor, book: CallBook, ca
 
 
 def own_losses(book: CallBook) -> Tensor | None:
-    """The weighted auxiliary losses of this thread's last training forward, as a scalar; None without any.
+    """The weighted auxiliary losses of this thread's last training forward pass, as a scalar. None without any.
 
-    Its gradient is theirs, and takes the place of that of the model's own loss.
+    Their gradient then comes from this scalar instead of the model's own loss.
     """
     call = book.last
     if call is None or call.total is None or not torch.is_grad_enabled():

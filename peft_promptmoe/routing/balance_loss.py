@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load-balance term of a router."""
+"""The load-balance loss of a router."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BALANCE = "balance"  # the name of routers' terms among auxiliary losses
+BALANCE = "balance"  # name of the load-balance loss among the auxiliary losses
 
 
 def balance_loss(logits: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
-    """Load-balance term of one router, E * sum_e f_e * p_e (Switch Transformer, arXiv 2101.03961, section 2.2).
+    """Load-balance loss of one router, E * sum_e f_e * p_e (Switch Transformer, arXiv 2101.03961, section 2.2).
 
-    `f_e` is the fraction of choices that fell on expert e, `p_e` its mean probability. It is 1 at perfect balance
-    and E when one expert gets everything. Tokens or samples that are not real count in neither.
+    `f_e` is the fraction of choices that went to expert e, `p_e` its mean probability. The loss is 1 at perfect
+    balance and E if one expert gets everything. Padding does not count.
 
     Args:
-        logits: (N..., E).
+        logits: (N..., E) router logits.
         index: (N..., K) chosen experts.
-        real: (N...) which entries count; None for all.
+        real: (N...) which entries count. None: all.
     """
     probs = torch.softmax(logits, dim=-1).flatten(0, -2)
     chosen = F.one_hot(index, logits.shape[-1]).to(probs.dtype).mean(dim=-2).flatten(0, -2)

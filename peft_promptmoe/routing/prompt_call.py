@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State of one forward that the base model's hooks pass to the prompt layers."""
+"""State of one forward pass, which the base model's hooks pass to the prompt layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 class GivenQuery:
-    """The query of rows as a user has said it.
+    """The query of each row, given by the user.
 
     Args:
-        tokens: of each row, the first that are its query, padding not counted: a number, or (B,) one for each row;
-            None for all.
+        tokens: number of query tokens at the start of each row, without padding: one number, or (B,) one per row.
+            None: all tokens.
     """
 
     def __init__(self, tokens: int | Tensor | None) -> None:
         self.tokens = tokens
 
     def of(self, x: Tensor, real: Tensor | None) -> Tensor | None:
-        """(B or 1, T) the tokens of `x` (B, T, D) that are the query, of those that are `real`; None for all."""
+        """Which tokens of `x` (B, T, D) are the query, (B or 1, T), among the `real` ones. None: all."""
         if self.tokens is None:
             return real
         if real is None:
@@ -32,39 +32,40 @@ class GivenQuery:
         if isinstance(tokens, Tensor):
             if tokens.shape[0] not in (1, x.shape[0]):
                 raise ValueError(
-                    f"given_query was given the lengths of {tokens.shape[0]} queries, and this batch has {x.shape[0]} "
-                    "rows. Give one number for all, or one for each row."
+                    f"given_query got {tokens.shape[0]} numbers, but this batch has {x.shape[0]} rows. Pass one "
+                    "number for all rows, or one for each row."
                 )
             tokens = tokens.to(x.device)[:, None]
         return real & (real.cumsum(dim=1) <= tokens)
 
 
 class PromptCall:
-    """What one forward of the base model tells its prompt layers; it travels through the model's keyword arguments.
+    """What one forward pass of the base model tells its prompt layers. It is passed as a keyword argument.
 
-    So it is there again when a checkpointed block is recomputed, in whatever thread, and two forwards never share one.
+    So a checkpointed block gets it again when it is run again, in any thread, and two forward passes never share one.
 
     Attributes:
-        asks: whether any layer cannot work without this.
-        reads_query, pools_rows: whether any layer's router reads a query, or a whole row of text.
-        pools_causal: whether one that reads a whole row is in a causal layer.
-        learns: whether a gradient is asked for; checkpointing switches it off for the layers.
-        within: what is being called, from the outside in.
-        given: the query as a user has said it; None if none has.
-        names: of the adapter of each sample, where several share a batch; None where the active ones are all samples'.
-        query: (B or 1, T) the tokens that routers of a causal language model may read; None while nobody knows.
-        adds_losses: whether any layer is to add auxiliary losses.
-        leaves_word: whether any layer leaves word of what it saw, for its method to act on when the forward is over.
+        asks: whether any layer cannot work without this call.
+        reads_query: whether any layer's router reads a query.
+        pools_rows: whether any layer's router reads a whole row of text.
+        pools_causal: whether any router that reads a whole row is in a causal layer.
+        learns: whether gradients are needed. (Checkpointing turns them off while it runs the layers.)
+        within: the modules being called, from the outside in.
+        given: the query given by the user, or None.
+        names: name of each sample's adapter, if several adapters share a batch. None: the active adapters.
+        query: (B or 1, T) tokens that routers of a causal language model may read. None while unknown.
+        adds_losses: whether any layer adds auxiliary losses.
+        leaves_word: whether any layer stores an update that its method applies after the forward pass.
         losses: auxiliary losses to report, detached, by path of the attention layer, adapter and name.
-        loss_gradient: gradient of the model's loss, known once its backward pass has begun.
-        by_hand: whether that is of the auxiliary losses themselves, which somebody has added to a loss of his own.
-        total: sum of the weighted auxiliary losses, detached; None without.
-        terms: auxiliary losses with their graph, for compiled code (see `carry_loss`), and
-        added: whether they are in a loss by now.
-        centers: router centres as this forward's first pass saw them, by layer and adapter.
-        cached: whether the caller brought a cache, as generation does, whose texts are all query. Models make one of
-            their own otherwise.
-        warned: whether somebody was told that routers read the whole row.
+        loss_gradient: gradient of the model's loss, known once its backward pass has started.
+        by_hand: whether `loss_gradient` is that of `auxiliary_loss(model)`, which the user added to another loss.
+        total: sum of the weighted auxiliary losses, detached. None without any.
+        terms: auxiliary losses with their graph, for compiled code (see `carry_loss`).
+        added: whether `terms` were added to a loss.
+        centers: router centres as first read in this forward pass, by layer and adapter.
+        cached: whether the caller passed a cache, as in generation. All tokens are then query. Without one, models
+            make their own.
+        warned: whether the user was warned that routers read the whole row.
     """
 
     def __init__(self, given: GivenQuery | None = None, names: tuple[str, ...] | None = None) -> None:
@@ -85,7 +86,7 @@ class PromptCall:
 
     @property
     def knows_query(self) -> bool:
-        """Whether it is known what routers of a causal language model may read."""
+        """Whether the query of a causal language model is known."""
         return self.given is not None or self.query is not None
 
     def readable(self, x: Tensor, real: Tensor | None) -> Tensor | None:
@@ -93,13 +94,13 @@ class PromptCall:
 
         Args:
             x: (B, T, D) the layer's input.
-            real: (B, T) which tokens are no padding; None for all.
+            real: (B, T) which tokens are not padding. None: all.
 
         Returns:
-            (B or 1, T); None for all.
+            (B or 1, T) boolean. None: all.
 
         Raises:
-            ValueError: the query was learnt from other tokens than the layer's.
+            ValueError: the query has another number of tokens than the layer's input.
         """
         if self.given is not None:
             return self.given.of(x, real)
@@ -107,23 +108,23 @@ class PromptCall:
             return real
         if self.query.shape[1] != x.shape[1]:
             raise ValueError(
-                f"The labels (or the input ids) are of {self.query.shape[1]} tokens and this layer sees {x.shape[1]}, "
-                "so routing='sample' cannot tell which of them are the query. Say how many by "
+                f"The labels (or the input ids) have {self.query.shape[1]} tokens, but this layer sees {x.shape[1]}, "
+                "so routing='sample' cannot tell which of them are the query. Give the number of query tokens with "
                 "peft_promptmoe.given_query, or use routing='token'."
             )
         return self.query if real is None else real & self.query
 
 
 class CallBook:
-    """The forwards of one base model that are under way, and the queries that users have given, by thread.
+    """The running forward passes of one base model, and the queries given by users, for each thread.
 
-    A block that re-entrant checkpointing runs again in a backward pass is in no forward. Its call is that of the loss
-    which this backward pass has come through last.
+    A block that re-entrant checkpointing runs again in a backward pass is outside of any forward pass. Its call is the
+    one of the loss that this backward pass reached last.
     """
 
     def __init__(self) -> None:
         self._calls: dict[int, PromptCall] = {}
-        # By number of the backward pass, and by thread for those that run within another; graphs keep them alive.
+        # By number of the backward pass, and by thread for nested ones. Graphs keep the calls alive.
         self._differentiated: WeakValueDictionary[int, PromptCall] = WeakValueDictionary()
         self._recomputed: WeakValueDictionary[int, PromptCall] = WeakValueDictionary()
         self._given: dict[int, GivenQuery] = {}
@@ -132,22 +133,22 @@ class CallBook:
 
     @property
     def last(self) -> PromptCall | None:
-        """Of this thread's last forward that asked for gradients, if it had auxiliary losses.
+        """The call of this thread's last forward pass with gradients, if it had auxiliary losses.
 
-        Those of a reference model, with adapters off and without gradients, may come in between.
+        Forward passes of a reference model, with adapters off and without gradients, may come in between.
         """
         return self._last.get(this_thread())
 
     @property
     def call(self) -> PromptCall | None:
-        """Of the forward that this thread is in; None outside, as in a block that is run again."""
-        if torch.compiler.is_compiling():  # what is around it may not be compiled
+        """The call of this thread's running forward pass. None outside, also in a block that is run again."""
+        if torch.compiler.is_compiling():  # the code around it may not be compiled
             return next(iter(self._calls.values())) if len(self._calls) == 1 else None
         return self._calls.get(this_thread())
 
     def begin(self) -> PromptCall:
-        """The call of a forward that begins in this thread."""
-        compiled = torch.compiler.is_compiling()  # it cannot ask for the thread
+        """Start a forward pass in this thread, and return its call."""
+        compiled = torch.compiler.is_compiling()  # compiled code cannot get the thread
         given, names = self._given, self._names
         if compiled:
             call = PromptCall(next(iter(given.values()), None), next(iter(names.values()), None))
@@ -160,35 +161,35 @@ class CallBook:
         return call
 
     def end(self, call: PromptCall) -> None:
-        """Forget a call whose forward is over."""
+        """End the forward pass of a call."""
         if self.call is call:
             del self._calls[this_thread()]
         if call.total is not None and call.learns and not torch.compiler.is_compiling():
             self._last[this_thread()] = call
 
     def differentiate(self, call: PromptCall) -> None:
-        """Note that the running backward pass has come to the loss of a call."""
+        """Note that the running backward pass reached the loss of a call."""
         self._differentiated[torch._C._current_graph_task_id()] = call
 
     def recompute(self) -> PromptCall | None:
-        """The call of a block that is run again in a backward pass; None outside, or without the model's loss."""
+        """The call for a block that is run again in a backward pass. None outside, or without the model's loss."""
         task = torch._C._current_graph_task_id()
         if task < 0:
             return None
         if (call := self._differentiated.get(task)) is not None:
             self._recomputed[this_thread()] = call
             return call
-        return self._recomputed.get(this_thread())  # checkpointing within checkpointing
+        return self._recomputed.get(this_thread())  # nested checkpointing
 
     def give(self, query: GivenQuery | None) -> GivenQuery | None:
-        """Let a query be that of all rows in this thread from now on, and return the one before; None for none."""
+        """Set the query for this thread from now on (None: no query), and return the one before."""
         before = self._given.pop(this_thread(), None)
         if query is not None:
             self._given[this_thread()] = query
         return before
 
     def mix(self, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        """Let the samples of this thread's batches have the adapters of these names, and return those before."""
+        """Set the adapter names of the samples in this thread's batches, and return the names before."""
         before = self._names.pop(this_thread(), None)
         if names is not None:
             self._names[this_thread()] = names
@@ -202,6 +203,6 @@ class CallBook:
 
 
 def this_thread() -> int:
-    """Number of the thread; 0 in compiled code."""
-    # Compiled code cannot ask, and is one forward from end to end.
+    """Id of the thread. 0 in compiled code."""
+    # Compiled code cannot get the thread, and is always one complete forward pass.
     return 0 if torch.compiler.is_compiling() else threading.get_ident()

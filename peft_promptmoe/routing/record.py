@@ -17,9 +17,9 @@ class Chosen(NamedTuple):
     """What a router chose for every token.
 
     Attributes:
-        log_gates: (B, T, K), best first.
-        experts: (B, T, K).
-        of: number of experts, E.
+        log_gates: (B, T, K) logarithms of the gates, best expert first.
+        experts: (B, T, K) numbers of the chosen experts.
+        of: number of experts E.
     """
 
     log_gates: Tensor
@@ -35,8 +35,8 @@ class RoutingRecord:
     """What one router chose in one forward pass.
 
     Attributes:
-        gates: log-gates (B, E) of samples, or what was chosen for every token.
-        real: (B, T) which tokens are real; None for all. Of no meaning to sample routing.
+        gates: log-gates (B, E) per sample, or the choices of every token.
+        real: (B, T) which tokens are real. None: all. Not used for sample routing.
         training: whether the layer was in training mode.
     """
 
@@ -45,17 +45,17 @@ class RoutingRecord:
     training: bool
 
     def __len__(self) -> int:
-        """B."""
+        """Batch size B."""
         return len(self.gates if isinstance(self.gates, Tensor) else self.gates.experts)
 
     @property
     def by_token(self) -> bool:
-        """Whether every token has chosen for itself."""
+        """Whether experts were chosen per token."""
         return not isinstance(self.gates, Tensor)
 
     @property
     def log_gates(self) -> Tensor:
-        """(B, E) or (B, T, E), minus infinity for experts that were not chosen."""
+        """Log-gates (B, E) or (B, T, E), minus infinity for experts that were not chosen."""
         if isinstance(self.gates, Tensor):
             return self.gates
         return spread_gates(self.gates.log_gates, self.gates.experts, self.gates.of)
@@ -63,12 +63,12 @@ class RoutingRecord:
 
 @dataclass
 class Assignment:
-    """Which prototypes the patches of a forward were assigned to.
+    """Assignment of patches to prototypes in one forward pass.
 
     Attributes:
         similarity: (B, N, K) cosines of patches and prototypes.
-        prototypes: (B, K, d).
-        grid: rows and columns of the patches; None where they are not known.
+        prototypes: (B, K, d) the prototypes.
+        grid: (rows, columns) of the patches. None if unknown.
     """
 
     similarity: Tensor
@@ -77,9 +77,9 @@ class Assignment:
 
 
 def joined(records: list[RoutingRecord]) -> list[RoutingRecord]:
-    """The records of the steps of one generation, as one if they are of the same samples.
+    """Join the records of a generation's steps into one, if they are of the same samples.
 
-    Small tensors take a lot of memory on a GPU, and a long generation has one for each token and layer.
+    A long generation has a record for each token and layer, and many small tensors need a lot of GPU memory.
     """
     gates = [record.gates for record in records if isinstance(record.gates, Chosen)]
     if len(gates) < len(records) or len({(part.log_gates.shape[0], part.of) for part in gates}) != 1:
@@ -101,5 +101,5 @@ def _real(record: RoutingRecord) -> Tensor:
     return record.real.bool().expand(shape)
 
 
-# Called with the path of the attention layer, the adapter and the record.
+# Type of listeners: called with the path of the attention layer, the adapter and the record.
 Observer = Callable[[str, str, RoutingRecord], None]

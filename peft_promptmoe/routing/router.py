@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers: what they read, what they choose, how they are balanced, and the record of what went where.
+"""Pure functions of routers: what they read, and which experts they choose.
 
 Letters: `B` batch, `T` tokens, `D` width, `E` experts, `K` active experts.
 """
@@ -13,26 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RMS_EPS = 1e-6  # of the unit-gain RMS norm that the router reads through (official code: the model's or 1e-6)
+RMS_EPS = 1e-6  # epsilon of the RMS norm of the router's input (official code: the model's or 1e-6)
 
 
 def routing_dtype(x: Tensor) -> torch.dtype:
-    """Routers compute in float32, or in float64 where the model does."""
+    """The dtype that routers compute in: float32, or float64 if the model uses it."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Context in which autocast lets routers be; the meta device, which only counts, has no autocast to turn off."""
+    """Context manager that turns autocast off for routers. The meta device has no autocast to turn off."""
     if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def unit_rms(x: Tensor) -> Tensor:
-    """Reciprocal root mean square of each token.
+    """Reciprocal root mean square of each token, 1 / rms(x).
 
     Args:
-        x: (B, T, D).
+        x: (B, T, D) hidden states.
 
     Returns:
         (B, T) in at least float32.
@@ -42,15 +42,15 @@ def unit_rms(x: Tensor) -> Tensor:
 
 
 def pooled_input(x: Tensor, real: Tensor | None, normalize: bool) -> Tensor:
-    """Router input of sample routing: mean over the real tokens of the (RMS-normed) layer input.
+    """Router input of sample routing: the mean of the (RMS-normed) layer input over the real tokens.
 
-    The norm is folded into the weights of the mean, so that nothing of the input's size is saved for the backward pass
-    but the input itself. A sample without any real token gets zeros.
+    The norm is merged into the weights of the mean, so that only the input itself is stored for the backward pass. A
+    sample without any real token gets zeros.
 
     Args:
         x: (B, T, D) layer input before the block's own norm.
-        real: (B, T) which tokens count; None for all.
-        normalize: whether each token is divided by its root mean square (unit gain).
+        real: (B, T) which tokens count. None: all.
+        normalize: whether each token is divided by its root mean square.
 
     Returns:
         (B, D) in at least float32.
@@ -66,19 +66,20 @@ def pooled_input(x: Tensor, real: Tensor | None, normalize: bool) -> Tensor:
 
 
 def token_logits(x: Tensor, weight: Tensor, center: Tensor | None, normalize: bool) -> Tensor:
-    """Router logits of token routing, each token by its own (RMS-normed) layer input.
+    """Router logits of token routing, from each token's own (RMS-normed) layer input.
 
     Args:
         x: (B, T, D) layer input before the block's own norm.
-        weight: (E, D).
-        center: (D,) subtracted from every input, or None.
+        weight: (E, D) router weight.
+        center: (D,) centre to subtract from every input, or None.
+        normalize: whether each token is divided by its root mean square.
 
     Returns:
         (B, T, E) in at least float32.
     """
     dtype = routing_dtype(x)
     if normalize and not torch.is_grad_enabled():
-        # One pass over the input; with a gradient it would save the normed input as well.
+        # One pass over the input. With gradients this would also store the normed input.
         logits = F.linear(F.rms_norm(x.to(dtype), x.shape[-1:], eps=RMS_EPS), weight.to(dtype))
     else:
         logits = F.linear(x, weight.to(x.dtype)).to(dtype)
@@ -87,7 +88,7 @@ def token_logits(x: Tensor, weight: Tensor, center: Tensor | None, normalize: bo
 
 
 class _Scaled(torch.autograd.Function):
-    """Rows times positive factors; keeps what it returns, which the softmax over experts keeps anyway."""
+    """Rows times positive factors. Stores its output, which the softmax over experts stores anyway."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, factors: Tensor) -> Tensor:
@@ -102,9 +103,9 @@ class _Scaled(torch.autograd.Function):
 
 
 def perturb(logits: Tensor, noise: float, dropout: float) -> Tensor:
-    """Training noise on router logits: multiplicative Gaussian noise, then dropout of whole logits (official code)."""
+    """Noise on router logits in training: multiplicative Gaussian noise, then dropout of logits (official code)."""
     if noise > 0.0:
-        # Its scale is not a path for the gradient.
+        # No gradient flows through the scale of the noise.
         logits = logits + noise * torch.randn_like(logits) * logits.detach()
     return F.dropout(logits, dropout) if dropout > 0.0 else logits
 
@@ -113,12 +114,13 @@ def top_k_log_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, 
     """Log-gates of the `k` best experts.
 
     Args:
-        logits: (..., E).
-        k: active experts K.
-        renormalize: whether the gates of the chosen experts sum to one; otherwise they are the softmax over all.
+        logits: (..., E) router logits.
+        k: number of active experts K.
+        renormalize: whether the gates of the chosen experts sum to one. Otherwise they are the softmax over all E.
 
     Returns:
-        log-gates (..., E), minus infinity outside the top k, and the chosen experts (..., K), best first.
+        Log-gates (..., E), minus infinity for experts that were not chosen, and the chosen experts (..., K), best
+        first.
     """
     if k == logits.shape[-1] and not renormalize:
         log_probs = torch.log_softmax(logits, dim=-1)
@@ -128,9 +130,9 @@ def top_k_log_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, 
 
 
 def best_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Log-gates (..., K) of the `k` best experts, best first, and which they are (..., K); see `top_k_log_gates`."""
+    """Log-gates (..., K) and numbers (..., K) of the `k` best experts, best first. See `top_k_log_gates`."""
     if not renormalize and not torch.is_grad_enabled():
-        # Fewer operations; with a gradient it would keep another tensor of the logits' size.
+        # Fewer operations. With gradients this would store another tensor of the logits' size.
         best, index = torch.log_softmax(logits, dim=-1).topk(k, dim=-1)
         return best, index
     best, index = logits.topk(k, dim=-1)
@@ -138,21 +140,21 @@ def best_gates(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tenso
 
 
 def spread_gates(best: Tensor, index: Tensor, experts: int) -> Tensor:
-    """(..., E) log-gates of all experts, minus infinity but for those (..., K) that were chosen."""
+    """Log-gates of all experts (..., E) from those of the chosen (..., K). Minus infinity for the others."""
     closed = best.new_full((*best.shape[:-1], experts), -torch.inf)
     return closed.scatter(-1, index, best)
 
 
 def mix_experts(experts: Tensor, log_gates: Tensor, index: Tensor) -> Tensor:
-    """Gate-weighted sum of each sample's chosen experts, at a cost that does not grow with the number of experts.
+    """Gate-weighted sum of each sample's chosen experts. The cost does not grow with the number of experts.
 
     Args:
-        experts: (E, P, D).
-        log_gates: (B, E).
-        index: (B, K).
+        experts: (E, P, D) rows of all experts.
+        log_gates: (B, E) log-gates.
+        index: (B, K) chosen experts.
 
     Returns:
-        (B, P, D).
+        (B, P, D) rows of each sample.
     """
     gates = log_gates.gather(-1, index).exp().to(experts.dtype)
     return (gates[..., None, None] * experts[index]).sum(dim=1)

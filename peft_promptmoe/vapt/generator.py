@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How VAPT makes prompts of an image: pure functions.
+"""Pure functions that make VAPT's prompts from an image.
 
 Letters: `B` batch, `N = H * W` patches, `D` width, `P` prompts, `K` kernel side, `r` bottleneck width.
 """
@@ -16,7 +16,7 @@ from ..models.patches import Grid
 from ..routing.router import routing_dtype
 
 NORM_EPS = 1e-5  # official code: torch's default
-LEAST_EPS = 1e-6  # that of the official code's ViT
+LEAST_EPS = 1e-6  # epsilon of the official code's ViT
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -27,17 +27,17 @@ ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def grid_weights(tokens: Tensor, kernel: Tensor | None, grid: Grid, reduced: Grid, padding: int) -> Tensor:
-    """Weights of the patches in each prompt: the convolution and the token-wise projector in one linear map.
+    """Weights of the patches in each prompt: convolution and token-wise projector merged into one linear map.
 
-    Both act on tokens alone, and a kernel that is tied over the channels does the same in all of them; so neither the
-    map that the convolution makes nor its gradient has to be kept for any image.
+    Both act on tokens only, and one kernel serves all channels. So the output of the convolution and its gradient need
+    not be stored for any image.
 
     Args:
         tokens: (P, H' * W') token-wise projector.
-        kernel: (1 or D, 1, K, K) convolution kernel; None for no convolution.
-        grid: (H, W).
-        reduced: (H', W').
-        padding: of the convolution.
+        kernel: (1 or D, 1, K, K) convolution kernel. None: no convolution.
+        grid: (H, W) patch grid.
+        reduced: (H', W') grid after the convolution.
+        padding: padding of the convolution, in patches.
 
     Returns:
         (1 or D, P, H * W).
@@ -54,13 +54,13 @@ def grid_weights(tokens: Tensor, kernel: Tensor | None, grid: Grid, reduced: Gri
 def aggregate(x: Tensor, weights: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
     """Weighted sums of layer-normed patches.
 
-    The norm is folded into the weights of the sums, so that nothing of the size of `x` is saved but `x` itself, and in
-    half precision its float32 copy.
+    The norm is merged into the weights. So only `x` is stored for the backward pass, plus a float32 copy in half
+    precision.
 
     Args:
         x: (B, N, D) patches before any norm.
-        weights: (1 or D, P, N) of `grid_weights`.
-        gain, bias: (D,) of the layer norm.
+        weights: (1 or D, P, N) from `grid_weights`.
+        gain, bias: (D,) gain and bias of the layer norm.
 
     Returns:
         (B, P, D) in at least float32.
@@ -81,13 +81,15 @@ def aggregate(x: Tensor, weights: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
 def project_features(
     z: Tensor, down: Tensor, up: Tensor, activation: str, dropout: float, scale: Tensor | None
 ) -> Tensor:
-    """z + scale * up(dropout(activation(down(z)))), the residual bottleneck (official code; the paper: no residual).
+    """Feature projector: z + scale * up(dropout(activation(down(z)))) (official code; the paper has no residual).
 
     Args:
-        z: (B, P, D).
-        down: (r, D).
-        up: (D, r).
-        scale: (1,) or None for 1.
+        z: (B, P, D) prompts.
+        down: (r, D) first matrix.
+        up: (D, r) second matrix.
+        activation: name of the activation.
+        dropout: dropout probability.
+        scale: (1,) trained scale. None: 1.
 
     Returns:
         (B, P, D).
@@ -98,15 +100,16 @@ def project_features(
 
 
 def temper(prompts: Tensor, eps: float | None) -> Tensor:
-    """The prompts themselves; while they are next to zero, their gradient as behind a norm of epsilon `LEAST_EPS`.
+    """Return the prompts unchanged, with smaller gradients while they are near zero.
 
-    Prompts start at zero, and there the block's norm multiplies gradients by 1 / sqrt(epsilon). That is 1e3 for the
-    ViTs of the official code and 1e6 for transformers' ViT (1e-12), whose first step would throw the projector off or
-    leave Adam's second moment too large for a thousand steps.
+    Prompts start at zero. There the block's norm multiplies gradients by 1 / sqrt(epsilon): 1e3 for the ViTs of the
+    official code, but 1e6 for transformers' ViT (epsilon 1e-12). The first step would then destroy the projector, or
+    leave Adam's second moment too large for a thousand steps. So gradients near zero are scaled as if epsilon were at
+    least `LEAST_EPS`.
 
     Args:
         prompts: (B, P, D).
-        eps: epsilon of the block's norm; None where it has none.
+        eps: epsilon of the block's norm. None: it has no norm.
     """
     if eps is None or eps >= LEAST_EPS or not prompts.requires_grad:
         return prompts
@@ -117,19 +120,19 @@ def temper(prompts: Tensor, eps: float | None) -> Tensor:
 
 
 def resample(tokens: Tensor, reduced: Grid, to: Grid) -> Tensor:
-    """A token-wise projector for another grid: bilinear between the old one's weights, each prompt's sum kept.
+    """Resample a token-wise projector bilinearly to another grid. The sum of each prompt's weights is kept.
 
     Args:
-        tokens: (P, H' * W').
-        reduced: (H', W').
-        to: the new (H', W').
+        tokens: (P, H' * W') token-wise projector.
+        reduced: old (H', W').
+        to: new (H', W').
 
     Returns:
         (P, new H' * W').
     """
     maps = F.interpolate(tokens.unflatten(1, reduced)[:, None], size=to, mode="bilinear", align_corners=False)
-    # Bilinear points do not sum to what the old ones did in proportion; an image of the same patches everywhere should
-    # give the same prompt, so the difference is spread evenly.
+    # Bilinear resampling does not keep the sum, but an image with equal patches everywhere should give the same
+    # prompt. So the difference is spread evenly.
     share = (to[0] * to[1]) / (reduced[0] * reduced[1])
     maps = maps[:, 0].flatten(1) / share
     return maps + (tokens.sum(dim=1, keepdim=True) - maps.sum(dim=1, keepdim=True)) / maps.shape[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static and adaptive prompts of one layer, and what all layers share."""
+"""The VAPT layer: static prompts or prompts made from the image, and the shared feature projector."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ PROJECTOR = ("vapt_down", "vapt_up", "vapt_scale")
 
 
 class VAPTState(AdapterState):
-    """What a layer has, or all layers share: the feature projector `vapt_down` (r, D), `vapt_up` (D, r), `vapt_scale`
-    (1,).
-    """
+    """Base of the modules with a feature projector: `vapt_down` (r, D), `vapt_up` (D, r), `vapt_scale` (1,)."""
 
     adapter_layer_names: tuple[str, ...] = PROJECTOR
 
@@ -39,7 +37,7 @@ class VAPTState(AdapterState):
             self.add_module(name, nn.ModuleDict())
 
     def add_projector(self, adapter: str, config: VAPTConfig, width: int) -> None:
-        """Give an adapter its feature projector, started as torch starts linear layers (official code)."""
+        """Add an adapter's feature projector, initialised like torch's linear layers (official code)."""
         down, up = nn.Linear(width, config.bottleneck_dim, bias=False), nn.Linear(config.bottleneck_dim, width, False)
         self.vapt_down[adapter] = PromptTable(down.weight.detach() / config.projector_scale)
         self.vapt_up[adapter] = PromptTable(up.weight.detach() / config.projector_scale)
@@ -48,11 +46,11 @@ class VAPTState(AdapterState):
 
 
 class VAPTLayer(VAPTState, KeyValueLayer):
-    """Static or adaptive prompts of one attention layer, for any number of adapters.
+    """Prompts of one attention layer, static or made from the image, for any number of adapters.
 
-    Trained tensors per adapter of a static layer: `vapt_prompts` (P, D). Of an adaptive one: `vapt_norms` (D,) twice,
+    Trained tensors per adapter in a static layer: `vapt_prompts` (P, D). In other layers: `vapt_norms` (D,) twice,
     `vapt_kernel` (1 or D, 1, K, K), `vapt_token_prompts` weight (P, H' * W') and bias (P,), and the feature projector
-    where layers do not share it.
+    if layers do not share it.
     """
 
     adapter_layer_names = (
@@ -105,7 +103,8 @@ class VAPTLayer(VAPTState, KeyValueLayer):
             return F.dropout(prompts.expand(x.shape[0], -1, -1), config.prompt_dropout)
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             raise ValueError(
-                "torch's older ONNX export, which traces, gets VAPT's prompts wrong. Export with dynamo=True."
+                "torch's older ONNX export, which traces the model, computes VAPT's prompts wrongly. Export with "
+                "dynamo=True."
             )
         assert self.grids is not None and self.site.patches is not None
         with without_autocast(x):
@@ -114,7 +113,7 @@ class VAPTLayer(VAPTState, KeyValueLayer):
             return temper(prompts, getattr(self.site.norm, "eps", None))
 
     def _adapt(self, adapter: str, config: VAPTConfig, x: Tensor, grid: Grid) -> Tensor:
-        """(B, P, D) prompts made of the patches in `x` (B, T, D), which lie in `grid`."""
+        """Prompts (B, P, D) made from the patches in `x` (B, T, D), which form the grid `grid`."""
         assert self.site.patches is not None
         kernel = self.vapt_kernel[adapter]() if config.use_conv else None
         tokens, bias = self.vapt_token_prompts[adapter]()
@@ -144,7 +143,7 @@ class VAPTLayer(VAPTState, KeyValueLayer):
         return self.uses_grid(adapter) and config.use_projector and config.share_projector
 
     def _fitted(self, tokens: Tensor, adapter: str, config: VAPTConfig, grid: Grid) -> Tensor:
-        """(P, H' * W') token-wise projector for the grid that has come."""
+        """The token-wise projector (P, H' * W') for this grid."""
         assert self.site.patches is not None
         own = self.site.patches.grid(config.image_shape)
         if grid == own:
@@ -153,21 +152,21 @@ class VAPTLayer(VAPTState, KeyValueLayer):
         if not config.resample_grid:
             raise ValueError(
                 f"The adapter {adapter!r} was made for a grid of {own[0]} x {own[1]} patches (image_size="
-                f"{config.image_size}) and these images have {grid[0]} x {grid[1]}. Resize the images, make the "
+                f"{config.image_size}), but these images have {grid[0]} x {grid[1]}. Resize the images, make the "
                 "adapter with another image_size, or set resample_grid=True."
             )
         if self.training and not torch.compiler.is_compiling():
             warnings.warn(
-                f"The prompts are made for a grid of {own[0]} x {own[1]} patches (image_size={config.image_size}) and "
-                f"train on images of {grid[0]} x {grid[1]}, resampled in every forward. Make the adapter with the "
-                "image_size of your images.",
+                f"The prompts are made for a grid of {own[0]} x {own[1]} patches (image_size={config.image_size}), "
+                f"but the images have {grid[0]} x {grid[1]}, so weights are resampled in every forward pass. Make "
+                "the adapter with the image_size of your images.",
                 stacklevel=2,
             )
         return resample(tokens, config.reduced(own), config.reduced(grid))
 
 
 class VAPTShared(VAPTState, SharedLayer):
-    """The feature projector that all adaptive layers of an adapter share."""
+    """The feature projector that all non-static layers of an adapter share."""
 
     def __init__(self, anchor: nn.Module, width: int) -> None:
         super().__init__(anchor, width)
@@ -179,7 +178,7 @@ class VAPTShared(VAPTState, SharedLayer):
 
 
 def check_grid(config: VAPTConfig, grid: Grid, width: int) -> None:
-    """Refuse a patch grid that the kernel does not fit on, and sizes that fill the memory."""
+    """Raise ValueError if the kernel does not fit on the patch grid, or if sizes need too much memory."""
     if config.use_conv and (config.kernel_size > min(grid) or min(config.reduced(grid)) < 1):
         raise ValueError(
             f"kernel_size={config.kernel_size} with padding={config.padding} is larger than the grid of {grid[0]} x "

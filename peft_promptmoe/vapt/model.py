@@ -12,10 +12,10 @@ from .layer import VAPTLayer, VAPTShared, VAPTState, check_grid
 
 
 class VAPTModel(PromptTuner):
-    """Adds prompts that adapt to the image to a vision transformer of transformers or timm (arXiv 2501.18936).
+    """VAPT tuner: adds prompts made from the image to a vision transformer (arXiv 2501.18936).
 
     Args:
-        model: the base model, any vision transformer with one patch grid.
+        model: the base model: a vision transformer of transformers or timm with one patch grid.
         config: a [`VAPTConfig`].
         adapter_name: name of the adapter.
 
@@ -57,11 +57,13 @@ class VAPTModel(PromptTuner):
         if config.image_size is None and adaptive:
             sizes = {site.patches.image_size for site in adaptive if site.patches is not None}
             if not sizes:
-                return  # `check_site` says what is wrong
+                return  # `check_site` reports the error
             if None in sizes:
-                raise ValueError("The model takes images of any size. Set image_size to that of yours.")
+                raise ValueError("The model takes images of any size. Set image_size to the size of your images.")
             if len(sizes) > 1:
-                raise ValueError("The model's towers take images of different sizes. Set image_size to that of yours.")
+                raise ValueError(
+                    "The model's towers take images of different sizes. Set image_size to the size of your images."
+                )
             config.image_size = next(list(size) for size in sizes if size is not None)
 
     def check_site(self, config: VAPTConfig, site: Site) -> None:

@@ -47,8 +47,9 @@ def outcome(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_eight_bits_are_near_the_dequantised_model(kind: str, tmp_path: Path) -> None:
-    """8 bits (LLM.int8, which rounds activations too): as near to the dequantised model as the base model itself; the
-    saved adapter loads onto another quantised copy with the same logits."""
+    """Weights in 8 bits (LLM.int8, which also rounds activations): logits are as near to those of the dequantised
+    model as the base model's own. The saved adapter gives the same logits on another quantised copy.
+    """
     base, plain = quantised(tmp_path / "base", 8), quantised(tmp_path / "base", 8).dequantize().float()
     assert any(type(module).__name__ == "Linear8bitLt" for module in base.modules())
     inputs = batch()
@@ -71,8 +72,10 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_four_bits_are_the_dequantised_model(kind: str, tmp_path: Path) -> None:
-    """4 bits (nf4, double quantisation): logits and gradients of the dequantised model to 1e-4; k-bit preparation
-    with checkpointing changes neither; the saved adapter loads onto another quantised copy with the same logits."""
+    """Weights in 4 bits (nf4, double quantisation): logits and gradients equal those of the dequantised model to 1e-4,
+    also after `prepare_model_for_kbit_training` with gradient checkpointing. The saved adapter gives the same
+    logits on another quantised copy.
+    """
     config = adapters("CAUSAL_LM")[kind]
     base = quantised(tmp_path / "base", 4)
     assert any(type(module).__name__ == "Linear4bit" for module in base.modules())
@@ -96,7 +99,7 @@ def test_four_bits_are_the_dequantised_model(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_example_runs(tmp_path: Path) -> None:
-    """`examples/four_bit.py`, as it is, on a tiny model: trained, saved, loaded again, and it generates."""
+    """`examples/four_bit.py` runs unchanged on a tiny model: it trains, saves, loads and generates."""
     script = ROOT / "examples" / "four_bit.py"
     environment = hub_environment(tmp_path / "hub")
     run_python(environment, tmp_path, str(ROOT / "tests" / "docs" / "run_examples.py"), "results.json", str(script))

@@ -83,7 +83,7 @@ def compare(task: str | None, kind: str, stage: int) -> dict[str, Any]:
 @pytest.mark.parametrize("stage", [2, 3], ids=["zero2", "zero3"])
 @pytest.mark.parametrize(("task", "kind"), [("CAUSAL_LM", "token"), ("CAUSAL_LM", "static"), (None, "vapt")])
 def test_losses_are_those_of_one_process(task: str | None, kind: str, stage: int) -> None:
-    """ZeRO-2 and ZeRO-3 on two processes: the losses of three steps are those of plain SGD on the mean gradient."""
+    """ZeRO-2 and ZeRO-3 on two processes: the losses of three steps equal those of plain SGD on the mean gradient."""
     for rank in on_two_processes(compare, task, kind, stage):
         assert rank["found"] == pytest.approx(rank["expected"], rel=1e-4)
         assert len(set(rank["expected"])) == STEPS

@@ -34,7 +34,9 @@ def packed(model: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", ["lora", "static", "token"])
 def test_answers_are_those_of_generate(kind: str) -> None:
-    """`generate_batch` of five texts that arrive in several steps: the tokens of `generate`, one by one."""
+    """`generate_batch` with five texts that arrive in several steps: each gets the tokens that `generate` gives it
+    alone.
+    """
     model = adapted(llama(), adapters("CAUSAL_LM")[kind]).eval()
     fill(model)
     alone = []
@@ -49,7 +51,7 @@ def test_answers_are_those_of_generate(kind: str) -> None:
 
 
 def test_sample_routing_is_refused_before_it_starts() -> None:
-    """Sample routing reads whole texts: refused before a thread starts."""
+    """`generate_batch` with sample routing, which reads whole texts, is refused before a thread starts."""
     model = adapted(llama(), adapters("CAUSAL_LM")["sample"]).eval()
     with pytest.raises(ValueError, match="routing='token'"):
         packed(model)

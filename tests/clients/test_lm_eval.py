@@ -47,7 +47,7 @@ def make(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["lora", "static", "token"])
 def test_scores_do_not_depend_on_the_batch(kind: str) -> None:
-    """`HFLM` with batches of one and of four, padded without a mask: the model's own log-likelihoods to 1e-4."""
+    """`HFLM` with batches of one and of four, padded without a mask: log-likelihoods equal the model's own to 1e-4."""
     model = make(kind)
     expected = by_hand(model)
     for size in (1, 4):
@@ -55,8 +55,9 @@ def test_scores_do_not_depend_on_the_batch(kind: str) -> None:
 
 
 def test_sample_routing_warns_and_takes_a_given_query() -> None:
-    """Sample routing: scores of whole texts depend on the batch, and a warning says so; within `given_query` they are
-    the model's own to 1e-4 in any batch."""
+    """Sample routing: a warning says that scores of whole texts depend on the batch. Within `given_query` they equal
+    the model's own to 1e-4 in any batch.
+    """
     model = make("sample")
     with pytest.warns(UserWarning, match="as lm-eval does"):
         one, four = scores(model, 1), scores(model, 4)

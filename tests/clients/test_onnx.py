@@ -42,8 +42,9 @@ def inputs(task: str | None, seed: int) -> dict[str, Tensor]:
     ("task", "kind"), CASES, ids=[f"{'vit' if task is None else 'bert'}-{kind}" for task, kind in CASES]
 )
 def test_onnxruntime_gives_the_same_logits(task: str | None, kind: str, tmp_path: Path) -> None:
-    """`torch.onnx.export(dynamo=True)`: onnxruntime's logits are torch's to 1e-4, on inputs and padding
-    other than those of the export."""
+    """`torch.onnx.export(dynamo=True)`: logits of onnxruntime equal torch's to 1e-4, also for inputs and padding other
+    than those of the export.
+    """
     model = adapted(vit() if task is None else bert(), adapters(task)[kind]).eval()
     fill(model)
     traced = inputs(task, 0)

@@ -40,8 +40,9 @@ def by_hand(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sentences_are_encoded_and_learned(kind: str, tmp_path: Path) -> None:
-    """`add_adapter`, `encode` of a padded batch (the mean over each sentence alone, to 1e-5), a training run whose
-    loss falls, and `save` then load with the same embeddings."""
+    """`add_adapter` works; `encode` of a padded batch equals the mean over each sentence alone, to 1e-5; training
+    reduces the loss; `save` and loading give the same embeddings.
+    """
     model = make(tmp_path / "base")
     base = by_hand(model[0].auto_model.eval())
     model.add_adapter(adapters("FEATURE_EXTRACTION")[kind])

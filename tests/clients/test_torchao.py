@@ -23,7 +23,7 @@ def all_but_the_head(module: nn.Module, path: str) -> bool:
     ("task", "kind"), CASES, ids=[f"{'vit' if task is None else 'llama'}-{kind}" for task, kind in CASES]
 )
 def test_int8_weights_are_the_dequantised_model(task: str | None, kind: str) -> None:
-    """int8 weights: logits and gradients of the dequantised model to 1e-4."""
+    """Weights in int8: logits and gradients equal those of the dequantised model to 1e-4."""
     found = {}
     for name in ("quantised", "plain"):
         base = vit() if task is None else llama()

@@ -151,8 +151,9 @@ def balance_gradients(model: Any, calls: list[dict[str, Tensor]]) -> dict[str, T
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "rloo"])
 @pytest.mark.filterwarnings("ignore:.*auxiliary losses have no effect")
 def test_auxiliary_losses_by_hand(kind: str, accumulated: int, tmp_path: Path) -> None:
-    """With `auxiliary_loss(model)` in `compute_loss` a step has the trainer's own gradient and the balance loss's,
-    once; without, its own alone and a warning."""
+    """With `auxiliary_loss(model)` in `compute_loss`, the gradient is the trainer's own plus the balance loss's, once.
+    Without it, the gradient is the trainer's own, and a warning says so.
+    """
     found = {}
     for name, weight, hand in (("task", 0.0, False), ("forgotten", WEIGHT, False), ("by hand", WEIGHT, True)):
         made = trainer(kind, routed(weight), tmp_path, hand=hand, gradient_accumulation_steps=accumulated)
@@ -181,8 +182,9 @@ def test_auxiliary_losses_by_hand(kind: str, accumulated: int, tmp_path: Path) -
 @pytest.mark.parametrize("method", ["lora", "static", "sample", "token"])
 @pytest.mark.parametrize("kind", list(TRAINERS))
 def test_trainers_train_and_save(kind: str, method: str, tmp_path: Path) -> None:
-    """SFT, DPO, KTO, GRPO, RLOO and Reward trainers, two steps each: every tensor of the adapter moves, the base
-    stays, and the saved adapter gives the same logits on a fresh base."""
+    """SFT, DPO, KTO, GRPO, RLOO and Reward trainers, two steps each: every tensor of the adapter changes, the base
+    model does not, and the saved adapter gives the same logits on a fresh base model.
+    """
     config = adapters("SEQ_CLS" if kind == "reward" else "CAUSAL_LM")[method]
     made = trainer(kind, config, tmp_path / "out", steps=2)
     before = {name: value.clone() for name, value in made.model.named_parameters()}

@@ -727,8 +727,12 @@ METHODS: dict[str, Method] = {
         settings={"num_virtual_tokens": 3, "init_weights": False},
         variants=_pmoe_variants(),
         refusals=(
-            ("vit", {"exclude_modules": ["layers.1.attention"]}, "exclude_modules=.* leaves some of the base model"),
-            ("timm_vit", {"fusion": "mean"}, "fusion='mean' averages features of one width"),
+            (
+                "vit",
+                {"exclude_modules": ["layers.1.attention"]},
+                "exclude_modules=.* leaves out some of the base model",
+            ),
+            ("timm_vit", {"fusion": "mean"}, "fusion='mean' needs features of one width"),
         ),
         other={"num_virtual_tokens": 2, "dispatcher": "none"},
         joins_attention=False,

@@ -21,7 +21,7 @@ KEEPS_KEYWORDS = "does not pass keyword arguments on"
 OTHER_INPUTS = "takes queries, keys and values from different inputs"
 STAYS = "its attention stays within windows"
 WINDOWS = "attends within windows or over several resolutions"
-NEIGHBOURS = "made of neighbouring tokens as well"
+NEIGHBOURS = "also depend on neighbouring tokens"
 OTHER_BIASES = "adds a relative position bias of a form that prompts cannot be given"
 
 AT_ATTACH = (NOT_ON_INTERFACE, KEEPS_KEYWORDS, OTHER_INPUTS, STAYS, WINDOWS, NEIGHBOURS, OTHER_BIASES)
@@ -325,7 +325,7 @@ ARCHITECTURES: dict[str, Arch] = {
         EXACT,
         _CLASSIFIER,
         _BERT | {"embedding_size": 16, "num_hidden_layers": 3},
-        says="one set of prompts, which all of these runs use",
+        says="one set of prompts for all its runs",
     ),
     "roberta-prelayernorm": Arch(EXACT, _CLASSIFIER, _BERT),
     "xlm-roberta-xl": Arch(EXACT, _CLASSIFIER, _BERT),

@@ -91,7 +91,7 @@ def test_prompts_that_blocks_carry_are_never_those_of_another_run(reentrant: boo
     blocks = model.get_base_model().vit.layers
     blocks[1] = Checkpointed(blocks[1], reentrant)
     batch = CARRIED.batch()
-    with pytest.raises(RuntimeError, match="so its prompts cannot be carried on"):
+    with pytest.raises(RuntimeError, match="so prompts cannot be carried on"):
         loss = model(**batch).loss
         assert not reentrant, "this is known in the forward"
         loss.backward()

@@ -95,12 +95,12 @@ def test_wrong_names_are_refused(case: Case) -> None:
     model, batch = case.model(), case.batch()
     expected = predict(model, batch)
     for names, message in (
-        (["default"] * 2, r"adapter_names has 2 names, and this batch has 3 samples"),
+        (["default"] * 2, r"adapter_names has 2 names, but this batch has 3 samples"),
         (["default", "other", "default"], r"names other, and this model has default"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**batch, adapter_names=names)
-    with pytest.raises(TypeError, match="list with the name"):
+    with pytest.raises(TypeError, match="list with one adapter name"):
         model(**batch, adapter_names="default")
     model.train()
     with pytest.raises(ValueError, match="adapter_names is for inference"):

@@ -175,8 +175,12 @@ def test_texts_longer_than_the_window_are_refused() -> None:
 @pytest.mark.parametrize(
     "name, settings, said",
     [
-        ("llama", {"head_dim": 256}, r"heads of 256 to 258 features, and this kernel takes 256"),
-        ("gemma2", {}, r"would cap them once more.*attn_implementation='eager' or routing='sample'"),
+        ("llama", {"head_dim": 256}, r"heads of 256 to 258 features, but this kernel supports 256"),
+        (
+            "gemma2",
+            {},
+            r"would cap the scores of chosen experts twice.*attn_implementation='eager' or routing='sample'",
+        ),
     ],
     ids=["width", "cap"],
 )
@@ -194,7 +198,7 @@ def test_what_chosen_experts_cannot_join_is_refused_with_the_adapter(
 
 def test_heads_that_gates_make_too_wide() -> None:
     known, flash = both("llama", "token", head_dim=256)
-    with pytest.raises(ValueError, match=r"heads of 256 to 2\d\d features, and this kernel takes 256"):
+    with pytest.raises(ValueError, match=r"heads of 256 to 2\d\d features, but this kernel supports 256"):
         flash(**text("none", causal=True))
     known, flash = both("llama", "static", head_dim=256)
     batch = text("none", causal=True)
@@ -204,7 +208,7 @@ def test_heads_that_gates_make_too_wide() -> None:
 def test_masks_of_four_dimensions() -> None:
     _, flash = both("llama", "static")
     mask = torch.ones(3, 1, TOKENS, TOKENS, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match=r"takes padding masks of \(batch, tokens\).*\(3, 1, 9, 9\).*'sdpa'"):
+    with pytest.raises(ValueError, match=r"takes padding masks of shape \(batch, tokens\).*\(3, 1, 9, 9\).*'sdpa'"):
         flash(input_ids=text("none", causal=True)["input_ids"], attention_mask=mask)
 
 

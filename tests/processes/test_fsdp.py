@@ -184,9 +184,9 @@ def test_a_sharded_model_saves_the_whole_adapter(case: Case, tmp_path: Path) -> 
 
 REFUSED = {
     PMOE: [
-        ("fsdp2", {}, "FSDP holds those of"),
-        ("fsdp2", {"carry_prompts": False}, "FSDP holds those of"),
-        ("fsdp1", {}, "FSDP holds those of"),
+        ("fsdp2", {}, "FSDP keeps those of"),
+        ("fsdp2", {"carry_prompts": False}, "FSDP keeps those of"),
+        ("fsdp1", {}, "FSDP keeps those of"),
     ],
     T5: [
         ("fsdp1", {}, "Shard this model with FSDP2"),

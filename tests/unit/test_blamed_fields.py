@@ -80,7 +80,7 @@ def test_the_field_to_blame(method: str, case: str) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_pmoe_names_the_field_that_leaves_blocks_out(settings: dict[str, Any], field: str) -> None:
-    with pytest.raises(ValueError, match=f"aligns its experts' blocks by depth, and {field}=.* leaves some"):
+    with pytest.raises(ValueError, match=f"aligns its experts' blocks by depth, but {field}=.* leaves out some"):
         get_peft_model(vit(), PMoEConfig(experts=[vit()], **settings))
 
 

@@ -151,7 +151,7 @@ def test_packed_rows_are_refused_by_sample_routing(named: str) -> None:
     packed = {"position_ids": [[0, 1, 2, 0, 1, 2]], "cu_seq_lens_q": [0, 3, 6]}
     extra = {named: torch.tensor(packed[named])}
     model = get_peft_model(llama(), MEPTConfig(task_type="CAUSAL_LM", routing="sample")).eval()
-    with pytest.raises(ValueError, match=r"packed rows hold several samples.*routing='token'"):
+    with pytest.raises(ValueError, match=r"packed with several samples.*routing='token'"):
         model(input_ids=ids, labels=ids, **extra)
     token = get_peft_model(llama(), MEPTConfig(task_type="CAUSAL_LM", routing="token")).eval()
     packed_logits = token(input_ids=ids, labels=ids, use_cache=False, **extra).logits

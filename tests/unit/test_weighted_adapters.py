@@ -89,7 +89,7 @@ def test_a_combination_generates_saves_loads_and_trains(tmp_path: Path) -> None:
     model.train()(input_ids=ids, labels=ids).loss.backward()
     given = {path: p.grad for path, p in model.named_parameters() if p.grad is not None}
     assert given and all(".both." in path and bool(gradient.abs().max() > 0) for path, gradient in given.items())
-    with pytest.raises(ValueError, match="weighs its prompts"):
+    with pytest.raises(ValueError, match="its prompts have weights"):
         export_prefix(model, tmp_path / "prefix")
 
 
@@ -100,14 +100,14 @@ def routed(model: PeftModel) -> None:
 @pytest.mark.parametrize(
     ("prepare", "arguments", "message"),
     [
-        (routed, (["a", "routed"], [1.0, 1.0], "new"), "by a router of its own"),
-        (None, (["a", "b"], [1.0], "new"), "give one for each"),
+        (routed, (["a", "routed"], [1.0, 1.0], "new"), "routers cannot be combined"),
+        (None, (["a", "b"], [1.0], "new"), "Pass one weight per adapter"),
         (None, (["a", "a"], [1.0, 1.0], "new"), "different adapters"),
         (None, (["a", "b"], [1.0, 0.0], "new"), "weights must be greater than 0"),
         (None, (["a", "b"], [1.0, -1.0], "new"), "weights must be greater than 0"),
         (None, (["a", "b"], [1.0, 1.0], "a"), "already"),
         (None, (["a", "other"], [1.0, 1.0], "new"), "no adapter 'other'"),
-        (None, (["a", "b"], [1.0, 1.0], "new", "linear"), "combination_type='cat'"),
+        (None, (["a", "b"], [1.0, 1.0], "new", "linear"), "combination_type must be 'cat'"),
         (
             lambda model: model.add_adapter("c", static(num_virtual_tokens=2)),
             (["a", "c"], [1.0, 1.0], "new"),

@@ -11,8 +11,8 @@ Record = dict[str, Any]
 OUTCOMES = ("right", "left out", "refused", "late", "error", "wrong", "not run")
 OTHERS = {"lora": "LoRA", "prefix": "prefix tuning"}
 # What stood in the way of a tiny model or its input, in words; of other types, what was raised.
-UNFIT = "the small sizes of this sweep do not fit its parts"
-WANTS = "wants more than the inputs of this sweep"
+UNFIT = "cannot be built in the small sizes of this test"
+WANTS = "needs other inputs than this test has"
 PACKAGE = "needs a package that is not installed"
 FAULT = "its own code fails in this version of transformers"
 NOT_RUN = {
@@ -24,10 +24,12 @@ NOT_RUN = {
     "fun_asr_nano": UNFIT,
     "gemma3n": UNFIT,
     "gemma4_assistant": UNFIT,
-    "gemma4_unified_assistant": "drafts for another model, whose keys and values it wants",
+    "gemma4_unified_assistant": "needs the keys and values of another model",
     "layoutlmv2": PACKAGE,
-    **dict.fromkeys(("musicgen", "musicgen_melody"), "is made from the config of its decoder, which has another type"),
-    "shieldgemma2": "wants text, too; see vision-language",
+    **dict.fromkeys(
+        ("musicgen", "musicgen_melody"), "is built from the config of its decoder, which has another type"
+    ),
+    "shieldgemma2": "needs text too, see vision-language",
     "xlstm": UNFIT,
     "apertus1p5": UNFIT,
     "blip-2": WANTS,
@@ -45,12 +47,12 @@ NOT_RUN = {
     "idefics": WANTS,
     "instructblip": WANTS,
     "instructblipvideo": WANTS,
-    "kosmos-2": WANTS + "; see with images",
+    "kosmos-2": WANTS + ", see with images",
     "llama4": FAULT,
     "muse_spark": UNFIT,
     "nemotron_h_omni": UNFIT,
     "perception_lm": UNFIT,
-    "pi0": "wants the state of a robot",
+    "pi0": "needs the state of a robot",
     "pix2struct": WANTS,
     "pp_formulanet": WANTS,
     "qwen2_5_omni_thinker": FAULT,
@@ -60,16 +62,35 @@ NOT_RUN = {
 }
 
 HEAD = """\
-# Which models prompts can join
+# Which models
 
-Made by `make reach` from `benchmarks/results/reach.json`: one tiny random model of every type of transformers and of
-every kind of timm's blocks, under a default `MEPTConfig`, and models of images under a default `VAPTConfig`, too.
+Search this page for the `model_type` in your model's `config.json`, or for the name of a timm model. `make reach`
+writes this page. It builds a tiny random model of every type of transformers and of every kind of block in timm, and
+adds an adapter with the default `MEPTConfig`. It tests models of images with the default `VAPTConfig` too.
 
-*Right* means that prompts move the output and learn, disabling and unloading give the base model back bit for bit, no
-later token reaches an earlier output, and padding, the rest of the batch and the cache change nothing. *Left out* is
-right, too, with layers that have no prompts, of which `get_peft_model` says which. All other models are refused by
-`get_peft_model`. The last columns say on how many models PEFT's LoRA on all linear layers and its prefix tuning run,
-of those that they were tried on.
+| result | meaning |
+| --- | --- |
+| right | Prompts change the output and train. Without the adapter the output is the base model's, bit for bit. No \
+later token changes an earlier output. Padding, the rest of the batch and the cache change nothing. |
+| left out | Right, but some layers get no prompts. A warning of `get_peft_model` says which. |
+| refused | `get_peft_model` raises an error that says why. |
+| late | An error that says why, but in the first forward pass only. |
+| error | Another error. |
+| wrong | One of the checks fails. |
+| not run | The tiny model could not be built or run. The reason is in brackets. |
+
+| kind | models |
+| --- | --- |
+| causal, classification, seq2seq | models of text, by task |
+| vision | image classification |
+| audio, speech | audio classification; speech to text |
+| vision-language, with images | models of text and images: with text alone, and with an image |
+| dense, detection, video | segmentation, depth and poses; object detection; video classification |
+| towers | image encoders without a head |
+| timm | models of timm |
+
+The last two columns of the next table say, for comparison, on how many of these models PEFT's LoRA (on all linear \
+layers) and PEFT's prefix tuning run.
 """
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention kernels of transformers that prompt rows can join: one file each, and this table.
 
-A kernel differs from another in the masks that it takes and in how rows get past them. It is known by the name that a
-model's config gives it, or by the function that stands behind a name (kernels from the Hub).
+Kernels differ in the masks that they take and in how prompt rows join. A kernel is found by its name in the model's
+config, or by the function registered under a name (kernels from the Hub).
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ def find_kernel(name: str | None) -> Kernel:
     """How rows join under the attention implementation `name` of a model's config.
 
     Raises:
-        ValueError: its conventions are not known.
+        ValueError: this kernel is not supported.
     """
     found = known_kernel(name)
     if found is None:
         raise ValueError(
-            f"Prompts join attention under {', '.join(KERNELS)} and flash kernels from the Hub, and this model uses "
+            f"Prompts join attention under {', '.join(KERNELS)} and flash kernels from the Hub, but this model uses "
             f"{name!r}. Load it with attn_implementation='sdpa' or call model.set_attn_implementation('sdpa')."
         )
     return found
 
 
 def known_kernel(name: str | None) -> Kernel | None:
-    """As `find_kernel`, with None for one that is not known."""
+    """Like `find_kernel`, but None for a kernel that is not supported."""
     name = name or "eager"
     return KERNELS.get(name) or _by_function(name)
 
 
 def check_chosen(attention: Any) -> None:
-    """Refuse, as far as the layer tells, kernels that the experts which tokens choose cannot join.
+    """Check early that the layer's kernel supports token routing, as far as the layer shows it.
 
     Raises:
-        ValueError: the kernel caps scores, or heads would be wider than it takes.
+        ValueError: the kernel caps scores, or heads would be wider than it supports.
     """
     kernel = find_kernel(attention.config._attn_implementation_internal)
     if caps_scores(attention):
@@ -64,14 +64,14 @@ def check_chosen(attention: Any) -> None:
             raise ValueError(CAPPED_TWICE)
         if not gives(unwrapped_forward(attention), "softcap"):
             raise ValueError(caps_unsaid(attention))
-    # The config is not asked: Gemma 4's has a width for each kind of layer, and none that can be read for all.
+    # Not from the config: Gemma 4's config has a different width for each kind of layer.
     width = next((found for name in WIDTHS if isinstance(found := getattr(attention, name, None), int)), None)
     if width is not None:
         check_width(width + HALVES, width, kernel.widest)
 
 
 def _by_function(name: str) -> Kernel | None:
-    """The kernel of the table that shares its function with `name`, as flash kernels from the Hub do."""
+    """The kernel of the table with the same function as `name`, as for flash kernels from the Hub."""
     functions: Any = AttentionInterface()
     function = functions.get(name)
     if function is None:

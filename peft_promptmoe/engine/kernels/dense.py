@@ -32,11 +32,11 @@ def _attend(
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     bias, lead = kwargs.get("position_bias"), 0
     if mask is None and is_causal and length > 1 and cuts_keys:
-        # The stock kernel would now cut the keys to as many as there are queries, prompts included.
+        # The standard kernel would now cut the keys to the number of queries, prompts included.
         key, value = key[:, :, :length], value[:, :, :length]
         if columns.number <= length and bias is None and gates_of(columns.slots) is None:
-            # A blank query for every prompt column makes them as many again, so the kernel stays causal without a
-            # mask: with one it would leave its fast path, and transformers repeat grouped keys and values.
+            # A blank query per prompt column makes queries and keys equally many, so the kernel stays causal without a
+            # mask. With a mask it would be slower, and transformers would repeat grouped keys and values.
             lead = columns.number
         else:
             mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
@@ -48,7 +48,7 @@ def _attend(
     if joined.scaling is not None:
         kwargs = {**kwargs, "scaling": joined.scaling}
     output, weights = function(module, joined.query, joined.key, joined.value, joined.mask, **kwargs)
-    # The prompt columns of the weights have no token to belong to.
+    # The prompt columns of the weights belong to no token, so they are removed.
     return joined.finish(output), None if weights is None else weights[..., columns.number :]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flash attention, installed or from the Hub: 2-D padding masks, packed rows, and causality that counts from the end.
+"""Flash attention, installed or from the Hub: 2-D padding masks and packed rows.
 
-Rows in front of the keys are to these kernels what a cache is: every query sees them, because a causal mask is aligned
-at the last query and the last key. The padding mask grows by ones, packed rows by rows in front of every segment.
+Rows in front of the keys act like a cache: the causal mask is aligned at the last query and the last key, so every
+query sees them. The padding mask is extended by ones. In packed rows, prompt rows are put in front of every segment.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SEGMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def real_tokens(mask: Tensor | None, length: int) -> Tensor | None:
-    """(B, T) which tokens are text, from a padding mask (B, S) that ends with them; None where nothing is padded."""
+    """Which tokens are text, (B, T), from a padding mask (B, S) that ends with them. None if nothing is padded."""
     if mask is None:
         return None
     if mask.ndim != 2:
         raise ValueError(
-            f"Flash attention takes padding masks of (batch, tokens) and this call has one of shape "
+            f"Flash attention takes padding masks of shape (batch, tokens), but this call has one of shape "
             f"{tuple(mask.shape)}. Use attn_implementation='sdpa' with masks of other shapes."
         )
     return mask[:, -length:].bool()
@@ -48,13 +48,13 @@ def _attend(
     joined = join_rows(columns, query, key, value, None, kwargs.get("scaling"))
     check_width(joined.query.shape[-1], query.shape[-1], WIDEST)
     key, value = joined.key, joined.value
-    # No longer than the window, as `_refuse` saw; with rows in front it would be, and rows would drop out of it.
+    # The text fits into the window (`_refuse`). With rows in front it may not, and rows would drop out.
     kwargs = {**kwargs, "scaling": joined.scaling, "sliding_window": None}
     if mask is not None:
         mask = F.pad(mask, (rows, 0), value=1)
     else:
         segments = _segments(query.shape[0], kwargs)
-        kwargs["position_ids"] = None  # whether they pack rows is known now
+        kwargs["position_ids"] = None  # it is already known whether rows are packed
         if segments is not None:
             index, kwargs = _rows_in_segments(rows, key.shape[2] - rows, segments, kwargs)
             key, value = key.index_select(2, index), value.index_select(2, index)
@@ -73,14 +73,14 @@ def _refuse(key: Tensor, kwargs: dict[str, Any]) -> None:
     window = kwargs.get("sliding_window")
     if window is not None and key.shape[2] > window:
         raise ValueError(
-            f"{key.shape[2]} tokens are more than the sliding window of {window}, and flash attention would slide the "
-            "prompts out of it with them. Use attn_implementation='sdpa' or 'flex_attention' for texts longer than "
-            "the window."
+            f"{key.shape[2]} tokens are more than the sliding window of {window}, and with flash attention the "
+            "prompts would drop out of the window. Use attn_implementation='sdpa' or 'flex_attention' for texts "
+            "longer than the window."
         )
 
 
 def _segments(batch: int, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """Where the samples of a packed row end, as transformers' flash attention would find it; None of one sample."""
+    """Ends of the samples in a packed row, found like in transformers' flash attention. None for one sample."""
     given = {name: kwargs.get(name) for name in SEGMENTS}
     if all(value is not None for value in given.values()):
         return given
@@ -100,7 +100,7 @@ def _segments(batch: int, kwargs: dict[str, Any]) -> dict[str, Any] | None:
 def _rows_in_segments(
     rows: int, tokens: int, segments: dict[str, Any], kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Which of `rows` and then `tokens` columns stand where if every segment has the rows in front, and its bounds."""
+    """Order of `rows` and `tokens` columns with the rows in front of every segment, and the segments' bounds."""
     bounds = segments["cu_seq_lens_k"]
     number = bounds.shape[0] - 1
     column, row = torch.arange(tokens, device=bounds.device), torch.arange(rows, device=bounds.device)

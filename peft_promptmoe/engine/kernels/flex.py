@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flex attention, whose mask is a function of positions and a list of the blocks in which anything is open.
+"""Flex attention. Its mask is a function of positions and a list of the blocks with open entries.
 
-Rows fill whole blocks in front of the text, so that the text's blocks stay what they were: their list moves on by the
-rows' blocks and need not be made again, which would cost more than attention to them.
+Rows fill whole blocks in front of the text, so the text's blocks do not change. Their list is shifted by the rows'
+blocks instead of being built again, which would cost more than the attention to the rows.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SHIFTED = "_promptmoe_shifted"
 
 
 def real_tokens(mask: BlockMask | Tensor | None, length: int) -> Tensor | None:
-    """(B, T) which tokens are text: those that may see themselves; None where nothing is masked."""
+    """Which tokens are text, (B, T): those that may attend to themselves. None if nothing is masked."""
     if mask is None:
         return None
     if not isinstance(mask, BlockMask):
         raise ValueError(
-            f"Flex attention takes block masks, and this model gives it a {type(mask).__name__}. Use "
+            f"Flex attention takes block masks, but this model passes a {type(mask).__name__}. Use "
             "attn_implementation='sdpa' with this model."
         )
     batch, device = mask.shape[0], mask.kv_num_blocks.device
@@ -48,7 +48,7 @@ def _attend(
     rows = columns.number
     if kwargs.get("position_bias") is not None:
         raise ValueError(
-            "Prompts do not join relative position biases under flex attention. Use attn_implementation='sdpa'."
+            "Flex attention with prompts does not support relative position biases. Use attn_implementation='sdpa'."
         )
     joined = join_rows(columns, query, key, value, None, kwargs.get("scaling"))
     query, key, value = joined.query, joined.key, joined.value
@@ -62,12 +62,12 @@ def _attend(
 
 
 def _fill_up(columns: Tensor, rows: int, fill: int) -> Tensor:
-    """(B, H, rows + fill + S, d) with zeros behind the rows."""
+    """Columns with zeros after the rows, (B, H, rows + fill + S, d)."""
     return torch.cat([F.pad(columns[:, :, :rows], (0, 0, 0, fill)), columns[:, :, rows:]], dim=2)
 
 
 def _with_rows(mask: BlockMask, rows: int) -> BlockMask:
-    """The mask of the text with blocks of open rows in front; made once for all layers that share the mask."""
+    """The text's mask with blocks of open rows in front. Made once for all layers that share the mask."""
     made = mask.__dict__.setdefault(SHIFTED, {})
     if rows not in made:
         made[rows] = _shift(mask, rows)
@@ -87,7 +87,7 @@ def _shift(mask: BlockMask, rows: int) -> BlockMask:
     indices = torch.cat([in_front.expand(*mask.kv_indices.shape[:3], -1), mask.kv_indices + blocks], dim=-1)
     full, full_number = mask.full_kv_indices, mask.full_kv_num_blocks
     if full is not None:
-        # As wide as the other list, which the kernel's index arithmetic takes for granted.
+        # As wide as the other list, because the kernel's index arithmetic assumes this.
         full = torch.cat([full + blocks, torch.zeros_like(full[..., :1]).expand(*full.shape[:3], blocks)], dim=-1)
     return BlockMask.from_kv_blocks(
         mask.kv_num_blocks + blocks,

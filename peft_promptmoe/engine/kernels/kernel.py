@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine asks of an attention kernel."""
+"""Description of an attention kernel, as the engine needs it."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Kernel:
     """How prompt rows join the calls of one attention kernel.
 
     Attributes:
-        real: from the mask that the kernel takes, and T, which tokens are text: (B, T); None where nothing is padded.
-        attend: calls the kernel's function with rows.
-        reads_config: whether the function reads the config of the attention layer, which must then be the real one.
-        widest: the widest head that it takes; None for any.
-        adds_mask: whether its mask may hold scores, by which the rows that decoding tokens chose get their gates.
+        real: function of the kernel's mask and T that returns which tokens are text, (B, T), or None without padding.
+        attend: function that calls the kernel with prompt rows.
+        reads_config: whether the kernel reads the attention layer's config, which must then be the real one.
+        widest: largest head width that it supports. None: any.
+        adds_mask: whether its mask may hold scores. In decoding, chosen rows get their gates through the mask.
     """
 
     real: Callable[[Any, int], Tensor | None]
@@ -55,7 +55,7 @@ class Kernel:
 
 
 class PlainModule:
-    """An attention layer as its kernel knows it, with its real config in place of the view."""
+    """An attention layer for its kernel, with the real config instead of the view."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -67,40 +67,40 @@ class PlainModule:
 
 
 CAPPED_TWICE = (
-    "Token routing brings the scores of a token's experts ready, and this kernel would cap them once more. Use "
-    "attn_implementation='eager' or routing='sample' with this model."
+    "With token routing this kernel would cap the scores of chosen experts twice. Use attn_implementation='eager' or "
+    "routing='sample' with this model."
 )
 
 
 def caps_unsaid(module: Any) -> str:
-    """What to say of a layer that caps scores and does not tell its kernel."""
+    """The message about a layer that caps scores without telling its kernel."""
     return (
-        f"{type(module).__name__} caps its attention scores and does not say so to its kernel, so chosen experts "
-        "cannot join them. Use routing='sample' with this model."
+        f"{type(module).__name__} caps its attention scores without telling its kernel, so token routing is not "
+        "possible. Use routing='sample' with this model."
     )
 
 
 def refuse_capped_choice(columns: Columns, cap: float | None) -> None:
-    """Refuse chosen experts where the kernel caps scores and takes no mask that could bring theirs: ValueError."""
+    """Raise ValueError for chosen experts if the kernel caps scores and its mask cannot hold scores."""
     if columns.chosen and cap is not None:
         raise ValueError(CAPPED_TWICE)
 
 
 def check_width(joined: int, width: int, widest: int | None) -> None:
-    """Refuse heads that scores of chosen experts make wider than the kernel takes: ValueError."""
+    """Raise ValueError if the extra features of token routing make heads wider than the kernel supports."""
     if widest is not None and joined > widest:
         raise ValueError(
-            f"Token routing widens heads of {width} to {joined} features, and this kernel takes {widest} at most. "
+            f"Token routing widens heads of {width} to {joined} features, but this kernel supports {widest} at most. "
             "Use attn_implementation='sdpa' or routing='sample' with this model."
         )
 
 
 def with_bias_of_rows(columns: Columns, module: Any, bias: Tensor) -> Tensor:
-    """(B or 1, Hq, T, columns + S) the relative position bias of a call; that of chosen slots is in their score."""
+    """Relative position bias of a call, (B or 1, Hq, T, columns + S). Chosen slots have theirs in their score."""
     if columns.bias is None:
         raise ValueError(
-            f"{type(module).__name__} adds a relative position bias whose table peft_promptmoe cannot find, so the "
-            "prompt rows have no bias. This architecture is not supported."
+            f"{type(module).__name__} adds a relative position bias, but its table was not found, so prompt rows "
+            "would have no bias. This architecture is not supported."
         )
     of_rows = F.pad(columns.bias.to(bias.dtype), (len(columns.chosen), 0))
     common = max(bias.shape[0], of_rows.shape[0])

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen models beside the base model: what a config says of them, where they come from, how they are read."""
+"""The further experts: their records in the config, where they are loaded from, and how they are run."""

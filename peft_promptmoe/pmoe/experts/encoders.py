@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a folder to an encoder: native classes, safetensors, never remote code.
+"""Loads an encoder from a folder: only the libraries' own classes and safetensors, never remote code.
 
-A folder may come from a stranger. Its config.json is reduced to what describes the architecture before a library sees
-it, and the encoder is first built without memory, so that all that can be said without its weights is checked first.
+A folder may be untrusted. Its config.json is reduced to the entries that describe the architecture before a library
+reads it. The encoder is first built on the meta device, so that everything is checked that needs no weights.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ NOT_PRETRAINED = ("custom_load", "file", "hf_hub_filename", "hf_hub_id", "source
 
 
 def build_skeleton(source: Source, record: ExpertRecord | None) -> nn.Module:
-    """The encoder without memory, on the meta device, as config.json describes it.
+    """Build the encoder on the meta device (without memory), as config.json describes it.
 
     Raises:
-        ValueError: it is no image model, or already its config.json is not that of the recorded expert.
+        ValueError: it is no image model, or its config.json differs from the recorded expert.
     """
     _check_kind(source, record)
     _check_numbers(source, record)
@@ -93,10 +93,10 @@ def build_skeleton(source: Source, record: ExpertRecord | None) -> nn.Module:
 
 @skip_init_on_device
 def load_encoder(source: Source) -> nn.Module:
-    """The encoder with its weights, in evaluation mode. PEFT may load adapters without memory; experts never are.
+    """Load the encoder with its weights, in evaluation mode. Experts are never left on the meta device.
 
     Raises:
-        ValueError: the files do not hold all of its weights.
+        ValueError: the files lack some of its weights.
     """
     if source.is_timm:
         # Its random weights are overwritten; prompts begin the same with and without an expert to be loaded.
@@ -118,28 +118,28 @@ def load_encoder(source: Source) -> nn.Module:
     if missing := sorted(set(missing) & set(read_tensors(encoder))):
         raise ValueError(
             f"The weights of expert {source.name!r} lack {len(missing)} of its tensors, among them {missing[0]!r}: "
-            "they are not those of the model that its config.json describes."
+            "they do not belong to the model that its config.json describes."
         )
     return encoder.eval()
 
 
 def _check_kind(source: Source, record: ExpertRecord | None) -> None:
-    """Refuse what is no plain vision transformer, or another than the recorded one, before anything is built."""
+    """Raise ValueError if it is no plain vision transformer, or another one than recorded. Builds nothing."""
     kind = source.settings["architecture" if source.is_timm else "model_type"]
     if not source.is_timm and kind not in PLAIN:
         raise ValueError(
             f"Expert {source.name!r} is a {kind}. Experts that are loaded by name are plain vision transformers: "
-            f"{', '.join(PLAIN)}, or timm's. If it is one, load it yourself and hand over the module."
+            f"{', '.join(PLAIN)}, or timm's. If it is one of these, load it yourself and pass the module."
         )
     if record is not None and record.type not in (kind, f"{kind}_vision_model"):
         raise ValueError(
-            f"Expert {source.name!r} is a {kind!r:.80}, and the adapter was trained with {record.name!r} of type "
-            f"{record.type}. Give it the expert that it was trained with."
+            f"Expert {source.name!r} is a {kind!r:.80}, but the adapter was trained with {record.name!r} of type "
+            f"{record.type}. Use the expert that it was trained with."
         )
 
 
 def _check_numbers(source: Source, record: ExpertRecord | None) -> None:
-    """Refuse sizes that are not the recorded ones, or absurd, before anything is built by them."""
+    """Raise ValueError for sizes that differ from the recorded ones or are absurd. Builds nothing."""
     settings = source.settings
     if source.is_timm:
         parts = [settings, settings.get("model_args")]
@@ -150,11 +150,13 @@ def _check_numbers(source: Source, record: ExpertRecord | None) -> None:
             found = part.get(name)
             for value in found if isinstance(found, list) else [found]:
                 if isinstance(value, (int, float)) and not 0 < value <= limit:
-                    raise ValueError(f"Expert {source.name!r} says {name}={value} in config.json, beyond {limit}.")
+                    raise ValueError(
+                        f"Expert {source.name!r} has {name}={value} in config.json, above the limit {limit}."
+                    )
             if record is not None and field and isinstance(found, int) and found != getattr(record, field):
                 raise ValueError(
-                    f"Expert {source.name!r} has {name}={found}, and the adapter was trained with {record.name!r} of "
-                    f"{field} {getattr(record, field)}. Give it the expert that it was trained with."
+                    f"Expert {source.name!r} has {name}={found}, but the adapter was trained with {record.name!r} of "
+                    f"{field} {getattr(record, field)}. Use the expert that it was trained with."
                 )
 
 
@@ -183,7 +185,7 @@ def _reduced(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_pooler(cls: Any) -> dict[str, bool]:
-    """Nobody reads it, and checkpoints of classifiers do not have it."""
+    """Arguments that leave the pooler out: it is not used, and checkpoints of classifiers lack it."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls).parameters else {}
 
 
@@ -210,7 +212,7 @@ def _make_timm(source: Source) -> nn.Module:
 
 
 def _fill_timm(encoder: nn.Module, source: Source) -> list[str]:
-    """Load weights as timm does, converting those of other libraries. Returns the names that the files lack."""
+    """Load weights like timm, which converts those of other libraries. Return the names that the files lack."""
     weights = {
         name.removeprefix("timm_model."): tensor for file in source.files for name, tensor in load_file(file).items()
     }
@@ -222,7 +224,7 @@ def _fill_timm(encoder: nn.Module, source: Source) -> list[str]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of the head that is left unread; what is missing is checked here."""
+    """Silence transformers' report about the unused head. Missing weights are checked here."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

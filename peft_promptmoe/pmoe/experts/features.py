@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running a frozen encoder on images: its pixel format, its feature and its patch tokens."""
+"""Runs a frozen encoder on images: pixel format, feature and patch tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ...models.inspection import parameter_names
 from ...models.patches import Grid, Patches
 
-# Their last hidden state is not what was trained to be read; the pooled output is.
+# Models that were trained to be read at the pooled output, not at the last hidden state.
 POOLED = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -23,13 +23,13 @@ def fit_pixels(
     wanted: tuple[Sequence[float], Sequence[float]] | None,
     size: Grid | None,
 ) -> Tensor:
-    """Pixels as another model wants them.
+    """Convert pixels to the normalisation and size of another model.
 
     Args:
         pixels: (B, channels, rows, columns).
-        incoming: mean and spread by which they are normalised; None if unknown.
-        wanted: mean and spread by which they should be. Where either is unknown the values stay as they are.
-        size: rows and columns to resize to, bilinear with antialiasing; None for as they come.
+        incoming: (mean, std) of their normalisation. None: unknown.
+        wanted: (mean, std) of the normalisation they should have. If one of the two is unknown, values stay unchanged.
+        size: (rows, columns) to resize to, bilinearly with antialiasing. None: no resizing.
     """
     if incoming is not None and wanted is not None and tuple(map(list, incoming)) != tuple(map(list, wanted)):
         mean, std, new_mean, new_std = (
@@ -46,13 +46,13 @@ def encode(encoder: Any, patches: Patches, pixels: Tensor) -> tuple[Tensor, Tens
     """Run an encoder.
 
     Args:
-        encoder: a bare vision transformer of transformers, or one of timm.
-        patches: how it makes tokens.
+        encoder: a vision transformer of transformers without head, or one of timm.
+        patches: its patch embedding.
         pixels: (B, channels, rows, columns).
 
     Returns:
-        (B, D) its feature: what its own head would read in timm; in transformers the class token or, without one, the
-        mean of the patches. (B, N, D) its last patch tokens.
+        Feature (B, D): in timm what the model's own head would read; in transformers the class token or, without one,
+        the mean of the patches. Last patch tokens (B, N, D).
     """
     if hasattr(encoder, "forward_features"):
         tokens = encoder.forward_features(pixels)

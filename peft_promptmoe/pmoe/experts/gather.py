@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The further experts of pMoE: frozen encoders, gathered from names and modules and checked before any is touched."""
+"""Gathers pMoE's further experts from names and modules, and checks them before any of them is changed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["Expert", "ExpertRecord", "check_tower", "gather_experts", "pixels_of
 
 @dataclass
 class Expert:
-    """A frozen backbone beside the base model.
+    """A further expert: a frozen backbone next to the base model.
 
     Attributes:
-        record: what the adapter's config says of it.
-        module: the encoder, frozen and in evaluation mode; timm's with its head, which is never read.
-        sites: its attention layers, one of each block, in order.
+        record: description of the expert in the adapter's config.
+        module: the encoder, frozen and in evaluation mode. A timm model keeps its head, which is not used.
+        sites: its attention layers, one per block, in order.
     """
 
     record: ExpertRecord
@@ -44,12 +44,12 @@ class Expert:
 
 @dataclass
 class _Candidate:
-    """An expert on its way.
+    """An expert that is still being checked.
 
     Attributes:
-        expert: of a name, on the meta device until everything about it has been checked.
-        source: its folder; None for a module that was handed over.
-        stored: what the adapter's config says of it.
+        expert: the expert. One given by name is on the meta device until everything is checked.
+        source: its folder. None: a module was passed in.
+        stored: its record in the adapter's config, if there is one.
     """
 
     expert: Expert
@@ -69,16 +69,16 @@ def gather_experts(
     """Load and check the further experts of one adapter.
 
     Args:
-        asked: names or modules. A name is a local folder, or a Hub id, with "@revision" or without.
-        records: what a stored config says of them, one for each; None for a config of the user's own call.
+        asked: names or modules. A name is a local folder or a Hub id, with or without "@revision".
+        records: one record per expert from a saved config. None: the config was made by the user.
         stored: whether the names come from a file. Such names load from local folders and the local Hub cache only.
-        download: whether a stored name may be downloaded, at its recorded revision.
-        known: experts that are in the model already, by key; they are used again.
+        download: whether a saved name may be downloaded, at its recorded revision.
+        known: experts already in the model, by key. They are used again.
         base: the base model.
 
     Returns:
-        The experts as asked for; one that is in the model already has the module that is there and a record of its
-        own, for adapters may want other pixels of it. None is touched yet: see `freeze`.
+        The experts in the order of `asked`. An expert already in the model keeps its module and gets its own record,
+        because adapters may use it with different pixels. None of them is changed yet: see `freeze`.
 
     Raises:
         ValueError, TypeError: an expert may not be loaded, is no plain vision transformer, is listed twice, or is not
@@ -108,14 +108,14 @@ def _read_records(
     if records is None:
         if stored and asked:
             raise ValueError(
-                "The stored config names experts and does not record what they were (expert_records), so nobody can "
-                "tell whether they are the ones it was trained with. Make a new PMoEConfig in your own code."
+                "The saved config names experts but has no expert_records, so they cannot be compared with the "
+                "experts it was trained with. Make a new PMoEConfig in your own code."
             )
         return [None] * len(asked)
     if len(records) != len(asked):
         raise ValueError(
-            f"The adapter was trained with {len(records)} further experts and is given {len(asked)}. Give it the same "
-            "ones in the same order."
+            f"The adapter was trained with {len(records)} further experts, but got {len(asked)}. Pass the same "
+            "experts in the same order."
         )
     return [ExpertRecord.from_dict(record) for record in records]
 
@@ -143,7 +143,7 @@ def _check_different(experts: Sequence[Expert]) -> None:
 def _find(
     item: str | nn.Module, record: ExpertRecord | None, *, stored: bool, download: bool, known: Mapping[str, Expert]
 ) -> Expert | _Candidate:
-    """An expert that is in the model already, or what can be said of a new one without reading its weights."""
+    """An expert already in the model, or a candidate for a new one, without reading its weights."""
     name = _name_of(item)
     if isinstance(item, str) and stored:
         check_stored_name(item)
@@ -174,7 +174,7 @@ def _find(
 
 
 def _again(expert: Expert, about: ExpertRecord, record: ExpertRecord | None) -> Expert:
-    """An expert of the model for one more adapter, whose record is what a file says of it or what it says itself."""
+    """An expert of the model for one more adapter, with the record from a file or else from the expert itself."""
     about = replace(about, weights=expert.record.weights, quantised=expert.record.quantised)
     if record is None:
         return replace(expert, record=about)
@@ -182,26 +182,25 @@ def _again(expert: Expert, about: ExpertRecord, record: ExpertRecord | None) -> 
     check_weights(about, record)
     if record.key != expert.key:
         raise ValueError(
-            f"Expert {record.name!r} is quantised, in another way than the model's own. Load the adapter into a model "
-            "of its own."
+            f"Expert {record.name!r} is quantised in another way than the same expert in this model. Load the "
+            "adapter into a separate model."
         )
     return replace(expert, record=record)
 
 
 def _as_known(expert: Expert, known: Mapping[str, Expert]) -> Expert:
-    """With the module that is in the model already, if it is the same.
+    """The expert with the module already in the model, if it is the same expert.
 
     Raises:
-        ValueError: this cannot be told.
+        ValueError: it cannot be decided whether they are the same.
     """
     there = known.get(expert.key)
     if there is None or there.module is expert.module:
         return expert
     if not is_told_apart(expert.record):
         raise ValueError(
-            f"Expert {expert.record.name!r} and one of the model's own have weights whose values cannot "
-            "be read (quantised ones), so nobody can say whether they are the same. Hand over the same module "
-            "again, or use another model."
+            f"Expert {expert.record.name!r} and an expert of the model have weights that cannot be read "
+            "(quantised), so they cannot be compared. Pass the same module again, or use another model."
         )
     return replace(there, record=expert.record)
 
@@ -211,24 +210,24 @@ def _name_of(item: str | nn.Module) -> str:
 
 
 def _check_apart(new: Iterable[_Candidate], base: nn.Module) -> None:
-    """No two experts share a module, nor any with the base model: prompts of one would enter the other."""
+    """Raise ValueError if experts share modules with each other or with the base model: prompts would mix."""
     owners = {id(module): "the base model" for module in base.modules()}
     for item in new:
         name, modules = item.expert.record.name, [id(module) for module in item.expert.module.modules()]
         for module in modules:
             if module in owners:
                 raise ValueError(
-                    f"Expert {name!r} is, or shares modules with, {owners[module]}. The base model is an expert "
-                    "already; list every further one once."
+                    f"Expert {name!r} is, or shares modules with, {owners[module]}. The base model is already an "
+                    "expert. List every further expert once."
                 )
         owners.update(dict.fromkeys(modules, f"expert {name!r}"))
 
 
 def _announce(new: Iterable[_Candidate], base: nn.Module) -> None:
-    """Say what the experts weigh before memory is given to them.
+    """Log the size of the experts before memory is allocated for them.
 
     Raises:
-        ValueError: the files of one hold fewer values than its config.json describes.
+        ValueError: an expert's files hold fewer values than its config.json describes.
     """
     parts, total = [], (0, 0)
     for item in new:
@@ -238,8 +237,8 @@ def _announce(new: Iterable[_Candidate], base: nn.Module) -> None:
             values, bytes_stored = stored_size(item.source)
             if values < count:
                 raise ValueError(
-                    f"The weights of expert {item.source.name!r} are {values:,} numbers, and config.json describes a "
-                    f"model of {count:,}. The folder is damaged, or not one model's."
+                    f"The weights of expert {item.source.name!r} are {values:,} numbers, but config.json describes a "
+                    f"model with {count:,}. The folder is damaged, or holds files of several models."
                 )
             size = round(count * bytes_stored / values)
         parts.append(f"{item.expert.record.name} {_weight(count, size)}")
@@ -258,7 +257,7 @@ def _weight(count: int, size: int, noun: str = " parameters") -> str:
 
 
 def _complete(item: _Candidate, base: nn.Module) -> None:
-    """Load what is to be loaded and compare the weights with those that the adapter was trained with."""
+    """Load the expert if necessary, and compare its weights with those that the adapter was trained with."""
     expert = item.expert
     if item.source is not None:
         expert.module = load_encoder(item.source).to(_device(base))
@@ -268,19 +267,19 @@ def _complete(item: _Candidate, base: nn.Module) -> None:
     expert.record = replace(expert.record, weights=weights, quantised=quantised)
     if item.stored is not None:
         check_weights(expert.record, item.stored)
-        # Names in the adapter's file, and pixels as in training, follow the record.
+        # The record decides names in the adapter file and pixels, so that both are as in training.
         expert.record = item.stored
 
 
 def _device(base: nn.Module) -> torch.device:
-    """Where an expert that was loaded joins the base model."""
+    """The device of the base model, to which loaded experts are moved."""
     devices = {parameter.device for parameter in base.parameters() if not parameter.is_meta}
     return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
 
 def freeze(encoder: Any) -> None:
-    """Make a module that was handed over an expert: frozen, in evaluation mode, all its patches seen."""
+    """Turn a module into an expert: frozen, in evaluation mode, without patch masking."""
     encoder.requires_grad_(False)
     encoder.eval()
     if isinstance(encoder, PreTrainedModel) and hasattr(encoder.config, "mask_ratio"):
-        encoder.config.mask_ratio = 0.0  # ViT-MAE hides patches also in evaluation mode
+        encoder.config.mask_ratio = 0.0  # ViT-MAE masks patches in evaluation mode, too

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an expert is the one that an adapter was trained with."""
+"""Checks whether an expert is the one that an adapter was trained with."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import warnings
 from .records import ExpertRecord
 from .sources import HAND_OVER
 
-# What must be the same of an expert when an adapter comes back to it.
+# Fields of a record that must be equal when an adapter is loaded.
 COMPARED = ("library", "type", "width", "depth", "patch", "size")
 
 
 def is_told_apart(record: ExpertRecord) -> bool:
-    """Whether a hash tells this expert from others of its type."""
+    """Whether the record has a hash that identifies this expert among others of its type."""
     return record.weights is not None or record.quantised is not None
 
 
 def compare(found: ExpertRecord, stored: ExpertRecord) -> None:
-    """Raise ValueError where an expert is of another type or size than the one in the adapter's config."""
+    """Raise ValueError if an expert has another type or size than the one in the adapter's config."""
     for field in COMPARED:
         new, old = getattr(found, field), getattr(stored, field)
         if new != old:
             raise ValueError(
                 f"Expert {found.name!r} is not the one that the adapter was trained with, {stored.name!r}: its "
-                f"{field} is {new} and was {old}. Give it the expert that it was trained with."
+                f"{field} is {new} but was {old}. Use the expert that it was trained with."
             )
 
 
 def check_weights(found: ExpertRecord, stored: ExpertRecord) -> None:
-    """Raise ValueError where an expert's weights are others than those the adapter was trained with.
+    """Raise ValueError if an expert has other weights than the adapter was trained with.
 
-    Weights that cannot be compared get a warning.
+    If the weights cannot be compared, there is a warning instead.
     """
     if found.weights is None or stored.weights is None:
         if found.quantised is None or found.quantised != stored.quantised:
@@ -43,6 +43,6 @@ def check_weights(found: ExpertRecord, stored: ExpertRecord) -> None:
     elif found.weights != stored.weights:
         raise ValueError(
             f"Expert {found.name!r} is not the one that the adapter was trained with, {stored.name!r}: its weights "
-            f"are others (hash {found.weights[:12]}, recorded {stored.weights[:12]}; a cast to float16 changes them, "
-            f"too). Give it the weights that it was trained with; {HAND_OVER}."
+            f"differ (hash {found.weights[:12]}, recorded {stored.weights[:12]}; a cast to float16 also changes "
+            f"them). Use the weights that it was trained with: {HAND_OVER}."
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records of experts in an adapter's config, and how they are read from a model."""
+"""Records of experts in an adapter's config: their format, and how they are made from a model."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ Pixels = tuple[list[float] | None, list[float] | None]
 
 @dataclass(frozen=True)
 class ExpertRecord:
-    """What an adapter's config says of one expert, in plain JSON values.
+    """Description of one expert in an adapter's config, in plain JSON values.
 
     Attributes:
-        name: as the user gave it; of a module that was handed over, its class.
-        revision: commit on the Hub; None for folders and modules.
+        name: name that the user gave. For a module that was passed in, its class.
+        revision: commit on the Hub. None for folders and modules.
         library: "transformers" or "timm".
-        type: `model_type` of transformers, architecture of timm.
-        width: `D_k`.
-        depth: `L_k`, blocks.
-        patch: rows and columns of pixels in a patch.
-        weights: hash of the weights (`hash_weights`); None where they cannot be compared.
-        quantised: hash of the bytes of quantised weights (`hash_bytes`), by which experts are told apart.
-        mean, std: normalisation of the pixels it wants, by channel; None if unknown.
-        size: rows and columns of pixels it must get; None where it takes images as they come.
+        type: `model_type` in transformers, or architecture in timm.
+        width: width `D_k`.
+        depth: number of blocks `L_k`.
+        patch: size of a patch in pixels, (rows, columns).
+        weights: hash of the weights (`hash_weights`). None if they cannot be compared.
+        quantised: hash of the bytes of quantised weights (`hash_bytes`), to tell experts apart.
+        mean, std: pixel normalisation that the expert needs, per channel. None if unknown.
+        size: image size that the expert needs in pixels, (rows, columns). None: it takes any size.
     """
 
     name: str
@@ -63,10 +63,10 @@ class ExpertRecord:
 
     @classmethod
     def from_dict(cls, stored: Any) -> ExpertRecord:
-        """Read a record of a stored config.
+        """Read a record from a saved config.
 
         Raises:
-            TypeError, ValueError: it is none, or says what no expert can be.
+            TypeError, ValueError: it is not a record, or has values that no expert can have.
         """
         if not isinstance(stored, dict):
             raise TypeError(f"expert_records must hold a dict for every expert, got {stored!r:.80}.")
@@ -125,22 +125,22 @@ def _checked_pixels(mean: Any, std: Any) -> Pixels:
         for value in values:
             check_number(f"{name} of an expert", value, 0.0 if name == "std" else -1e6, 1e6, open_low=name == "std")
     if len(mean) != len(std):
-        raise ValueError("mean and std of an expert must have as many channels as each other.")
+        raise ValueError("mean and std of an expert must have the same number of channels.")
     return [float(value) for value in mean], [float(value) for value in std]
 
 
-# -- what a model says of itself --------------------------------------------------------------------------------------
+# -- records from models ----------------------------------------------------------------------------------------------
 
 
 def describe(name: str, revision: str | None, encoder: nn.Module, sites: list[Site], pixels: Pixels) -> ExpertRecord:
-    """The record of an encoder, of its weights nothing; also for one on the meta device.
+    """Make the record of an encoder, without hashes of weights. Also works on the meta device.
 
     Args:
-        name: as the user gave it.
+        name: name that the user gave.
         revision: commit on the Hub.
-        encoder: bare encoder.
+        encoder: the encoder without head.
         sites: its attention layers, checked by `check_tower`.
-        pixels: mean and spread it wants.
+        pixels: (mean, std) of the normalisation that it needs.
     """
     patches = sites[0].patches
     assert patches is not None
@@ -176,7 +176,7 @@ def _takes_any_size(encoder: nn.Module, kind: str) -> bool:
 def read_tensors(encoder: Any) -> dict[str, Tensor]:
     """The parameters and floating-point buffers that an encoder's feature depends on, by name.
 
-    Heads and poolers are left out: they are never read, and one and the same checkpoint is loaded with and without.
+    Heads and poolers are left out: they are not used, and the same checkpoint can be loaded with and without them.
     """
     heads = encoder.get_classifier() if hasattr(encoder, "get_classifier") else ()
     unread = {id(head) for head in (heads if isinstance(heads, tuple) else (heads,))}
@@ -195,14 +195,14 @@ def read_tensors(encoder: Any) -> dict[str, Tensor]:
 
 
 def hash_weights(encoder: nn.Module) -> str | None:
-    """sha256 over names, shapes and values, which are cast to bfloat16 so that copies in fp32 and bf16 agree.
+    """SHA-256 of names, shapes and values. Values are cast to bfloat16, so that copies in fp32 and bf16 agree.
 
     Returns:
-        64 hexadecimal digits; None for quantised or distributed weights, whose values are not at hand.
+        64 hexadecimal digits. None for quantised or distributed weights, whose values cannot be read.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(read_tensors(encoder).items()):
-        # An eight-bit float is a value only together with a scale kept elsewhere.
+        # An 8-bit float has a value only together with its scale, which is stored elsewhere.
         if type(tensor) is not Tensor or not tensor.is_floating_point() or tensor.itemsize < 2:
             return None
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -211,10 +211,10 @@ def hash_weights(encoder: nn.Module) -> str | None:
 
 
 def hash_bytes(encoder: nn.Module) -> str | None:
-    """sha256 over names, shapes and bytes of weights that `hash_weights` has no values of.
+    """SHA-256 of names, shapes and bytes, for weights that `hash_weights` cannot read.
 
     Returns:
-        64 hexadecimal digits; None for weights that are spread over processes or keep their bytes to themselves.
+        64 hexadecimal digits. None for weights that are distributed over processes or whose bytes cannot be read.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(read_tensors(encoder).items()):
@@ -229,16 +229,16 @@ def hash_bytes(encoder: nn.Module) -> str | None:
     return digest.hexdigest()
 
 
-# -- how it wants its pixels ------------------------------------------------------------------------------------------
+# -- pixel normalisation ----------------------------------------------------------------------------------------------
 
 
 def pixels_of(model: Any) -> Pixels:
-    """Mean and spread by which a model wants its pixels normalised, as its processor or timm's data config says.
+    """(mean, std) of the pixel normalisation that a model needs, from its image processor or timm's data config.
 
-    Nothing is downloaded: the processor's file is looked for in the folder the model came from and in the Hub cache.
+    Nothing is downloaded: the processor's file is searched in the model's folder and in the Hub cache.
 
     Returns:
-        By channel; None and None if unknown.
+        Mean and std per channel, or None and None if unknown.
     """
     config = getattr(model, "config", None)
     # A wrapper's config speaks for its checkpoint, the timm model in it for the architecture only.
@@ -259,7 +259,7 @@ def pixels_of(model: Any) -> Pixels:
 
 
 def pixels_in(folder: Path) -> Pixels:
-    """Mean and spread as the `preprocessor_config.json` of a folder has them."""
+    """(mean, std) from the `preprocessor_config.json` of a folder."""
     try:
         found = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -272,7 +272,7 @@ def pixels_in(folder: Path) -> Pixels:
 
 
 def known_pixels(mean: Any, std: Any) -> Pixels:
-    """Mean and spread if they are ones that a record can hold, else None and None."""
+    """(mean, std) if they are valid in a record, else None and None."""
     try:
         found = _checked_pixels(mean, std)
     except (TypeError, ValueError):

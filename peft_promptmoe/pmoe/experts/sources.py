@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an expert's name to a local folder that holds a model and no code."""
+"""Finds the local folder of an expert given by name, and checks that it holds a model and no code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING
 
 from .records import ExpertRecord, Pixels, known_pixels, pixels_in
 
-# What transformers, timm and safetensors raise of files that are damaged or do not fit together.
+# Errors that transformers, timm and safetensors raise for damaged files or files that do not fit together.
 DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -35,7 +35,7 @@ DAMAGE = (
 )
 FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json"]
 HAND_OVER = (
-    "hand the model over: config = PMoEConfig.from_pretrained(adapter); config.experts = [module]; "
+    "pass the model itself: config = PMoEConfig.from_pretrained(adapter); config.experts = [module]; "
     "PeftModel.from_pretrained(base, adapter, config=config)"
 )
 
@@ -45,11 +45,11 @@ class Source:
     """A folder with one model.
 
     Attributes:
-        name: of the expert, as the user gave it.
-        revision: commit on the Hub; None for the user's own folders.
+        name: name of the expert, as the user gave it.
+        revision: commit on the Hub. None for local folders.
         folder: path of the folder.
-        settings: its config.json.
-        files: its safetensors.
+        settings: content of its config.json.
+        files: its safetensors files.
     """
 
     name: str
@@ -64,10 +64,10 @@ class Source:
 
 
 def locate(name: str, record: ExpertRecord | None, *, stored: bool, download: bool) -> tuple[str, str | None]:
-    """Folder and commit of a named expert.
+    """Folder and commit of an expert given by name.
 
     Raises:
-        ValueError: it may not or cannot be got.
+        ValueError: the expert is not available, or may not be downloaded.
     """
     if stored:
         check_stored_name(name)
@@ -77,7 +77,7 @@ def locate(name: str, record: ExpertRecord | None, *, stored: bool, download: bo
     if stored:
         if record is None or record.revision is None or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", repository):
             raise ValueError(
-                f"The adapter's expert {name!r} is no folder here, and no model of the Hub at a recorded revision. "
+                f"The adapter's expert {name!r} is neither a local folder nor a Hub model with a recorded revision. "
                 f"Put it where the config says, or {HAND_OVER}."
             )
         revision = record.revision
@@ -89,29 +89,29 @@ def locate(name: str, record: ExpertRecord | None, *, stored: bool, download: bo
     except (OSError, ValueError) as error:
         if only_cached:
             raise ValueError(
-                f"The adapter's expert {repository!r} is not in the local cache at revision {revision}, and what an "
-                "adapter names is downloaded only if you say so. Set download_experts=True on the loaded config, or "
-                f"{HAND_OVER}."
+                f"The adapter's expert {repository!r} is not in the local cache at revision {revision}. Experts that "
+                "an adapter names are downloaded only with your permission. Set download_experts=True on the loaded "
+                f"config, or {HAND_OVER}."
             ) from error
         raise ValueError(
-            f"Expert {name!r} is no folder here, and the Hub did not give it: {error} Check the name, or hand over a "
-            "module that is loaded."
+            f"Expert {name!r} is not a local folder, and the Hub did not return it: {error} Check the name, or pass a "
+            "loaded module."
         ) from error
     commit = Path(folder).name
     return folder, commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None
 
 
 def check_stored_name(name: str) -> None:
-    """Raise ValueError for names that a stored config has no business with: URLs, network paths, ways upwards."""
+    """Raise ValueError for names that a saved config must not have: URLs, network paths, paths with `..`."""
     if "://" in name or name.startswith(("//", "\\\\")) or ".." in re.split(r"[\\/]", name):
         raise ValueError(
-            f"The adapter names the expert {name!r:.200}, a URL or a path that leads upwards, which no adapter may. "
-            f"If you know the model, {HAND_OVER}."
+            f"The adapter names the expert {name!r:.200}, a URL or a path that leads upwards. Adapters must not "
+            f"name such experts. If you know the model, {HAND_OVER}."
         )
 
 
 def read_folder(name: str, folder: str, revision: str | None) -> Source:
-    """Read what a folder says it holds.
+    """Read config.json and the names of the weight files in a folder.
 
     Raises:
         ValueError: it holds no model that can be loaded safely.
@@ -124,22 +124,22 @@ def read_folder(name: str, folder: str, revision: str | None) -> Source:
     if not isinstance(settings, dict):
         raise ValueError(f"Expert {name!r} has a config.json that describes no model.")
     if (path / "adapter_config.json").exists():
-        # transformers would follow it to another base model.
-        raise ValueError(f"Expert {name!r} is an adapter. Load and merge it yourself, and hand over the module.")
+        # transformers would follow an adapter to its base model.
+        raise ValueError(f"Expert {name!r} is an adapter. Load and merge it yourself, and pass the module.")
     if _has_key(settings, "quantization_config"):
-        raise ValueError(f"Expert {name!r} is quantised. Load it yourself, and hand over the module.")
+        raise ValueError(f"Expert {name!r} is quantised. Load it yourself, and pass the module.")
     kind = settings.get("model_type")
     if "architecture" not in settings and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
         why = "asks for code of its own (auto_map)" if "auto_map" in settings else "names no architecture"
         raise ValueError(
             f"Expert {name!r} {why} that transformers or timm know: model_type is {kind!r:.80}. "
-            "Experts are loaded by these libraries' own classes; load it yourself, and hand over the module."
+            "Experts are loaded with these libraries' own classes only. Load it yourself, and pass the module."
         )
     return Source(name, revision, path, settings, _weight_files(name, path))
 
 
 def _has_key(settings: Any, key: str) -> bool:
-    """Whether the key is anywhere in a config, whose parts have settings of their own."""
+    """Whether the key is anywhere in a config, also in nested settings."""
     return isinstance(settings, dict) and (key in settings or any(_has_key(part, key) for part in settings.values()))
 
 
@@ -152,20 +152,22 @@ def _weight_files(name: str, folder: Path) -> list[Path]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Expert {name!r} has an index of its weights that cannot be read: {error}.") from error
         if not all(isinstance(part, str) and re.fullmatch(r"[\w.\-]+\.safetensors", part) for part in names):
-            raise ValueError(f"Expert {name!r} has an index of weights that names something else than its own files.")
+            raise ValueError(f"Expert {name!r} has an index of weights that names files outside its folder.")
         found = [folder / part for part in names]
     elif len(found) > 1:
-        raise ValueError(f"Expert {name!r} has several weight files and no model.safetensors. Rename the right one.")
+        raise ValueError(
+            f"Expert {name!r} has several weight files but no model.safetensors. Rename the right file to this name."
+        )
     if not found or not all(path.is_file() for path in found):
         raise ValueError(
-            f"Expert {name!r} lacks weights in safetensors, and other files can run code when they are loaded. Save "
-            "the model with save_pretrained first, or load it yourself and hand over the module."
+            f"Expert {name!r} has no weights in safetensors format. Other formats can run code when they are loaded. "
+            "Save the model with save_pretrained first, or load it yourself and pass the module."
         )
     return found
 
 
 def stored_size(source: Source) -> tuple[int, int]:
-    """Values and bytes in the weight files, by their headers.
+    """Numbers of values and bytes in the weight files, from their headers.
 
     Raises:
         ValueError: a file is damaged.
@@ -180,7 +182,7 @@ def stored_size(source: Source) -> tuple[int, int]:
 
 
 def pixels_from(source: Source) -> Pixels:
-    """Mean and spread of the pixels that the model in a folder wants."""
+    """(mean, std) of the pixel normalisation that the model in a folder needs."""
     if source.is_timm:
         known = source.settings.get("pretrained_cfg", source.settings)
         return known_pixels(known.get("mean"), known.get("std")) if isinstance(known, dict) else (None, None)
@@ -189,7 +191,7 @@ def pixels_from(source: Source) -> Pixels:
 
 @contextmanager
 def explained(source: Source) -> Iterator[None]:
-    """Whatever a library says of a folder it cannot use, as one ValueError that names the expert."""
+    """Context manager: turn errors of a library about a folder into one ValueError that names the expert."""
     try:
         yield
     except DAMAGE as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bare encoder in a vision model, and whether prompts can pass through its blocks as tokens."""
+"""Finds the encoder in a vision model, and checks that prompts can pass through its blocks as tokens."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ USE = "Use a plain vision transformer (ViT, DeiT, DINO, DINOv2, MAE, the vision 
 
 
 def find_encoder(model: nn.Module, name: str) -> nn.Module:
-    """The bare encoder in a model: the innermost of transformers' models that embeds patches and attends, or timm's.
+    """Find the encoder in a model: the innermost transformers model with patch embedding and attention, or timm's.
 
     Raises:
-        ValueError: there is none, its weights are not there, or it has an adapter.
+        ValueError: there is none, its weights are on the meta device, or it has an adapter.
     """
     tensors = [*model.parameters(), *model.buffers()]
     if any(tensor.is_meta for tensor in tensors):
-        raise ValueError(f"Expert {name!r} has weights on the meta device. Load them before handing it over.")
+        raise ValueError(f"Expert {name!r} has weights on the meta device. Load them before you pass the model.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(f"Expert {name!r} has an adapter in it. Hand over the model without, or merged.")
+        raise ValueError(
+            f"Expert {name!r} contains an adapter. Pass the model without the adapter, or with it merged."
+        )
     check_no_backbone(model, f"Expert {name!r}")
     found = encoder_within(model, _sites(model, name))
     if found is None:
-        raise ValueError(
-            f"Expert {name!r} is neither a model of transformers nor one of timm. Hand over one of these."
-        )
+        raise ValueError(f"Expert {name!r} is neither a model of transformers nor of timm. Pass one of these.")
     return found
 
 
@@ -43,12 +43,12 @@ def check_free(model: nn.Module, name: str, own: Iterable[nn.Module] = ()) -> No
     """Check that no prompts of another model enter this one.
 
     Args:
-        model: what is to be hooked.
-        name: what to call it.
-        own: prompt layers that may be hooked to it.
+        model: the model that will get hooks.
+        name: its name in messages.
+        own: prompt layers that may already be hooked to it.
 
     Raises:
-        ValueError: it is an expert of another model.
+        ValueError: the model is an expert of another model.
     """
     allowed = {id(layer) for layer in own}
     for module in model.modules():
@@ -56,22 +56,22 @@ def check_free(model: nn.Module, name: str, own: Iterable[nn.Module] = ()) -> No
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, PromptLayer) and id(owner) not in allowed:
                 raise ValueError(
-                    f"{name} is an expert of another model, whose prompts would enter here, too. unload() that model "
-                    "first, or use one that is loaded anew (a deep copy would be hooked as well)."
+                    f"{name} is an expert of another model, and its prompts would enter here, too. unload() that "
+                    "model first, or load this one again (a deep copy keeps the hooks)."
                 )
 
 
 def check_no_backbone(model: nn.Module, name: str) -> None:
-    """Raise ValueError for models that hand out their blocks' inputs, among which prompts would be."""
+    """Raise ValueError for models that return the inputs of their blocks: they would contain prompts."""
     if any(isinstance(module, BackboneMixin) for module in model.modules()):
         raise ValueError(
-            f"{name} is, or holds, a backbone of transformers, which hands out what goes into its blocks, and prompts "
-            "are part of that. Use the plain model (Dinov2Model for Dinov2Backbone), with patch_maps for dense heads."
+            f"{name} is, or contains, a backbone of transformers. It returns the inputs of its blocks, which would "
+            "contain prompts. Use the plain model (Dinov2Model for Dinov2Backbone), with patch_maps for dense heads."
         )
 
 
 def encoder_within(model: nn.Module, sites: Sequence[Site]) -> nn.Module | None:
-    """As `find_encoder`, by the tower's attention layers; None where no model of either library holds them all."""
+    """Find the encoder that contains all attention layers of a tower. None if there is none."""
     wrapped = getattr(model, "timm_model", model)
     if hasattr(wrapped, "forward_features"):
         return wrapped
@@ -114,11 +114,11 @@ def check_tower(sites: list[Site], name: str) -> None:
 
     Args:
         sites: its attention layers.
-        name: of the model, for the message.
+        name: name of the model, for the message.
 
     Raises:
-        ValueError: the tower has several grids or widths, not one attention layer per block, or positions that tokens
-            without a place in the image do not have.
+        ValueError: the tower has several patch grids or widths, not exactly one attention layer per block, or
+            positions (relative biases, rotary embeddings) that prompt tokens cannot have.
     """
     if not sites or any(site.patches is None for site in sites):
         raise ValueError(f"{name!r} has layers that do not attend over one patch grid. {USE}")
@@ -130,12 +130,12 @@ def check_tower(sites: list[Site], name: str) -> None:
         raise ValueError(f"{name!r} does not have one attention layer in each of its blocks. {USE}")
     if any(_is_relative(site) for site in sites):
         raise ValueError(
-            f"{name!r} adds relative position biases to its attention, and prompts as tokens have none. {USE}"
+            f"{name!r} adds relative position biases to its attention, but prompt tokens have none. {USE}"
         )
     if any(_is_rotary(site) for site in sites):
         raise ValueError(
-            f"{name!r} turns all tokens behind its prefix by rotary positions, so prompts cannot pass through it as "
-            f"tokens. {USE}"
+            f"{name!r} applies rotary embeddings to all tokens after its prefix, so prompts cannot pass through it "
+            f"as tokens. {USE}"
         )
 
 
@@ -150,7 +150,7 @@ def _is_relative(site: Site) -> bool:
 
 
 def _is_rotary(site: Site) -> bool:
-    """Whether the tower turns tokens by their place in the row; DINOv3 of transformers counts patches from the end."""
+    """Whether the tower applies rotary embeddings by token index. (transformers' DINOv3 counts from the end.)"""
     if site.patches is None:
         return False
     if site.is_timm:

@@ -111,14 +111,14 @@ def test_a_query_that_nobody_reads_is_refused(case: Case, tokens: int, message: 
 
 def test_lengths_of_another_batch_are_refused(sample: PeftModel) -> None:
     with (
-        pytest.raises(ValueError, match="2 queries, and this batch has 3 rows"),
+        pytest.raises(ValueError, match="got 2 numbers, but this batch has 3 rows"),
         given_query(sample, torch.tensor([1, 2])),
     ):
         sample(input_ids=IDS)
 
 
 def test_labels_of_other_tokens_than_the_layers_are_refused(sample: PeftModel) -> None:
-    with pytest.raises(ValueError, match=r"are of 5 tokens and this layer sees 8.*given_query"):
+    with pytest.raises(ValueError, match=r"have 5 tokens, but this layer sees 8.*given_query"):
         sample.get_base_model().model(input_ids=IDS, labels=torch.full((3, 5), -100))
 
 

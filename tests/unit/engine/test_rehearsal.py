@@ -99,5 +99,5 @@ def test_a_layer_that_breaks_on_rows_alone_is_refused_with_its_own_words(monkeyp
         raise KeyError("where_from")
 
     monkeypatch.setattr(trial, "harvest", broken)
-    with pytest.raises(ValueError, match=r"ends in KeyError \('where_from'\)"):
+    with pytest.raises(ValueError, match=r"raises KeyError \('where_from'\)"):
         attach(model)

@@ -180,5 +180,7 @@ def test_adapters_that_shorten_the_sound_are_left_out_and_named() -> None:
 
 
 def test_input_that_is_turned_before_keys_are_made_of_it_is_refused() -> None:
-    with pytest.raises(ValueError, match="position_embeddings_type='rotary' turns the input"):
+    with pytest.raises(
+        ValueError, match="position_embeddings_type='rotary' applies the rotary embedding to the input"
+    ):
         attach(make("conformer", position_embeddings_type="rotary"))

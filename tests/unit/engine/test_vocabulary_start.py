@@ -281,7 +281,7 @@ def test_models_that_want_more_than_token_ids_start_at_random_and_say_why() -> N
     def wants_boxes(embeddings: nn.Module, args: Any) -> None:
         raise ValueError("Boxes are missing.")
 
-    reason = r"run on token ids alone it ends in ValueError \(Boxes are missing\)"
+    reason = r"on token ids alone it raises ValueError \(Boxes are missing\)"
     for init in ("auto", "sample_vocab"):
         model = base("bert")
         model.embeddings.register_forward_pre_hook(wants_boxes)

@@ -114,7 +114,7 @@ def test_only_the_outer_one_is_taken_apart() -> None:
 def test_a_head_with_weights_beside_a_head_is_refused() -> None:
     inner = Head(head=nn.Linear(2, 2))
     inner.scale = nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match=r"takes every module whose path ends.*'head' and also a part of it"):
+    with pytest.raises(ValueError, match=r"matches every module whose path ends.*'head' and also a part of it"):
         apart(Head(head=inner), ["head"], OWN)
 
 

@@ -55,7 +55,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 def test_packed_rows_are_refused(how: str) -> None:
     model = LLAMA.model()
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"packed rows hold several samples. Use routing='token'"):
+        with pytest.raises(ValueError, match=r"packed with several samples. Use routing='token'"):
             model(input_ids=IDS, **PACKED[how])
         with model.disable_adapter():
             model(input_ids=IDS, **PACKED[how])
@@ -71,7 +71,7 @@ def test_rows_of_one_sample_are_not(how: str) -> None:
 def test_packed_rows_are_refused_where_nothing_is_generated_either() -> None:
     base = LlamaModel(LlamaConfig(**LLAMA.architecture.settings)).eval()
     model = get_peft_model(base, MEPTConfig(task_type="FEATURE_EXTRACTION", routing="sample"))
-    with pytest.raises(ValueError, match="packed rows hold several samples"):
+    with pytest.raises(ValueError, match="packed with several samples"):
         model(input_ids=IDS, **PACKED["positions-start-again"])
 
 
@@ -81,7 +81,7 @@ def test_masks_by_kind_of_layer_are_packed_where_all_of_them_are() -> None:
     chunked = {"full_attention": EARLIER, "sliding_attention": EARLIER & TWO}
     with torch.no_grad():
         model(input_ids=IDS, attention_mask=chunked)
-        with pytest.raises(ValueError, match="packed rows hold several samples"):
+        with pytest.raises(ValueError, match="packed with several samples"):
             model(input_ids=IDS, attention_mask={name: mask & TWO for name, mask in chunked.items()})
 
 
@@ -92,10 +92,10 @@ def test_encoders_are_told_by_masks_and_bounds_but_not_by_positions() -> None:
         model(input_ids=IDS, **PACKED["positions-start-again"])
         model(input_ids=IDS, attention_mask=torch.ones(1, 1, 10, 10, dtype=torch.bool))
         for given in ({"attention_mask": TWO}, PACKED["bounds"]):
-            with pytest.raises(ValueError, match="packed rows hold several samples"):
+            with pytest.raises(ValueError, match="packed with several samples"):
                 model(input_ids=IDS, **given)
 
 
 def test_what_a_decoder_is_given_counts_too() -> None:
-    with torch.no_grad(), pytest.raises(ValueError, match="packed rows hold several samples"):
+    with torch.no_grad(), pytest.raises(ValueError, match="packed with several samples"):
         T5.model()(input_ids=IDS, decoder_input_ids=IDS, decoder_attention_mask=TWO & EARLIER)

@@ -262,7 +262,7 @@ def test_flow_reads_the_backbone_of_a_depth_model_when_told_how() -> None:
     with pytest.raises(ValueError, match="backbone"):
         FlowModel(depth_anything())
     backbone = depth_anything().backbone
-    with pytest.raises(ValueError, match="reshape_hidden_states = True"):
+    with pytest.raises(ValueError, match=r"set backbone\.config\.reshape_hidden_states = True"):
         FlowModel(backbone)
     backbone.config.reshape_hidden_states = True
     assert FlowModel(backbone, levels=[1, 2])(**batch("flow")).flow.shape == (2, 2, 60, 70)

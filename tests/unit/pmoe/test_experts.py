@@ -274,7 +274,7 @@ def test_what_is_not_in_the_cache_is_not_downloaded(hub: Hub) -> None:
     with pytest.raises(ValueError, match=r"(?s)someone/vit.*download_experts=True.*config.experts = \[module\]"):
         gather("someone/vit", records=stored)
     assert [how["local_files_only"] for _, how in hub.calls] == [False, True]
-    with pytest.raises(ValueError, match="the Hub did not give it"):
+    with pytest.raises(ValueError, match="the Hub did not return it"):
         gather("someone/vit")
 
 
@@ -328,7 +328,7 @@ def test_other_weights(given: str, vit_folder: str) -> None:
     stored = records(*gather(vit(seed=1)))
     stored[0]["name"] = "the/one"
     other = vit_folder if given == "name" else vit().train()
-    with pytest.raises(ValueError, match=r"not the one.*the/one.*its weights are others"):
+    with pytest.raises(ValueError, match=r"not the one.*the/one.*its weights differ"):
         gather(other, records=stored)
     if given == "module":
         assert other.training and all(p.requires_grad for p in other.parameters())
@@ -346,11 +346,11 @@ def test_a_module_in_place_of_a_name(hub: Hub) -> None:
 
 def test_numbers_must_agree(vit_folder: str) -> None:
     stored = records(*gather(vit_folder))
-    with pytest.raises(ValueError, match="trained with 1 further experts and is given 2"):
+    with pytest.raises(ValueError, match="trained with 1 further experts, but got 2"):
         gather(vit_folder, vit(seed=1), records=stored)
-    with pytest.raises(ValueError, match="trained with 1 further experts and is given 0"):
+    with pytest.raises(ValueError, match="trained with 1 further experts, but got 0"):
         gather(records=stored)
-    with pytest.raises(ValueError, match="does not record what they were"):
+    with pytest.raises(ValueError, match="has no expert_records"):
         gather(vit_folder, stored=True)
     assert gather(stored=True) == []
 
@@ -491,7 +491,7 @@ def test_weights_that_are_not_there() -> None:
 
 def test_an_expert_with_an_adapter() -> None:
     model = inject_adapter_in_model(LoraConfig(target_modules=["fc1"]), vit())
-    with pytest.raises(ValueError, match="adapter in it"):
+    with pytest.raises(ValueError, match="contains an adapter"):
         gather(model)
 
 
@@ -507,7 +507,7 @@ def test_weights_of_another_model(library: str, tmp_path: Path) -> None:
         gather(str(folder))
     del tensors["elsewhere"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="describes a model of"):
+    with pytest.raises(ValueError, match="describes a model with"):
         gather(str(folder))
 
 

@@ -350,7 +350,7 @@ def test_each_backbone_gets_the_pixels_in_its_own_normalisation_and_size() -> No
 
 def test_a_classifier_called_by_itself_is_refused(pixels: Tensor) -> None:
     model = pmoe(vit())
-    with pytest.raises(RuntimeError, match="outside the model's forward"):
+    with pytest.raises(RuntimeError, match="outside a forward pass of the model"):
         model.base_model.model.classifier(torch.zeros(1, 32))
     with model.disable_adapter():
         model.base_model.model.classifier(torch.zeros(1, 32))
@@ -382,7 +382,7 @@ def test_patch_maps_read_the_prompted_blocks(pixels: Tensor) -> None:
 
 def test_the_report_names_who_decides(pixels: Tensor, tmp_path: Any) -> None:
     model = pmoe(vit(), dinov2(), init_weights=False).eval()
-    with pytest.raises(ValueError, match="run the model once"):
+    with pytest.raises(ValueError, match="Run the model once"):
         routing_report(model)
     logits = model(pixel_values=pixels).logits
     report = routing_report(model)
@@ -588,7 +588,7 @@ def test_reports_of_a_deleted_adapter_are_gone(pixels: Tensor) -> None:
     model.delete_adapter("default")
     model.add_adapter("default", PMoEConfig(experts=[dinov2(), small_timm()], num_virtual_tokens=3))
     model.set_adapter("default")
-    with pytest.raises(ValueError, match="run the model once"):
+    with pytest.raises(ValueError, match="Run the model once"):
         routing_report(model)
     model(pixel_values=pixels)
     assert len(routing_report(model).decided) == 3
@@ -692,18 +692,18 @@ def deep_head() -> nn.Module:
 
 def test_backbones_are_refused() -> None:
     for make in (lambda: pmoe(model=backbone()), lambda: pmoe(backbone())):
-        with pytest.raises(ValueError, match=r"Dinov2Backbone.* is, or holds, a backbone of transformers"):
+        with pytest.raises(ValueError, match=r"Dinov2Backbone.* is, or contains, a backbone of transformers"):
             make()
 
 
 @pytest.mark.parametrize("make", [Wrapped, deep_head])
 def test_experts_need_a_classifier_to_join(make: Any) -> None:
-    with pytest.raises(ValueError, match="join a linear classifier"):
+    with pytest.raises(ValueError, match="needs a linear classifier"):
         pmoe(vit(), model=make())
 
 
 def test_experts_of_other_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match="reads images of 1 channels, and the base model's have 3"):
+    with pytest.raises(ValueError, match="reads images of 1 channels, but the base model reads 3"):
         pmoe(vit(num_channels=1))
 
 

@@ -140,7 +140,7 @@ def timm_windows() -> nn.Module:
             {"backbone_eval": False},
             "drops patches in training",
         ),
-        (lambda: ViTMAEModel(ViTMAEConfig(**SHAPE)), {}, "hides and shuffles patches"),
+        (lambda: ViTMAEModel(ViTMAEConfig(**SHAPE)), {}, "masks and shuffles patches"),
     ],
     ids=["windows", "timm windows", "text", "task", "layers", "embedding", "dropped-patches", "hidden-patches"],
 )

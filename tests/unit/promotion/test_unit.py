@@ -361,7 +361,7 @@ def test_two_adapters_add_what_each_would() -> None:
 
 
 def test_merging_says_what_units_are() -> None:
-    with pytest.raises(ValueError, match="its units add to what blocks put out, and no weight is changed"):
+    with pytest.raises(ValueError, match="its units add to the outputs of blocks, and no weight is changed"):
         adapted().merge_and_unload()
 
 

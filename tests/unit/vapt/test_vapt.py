@@ -700,11 +700,11 @@ def test_masked_autoencoders_keep_their_patches_in_order() -> None:
 
 
 def test_masking_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"hides and shuffles patches.*mask_ratio=0"):
+    with pytest.raises(ValueError, match=r"masks and shuffles patches.*mask_ratio=0"):
         prompted(mae(mask_ratio=0.75))
     model = prompted(mae(mask_ratio=0.0))
     model.config.mask_ratio = 0.75
-    with pytest.raises(ValueError, match=r"hides and shuffles patches.*mask_ratio=0"):
+    with pytest.raises(ValueError, match=r"masks and shuffles patches.*mask_ratio=0"):
         model(images())
     with model.disable_adapter():
         model(images())
