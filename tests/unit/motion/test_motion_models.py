@@ -393,7 +393,7 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"levels": [1, 1]}, "levels"),
     ({"levels": 3}, "levels of flow must list .* got 3"),
     ({"levels": {"flow": "3"}}, "levels of flow must list .* got '3'"),
-    ({"task_weights": [1.0, 1.0]}, "must name its tasks"),
+    ({"task_weights": [1.0, 1.0]}, "must be a dict from tasks"),
     ({"levels": {"pose": [1]}}, "pose"),
     ({"levels": [6]}, "blocks \\[6\\]"),
     ({"decoder_output": "inverse"}, "no depth decoder"),
