@@ -61,13 +61,7 @@ def _levels(
     for task, chosen in asked.items():
         if chosen is None:
             continue
-        is_list = isinstance(chosen, Sequence) and not isinstance(chosen, str)
-        if (
-            not is_list
-            or not chosen
-            or not all(_is_whole(level) and level >= 0 for level in chosen)
-            or len({*chosen}) < len(chosen)
-        ):
+        if not _are_levels(chosen):
             raise ValueError(
                 f"levels of {task} must list one or more different blocks, counted from 0, got {chosen!r}."
             )
@@ -89,19 +83,19 @@ def _is_number(value: Any) -> bool:
 
 
 def check_backbone(backbone: Any) -> None:
-    """Raise TypeError where a backbone is no model, but its name, say."""
+    """Raise TypeError if a backbone is no model, but for example its name."""
     if not isinstance(backbone, nn.Module):
         raise TypeError(
-            f"The backbone is {backbone!r}, and has to be a model: AutoBackbone.from_pretrained(...) or "
+            f"The backbone must be a model, got {backbone!r}. Load it first: AutoBackbone.from_pretrained(...) or "
             "timm.create_model(...)."
         )
 
 
 def check_tensors(**inputs: Any) -> None:
-    """Raise TypeError where an input is given and no tensor."""
+    """Raise TypeError if an input is given and is not a tensor."""
     for name, value in inputs.items():
         if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__} and has to be a tensor: torch.as_tensor(...).")
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}. Convert it: torch.as_tensor(...).")
 
 
 def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor | None) -> None:
@@ -120,8 +114,8 @@ def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor
         )
     elif next_pixels.dtype != pixels.dtype:
         raise ValueError(
-            f"The frames have different types, {pixels.dtype} and {next_pixels.dtype}. Prepare both alike: floating "
-            "point, normalised for the backbone."
+            f"pixel_values and next_pixel_values have different types, {pixels.dtype} and {next_pixels.dtype}. "
+            "Prepare both alike: floating point, normalised for the backbone."
         )
 
 

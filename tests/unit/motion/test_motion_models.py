@@ -370,7 +370,7 @@ def test_inputs_that_mean_something_else_are_refused(case: str) -> None:
 
 def test_inputs_that_are_no_tensors_are_refused() -> None:
     for name, value in batch("joint").items():
-        with pytest.raises(TypeError, match=f"{name} is a ndarray"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got ndarray"):
             MotionModel(dinov2())(**{**INPUTS, name: value.numpy()})
 
 
@@ -391,9 +391,9 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"task_weights": {"flow": -1.0}}, "task_weights"),
     ({"levels": []}, "levels"),
     ({"levels": [1, 1]}, "levels"),
-    ({"levels": 3}, "levels of flow is 3"),
-    ({"levels": {"flow": "3"}}, "levels of flow is '3'"),
-    ({"task_weights": [1.0, 1.0]}, "has to name its tasks"),
+    ({"levels": 3}, "levels of flow must list .* got 3"),
+    ({"levels": {"flow": "3"}}, "levels of flow must list .* got '3'"),
+    ({"task_weights": [1.0, 1.0]}, "must be a dict from tasks"),
     ({"levels": {"pose": [1]}}, "pose"),
     ({"levels": [6]}, "blocks \\[6\\]"),
     ({"decoder_output": "inverse"}, "no depth decoder"),
@@ -446,7 +446,7 @@ def test_backbones_whose_maps_would_be_wrong_are_refused(make: Any, message: str
 
 @pytest.mark.parametrize("backbone", ["facebook/dinov2-small", None])
 def test_a_backbone_that_is_no_model_is_refused(backbone: Any) -> None:
-    with pytest.raises(TypeError, match="has to be a model"):
+    with pytest.raises(TypeError, match="must be a model"):
         FlowModel(backbone)
 
 
