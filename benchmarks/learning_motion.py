@@ -47,7 +47,7 @@ SIZES = {"train": 320, "dev": 48, "test": 80}
 NOISE = (5, 10, 25)  # spread of image noise, of a range of 255
 NOISY = 24  # test pairs that are scored with it
 HEAD_BUDGET = Budget(epochs=6, batch_size=4, bf16=False)
-BUDGET = Budget(epochs=2, batch_size=4, head_lr=1e-3, bf16=False)
+BUDGET = Budget(epochs=2, batch_size=4, head_lr=3e-3, bf16=False)  # the rate at which heads alone do best
 HEAD_RATE = 3e-3
 CLASSES: dict[str, Any] = {"flow": FlowModel, "depth": DepthModel}
 OTHER = {"flow": "depth", "depth": "flow"}

@@ -100,7 +100,7 @@ def take_prototypes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 METHODS = {
-    "head": Method(lambda model, blocks: model, untouched=lambda blocks: blocks[-1] + 1),
+    "head": Method(lambda model, blocks: model, (1e-3, 3e-3, 1e-2), untouched=lambda blocks: blocks[-1] + 1),
     "bottleneck": Method(add_bottlenecks, untouched=lambda blocks: blocks[0] + 1),
     "promotion": promotion(),
     "lora": Method(lora, untouched=lambda blocks: blocks[0]),

@@ -28,7 +28,7 @@ GENERATED = "print(tokenizer.decode(model.generate(**batch, max_new_tokens=20)[0
 
 
 def usage(task_type: str | None, base: BaseModelCard) -> str:
-    """A block that runs after the one that loads; empty for models whose input is not known."""
+    """Code block for the card, to run after the one that loads. Empty if the model's input is not known."""
     one = '"A text like those of the training data."'
     if task_type == "SEQ_CLS":
         then = CLASS.format(batch=1, labels=base.num_labels) + (NAMED if base.class_names else "")
