@@ -25,9 +25,13 @@ NUMBERS = {"width": "hidden size", "depth": "layers", "num_labels": "num_labels"
 
 
 def check_base(config: Any, model: nn.Module) -> None:
-    """At loading, refuse a model of another type. Other differences are found by the checks of tensors."""
+    """At loading, refuse a model of another type, or one whose heads read other blocks.
+
+    Other differences are found by the checks of tensors.
+    """
     if (load := running_load()) is not None:
         check_type(config.base_record, model, config.base_model_name_or_path)
+        check_read_blocks(config.base_record, model)
         if said := remark(config.base_record, model, config.base_model_name_or_path):
             load.remarks.append(said)
 
@@ -48,7 +52,7 @@ def note_base(config: Any, model: nn.Module, paths: list[str]) -> None:
 
 
 def describe_base(model: Any) -> Record:
-    """Type, width, depth and number of classes of a base model, each None if unknown."""
+    """Type, width, depth, number of classes and the blocks that heads read of a base model, each None if unknown."""
     timm = getattr(model, "timm_model", model)
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -61,6 +65,7 @@ def describe_base(model: Any) -> Record:
         "width": _count(getattr(text, "hidden_size", None), getattr(timm, "embed_dim", None)),
         "depth": _count(getattr(text, "num_hidden_layers", None), len(blocks) if hasattr(blocks, "__len__") else None),
         "num_labels": _count(getattr(config, "num_labels", None), getattr(timm, "num_classes", None)),
+        "read_blocks": getattr(model, "read_blocks", None),
         "weights": None,
     }
 
@@ -81,6 +86,9 @@ def check_record(stored: Any) -> None:
     for name in NUMBERS:
         if (value := stored.get(name)) is not None and _count(value) is None:
             raise TypeError(f"{name} in base_record must be an integer, got {value!r:.80}.")
+    blocks = stored.get("read_blocks")
+    if blocks is not None and not (isinstance(blocks, list) and all(_count(block) is not None for block in blocks)):
+        raise TypeError(f"read_blocks in base_record must be a list of integers, got {blocks!r:.80}.")
     if weights is None:
         return
     if not isinstance(weights, dict) or not all(isinstance(item, str) for pair in weights.items() for item in pair):
@@ -108,6 +116,21 @@ def check_type(stored: Record | None, model: nn.Module, name: str | None) -> Non
     raise ValueError(
         f"{_made_for(stored, name)}, but this is a {_summary(found)}. Load it onto the base model it was made for."
     )
+
+
+def check_read_blocks(stored: Record | None, model: nn.Module) -> None:
+    """Refuse a model whose heads read other blocks: their tensors would fit, and the results would be wrong.
+
+    Raises:
+        ValueError: both are known, and they differ.
+    """
+    made_for, found = (stored or {}).get("read_blocks"), describe_base(model)["read_blocks"]
+    if _differ(made_for, found):
+        raise ValueError(
+            f"The adapter was made for a model whose heads read blocks {made_for!r:.200}, but the heads of this "
+            f"{type(model).__name__} read blocks {found}. Create it with the same levels, or with the same "
+            "out_indices of its backbone."
+        )
 
 
 def remark(stored: Record | None, model: nn.Module, name: str | None) -> str | None:

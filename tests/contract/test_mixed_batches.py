@@ -96,7 +96,7 @@ def test_wrong_names_are_refused(case: Case) -> None:
     expected = predict(model, batch)
     for names, message in (
         (["default"] * 2, r"adapter_names has 2 names, but this batch has 3 samples"),
-        (["default", "other", "default"], r"names other, and this model has default"),
+        (["default", "other", "default"], r"names other, but this model has default"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**batch, adapter_names=names)

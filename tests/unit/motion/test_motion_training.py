@@ -110,6 +110,18 @@ def test_an_adapter_comes_back_with_its_heads(kind: str, method: str, tmp_path: 
     assert torch.equal(found.flow, expected.flow) and torch.equal(found.loss, expected.loss)
 
 
+@pytest.mark.parametrize("method", ["vapt", "promotion"])
+def test_an_adapter_is_refused_where_heads_read_other_blocks(method: str, tmp_path: Path) -> None:
+    def flow_model(levels: list[int]) -> FlowModel:
+        return FlowModel(BACKBONES["timm"](), levels=levels)
+
+    config: Any = VAPTConfig(num_virtual_tokens=2) if method == "vapt" else ProMotionConfig(num_prototypes=2)
+    get_peft_model(flow_model([0, 1]), config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(flow_model([0, 1]), tmp_path)
+    with pytest.raises(ValueError, match=r"heads read blocks \[0, 1\], but the heads of this FlowModel read blocks"):
+        PeftModel.from_pretrained(flow_model([1, 2]), tmp_path)
+
+
 def test_auto_peft_model_finds_the_base_it_was_loaded_from(tmp_path: Path) -> None:
     FlowModel(dinov2()).save_pretrained(tmp_path / "base")
     base = FlowModel.from_pretrained(tmp_path / "base")
