@@ -52,7 +52,7 @@ def note_base(config: Any, model: nn.Module, paths: list[str]) -> None:
 
 
 def describe_base(model: Any) -> Record:
-    """Type, width, depth, number of classes and the blocks that heads read of a base model, each None if unknown."""
+    """Type, width, depth and number of classes of a base model, each None if unknown; of one for motion, blocks read."""
     timm = getattr(model, "timm_model", model)
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -65,8 +65,8 @@ def describe_base(model: Any) -> Record:
         "width": _count(getattr(text, "hidden_size", None), getattr(timm, "embed_dim", None)),
         "depth": _count(getattr(text, "num_hidden_layers", None), len(blocks) if hasattr(blocks, "__len__") else None),
         "num_labels": _count(getattr(config, "num_labels", None), getattr(timm, "num_classes", None)),
-        "read_blocks": getattr(model, "read_blocks", None),
         "weights": None,
+        **({"read_blocks": model.read_blocks} if hasattr(model, "read_blocks") else {}),
     }
 
 
@@ -124,7 +124,7 @@ def check_read_blocks(stored: Record | None, model: nn.Module) -> None:
     Raises:
         ValueError: both are known, and they differ.
     """
-    made_for, found = (stored or {}).get("read_blocks"), describe_base(model)["read_blocks"]
+    made_for, found = (stored or {}).get("read_blocks"), describe_base(model).get("read_blocks")
     if _differ(made_for, found):
         raise ValueError(
             f"The adapter was made for a model whose heads read blocks {made_for!r:.200}, but the heads of this "
