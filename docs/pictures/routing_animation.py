@@ -66,7 +66,7 @@ def measured() -> dict[str, Any]:
         model,
         TrainingArguments(
             tempfile.mkdtemp(),
-            learning_rate=3e-3,
+            learning_rate=1e-3,
             lr_scheduler_type="cosine",
             num_train_epochs=1,
             per_device_train_batch_size=BATCH,

@@ -52,7 +52,7 @@ def note_base(config: Any, model: nn.Module, paths: list[str]) -> None:
 
 
 def describe_base(model: Any) -> Record:
-    """Type, width, depth and number of classes of a base model, each None if unknown; of one for motion, blocks read."""
+    """Type, width, depth and number of classes, each None if unknown; of a motion model also the blocks it reads."""
     timm = getattr(model, "timm_model", model)
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
