@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection
 from typing import Any
 
 from .markdown import table
-from .motion_methods import ABLATIONS, METHODS, OWN, SHARED, TRANSFER
+from .motion_methods import OWN, SHARED, TRANSFER
 from .reading import NAMES, results
 
 OWN_NAMES = {"bottleneck": "plain bottleneck adapter", "promotion": "ProMotion", "lora-all": "LoRA r8, all blocks"}
 SCORES = {"flow": "epe", "depth": "abs_rel"}
+SLOW_HEADS = "_slow_heads"  # ends the name of what was run with heads at a third of their best rate
 NOISES = ("noise 5", "noise 10", "noise 25")
 Cell = dict[str, Any]
 
@@ -38,10 +38,10 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}"
 
 
-def learning_motion(task: str, names: Collection[str] = METHODS) -> str:
+def learning_motion(task: str, kind: str = "") -> str:
     """Error of each method, the least first, with its spread over seeds; under image noise; and on real pairs."""
-    score, found = SCORES[task], chosen(f"learning_motion_{task}", task)
-    found = {method: cells for method, cells in found.items() if method in names}
+    score, found = SCORES[task], chosen(f"learning_motion_{task}{kind}", task)
+    found = {method: cells for method, cells in found.items() if method not in TRANSFER}
     real = sorted({pair for _, cells in found.values() for cell in cells for pair in cell["real"]})
     headings = ["method", "seeds", "rates tried", "rate", "trained", "held-out pairs", "over seeds"]
     headings += [f"noise {noise.split()[1]}" for noise in NOISES] + real
@@ -55,11 +55,6 @@ def learning_motion(task: str, names: Collection[str] = METHODS) -> str:
         line += [_real(cells, pair, score) for pair in real]
         rows.append(line)
     return table(headings, rows)
-
-
-def motion_parts(task: str) -> str:
-    """The same of ProMotion with a part left out or changed, beside ProMotion and the plain adapter."""
-    return learning_motion(task, [*ABLATIONS, "promotion", "bottleneck"])
 
 
 def motion_transfer() -> str:
@@ -82,7 +77,8 @@ def motion_assignments() -> str:
     measures = {"entropy": "entropy of use", "margin": "margin", "nearest": "cosine to nearest", "between": "between"}
     rows = []
     for task in SCORES:
-        for method, (_, cells) in chosen(f"learning_motion_{task}", task).items():
+        found = chosen(f"learning_motion_{task}{SLOW_HEADS}", task) | chosen(f"learning_motion_{task}", task)
+        for method, (_, cells) in found.items():
             seen = [cell["assignment"] for cell in cells if "assignment" in cell]
             if not seen or method in TRANSFER:
                 continue
