@@ -175,7 +175,7 @@ def test_unit_scale_changes_nothing_of_what_the_start_does(kind: str, settings: 
 
 
 def test_shared_experts_that_are_added_weigh_a_tenth_in_every_layer() -> None:
-    config = MEPTConfig(num_virtual_tokens=8, routing="sample", start_scale="unit")
+    config = MEPTConfig(num_virtual_tokens=8, routing="sample")  # unit scale is the default
     for layer in prompt_layers(get_peft_model(grown("llama"), config)):
         routed, shared = rows(layer)  # type: ignore[arg-type]
         assert shared is not None
