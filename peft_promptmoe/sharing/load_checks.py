@@ -198,7 +198,10 @@ def classes_differ(trained: int, found: int) -> str:
 
 def _check_tensor(name: str, given: Any, expected: Tensor) -> None:
     if given.dtype != expected.dtype and not {given.dtype, expected.dtype} <= FLOATS:
-        raise ValueError(f"{name!r} has dtype {given.dtype} in the adapter file and {expected.dtype} in the model.")
+        raise ValueError(
+            f"{name!r} has dtype {given.dtype} in the adapter file and {expected.dtype} in the model, and cannot be "
+            "converted. Save the adapter again, in floating point."
+        )
     if tuple(given.shape) != tuple(expected.shape):
         raise ValueError(
             f"{name!r} has shape {tuple(given.shape)} in the adapter file and {tuple(expected.shape)} in the model: "

@@ -63,7 +63,7 @@ BROKEN: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
     "bank_of_nan": (put("promotion_bank", lambda t: t * torch.nan), {}, "not finite"),
     "bank_of_inf": (put("promotion_bank", lambda t: t / 0.0), {}, "not finite"),
     "bank_of_more": (put("promotion_bank", lambda t: t.repeat(2, 1)), {}, r"shape \(6, 8\)"),
-    "bank_of_integers": (put("promotion_bank", lambda t: t.long()), {}, "holds torch.int64"),
+    "bank_of_integers": (put("promotion_bank", lambda t: t.long()), {}, "has dtype torch.int64"),
     "bank_flat": (put("promotion_bank", torch.flatten), {}, r"shape \(24,\)"),
     "two_denoising_steps": (put("subspace", lambda t: t.repeat(2, 1, 1)), {}, r"shape \(2, 8, 8\)"),
     "gain_of_inf": (put("gain", lambda t: t + torch.inf), {}, "not finite"),
