@@ -38,7 +38,7 @@ from harness.records import rounded
 from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step
 from harness.training import Budget, Results, Stopwatch, device_of, prediction_order, train, train_cell
 
-SIZES = {"train": 480, "dev": 240, "test": 600}
+SIZES = {"train": 240, "dev": 120, "test": 300}
 # `initialize_kv_prefix_from_text` starts prefix tuning on one text, which six tasks do not share.
 METHODS = {name: method for name, method in learning_causal.METHODS.items() if name != "prefix"}
 METHODS["mept-centered"] = replace(METHODS["mept-sample"], settings={"router_centering": True})
