@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from harness.claims import claims
 from harness.client_table import clients
-from harness.instructions import TASKS as INSTRUCTIONS
 from harness.markdown import table
 from harness.motion_tables import SLOW_HEADS, learning_motion, motion_assignments, motion_levels, motion_transfer
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
@@ -59,13 +58,14 @@ def deviation(value: float | None) -> str:
     return "" if value is None else f"± {value:.3f}"
 
 
-def learning(name: str, score: str = "test accuracy", tasks: Sequence[str] = ()) -> str:
+def learning(name: str, score: str = "test accuracy", by_task: bool = False) -> str:
     """Score by method, the best first; seconds of a training step; what routers did, where there are any; by task."""
     summary, seconds = results(name)["summary"], results(name).get("step_seconds", {})
     routed = any("load_entropy" in row for row in summary.values())
     bits = any("task_expert_bits" in row for row in summary.values())
+    tasks = sorted({task for row in summary.values() for task in row["by_task"]}) if by_task else []
     headings = ["method", score, "over seeds", "trained", "rate"] + ["a step"] * bool(seconds)
-    headings += ["load entropy"] * routed + ["bits of the task"] * bits + list(tasks)
+    headings += ["load entropy"] * routed + ["bits of the task"] * bits + tasks
     rows = []
     for method, row in sorted(summary.items(), key=lambda item: -item[1]["mean"]):
         line = [NAMES.get(method, method), f"{row['mean']:.3f}", deviation(row["sd"]), f"{row['trainable']:,}"]
@@ -277,7 +277,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "low_data_mnist": lambda: low_data("learning_vision_mnist"),
     "learning_experts": lambda: learning("learning_experts"),
     "learning_causal": lambda: learning("learning_causal", "exact match"),
-    "learning_mixture": lambda: learning("learning_mixture", "exact match", INSTRUCTIONS),
+    "learning_mixture": lambda: learning("learning_mixture", "exact match", by_task=True),
     "learning_motion_flow": lambda: learning_motion("flow"),
     "learning_motion_depth": lambda: learning_motion("depth"),
     "learning_motion_flow_slow_heads": lambda: learning_motion("flow", SLOW_HEADS),
