@@ -82,6 +82,7 @@ FRONT = (
     ("sentiment", "learning_text", "mept-sample"),
     ("four text tasks mixed", "learning_text_mixture", "mept-sample"),
     ("answers of a chat model", "learning_causal", "mept-token"),
+    ("six instructions to a chat model", "learning_mixture", "mept-token"),
     ("CIFAR-10, 1,000 images", "learning_vision_cifar10", "mept-sample"),
     ("MNIST, 1,000 images", "learning_vision_mnist", "mept-sample"),
 )
