@@ -60,18 +60,23 @@ def describe_base(model: Any) -> Record:
     if (known := getattr(timm, "pretrained_cfg", None)) and timm is model:
         kind = known.get("architecture")
     blocks: Any = getattr(timm, "blocks", None)
+    read: Any = getattr(model, "read_blocks", None)  # a model of somebody else may call anything so
     return {
         "type": kind if isinstance(kind, str) else None,
         "width": _count(getattr(text, "hidden_size", None), getattr(timm, "embed_dim", None)),
         "depth": _count(getattr(text, "num_hidden_layers", None), len(blocks) if hasattr(blocks, "__len__") else None),
         "num_labels": _count(getattr(config, "num_labels", None), getattr(timm, "num_classes", None)),
         "weights": None,
-        **({"read_blocks": model.read_blocks} if hasattr(model, "read_blocks") else {}),
+        **({"read_blocks": read} if _are_numbers(read) else {}),
     }
 
 
 def _count(*found: Any) -> int | None:
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _are_numbers(found: Any) -> bool:
+    return isinstance(found, list) and all(_count(value) is not None for value in found)
 
 
 def check_record(stored: Any) -> None:
@@ -87,7 +92,7 @@ def check_record(stored: Any) -> None:
         if (value := stored.get(name)) is not None and _count(value) is None:
             raise TypeError(f"{name} in base_record must be an integer, got {value!r:.80}.")
     blocks = stored.get("read_blocks")
-    if blocks is not None and not (isinstance(blocks, list) and all(_count(block) is not None for block in blocks)):
+    if blocks is not None and not _are_numbers(blocks):
         raise TypeError(f"read_blocks in base_record must be a list of integers, got {blocks!r:.80}.")
     if weights is None:
         return
