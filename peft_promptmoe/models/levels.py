@@ -21,8 +21,8 @@ def read_blocks(model: nn.Module, blocks: list[int]) -> list[int]:
     Returns:
         The numbers in order. If neither is known: every third block, counted back from the last.
     """
-    own = getattr(model, "read_blocks", None)
-    found = sorted(set(put_out(model) if own is None else own) & set(blocks))
+    own = getattr(model, "read_blocks", None)  # a model of somebody else may call anything so
+    found = sorted(set(own if isinstance(own, list) else put_out(model)) & set(blocks))
     return found or sorted(blocks)[::-1][::EVERY][::-1]
 
 

@@ -41,7 +41,6 @@ class Reader:
         patch: size of a patch in pixels, (rows, columns). Images are padded to multiples of it.
         prefix: number of tokens in front of the patches, for hidden states.
         interpolates: whether the forward pass takes `interpolate_pos_encoding=True`, to accept images of any size.
-        only: the one image size that a timm model accepts in pixels, (rows, columns). None: any size.
         widths: channels of each level's map, found by running the backbone once.
         strides: size of each level's cell in pixels, (rows, columns).
     """
@@ -51,7 +50,6 @@ class Reader:
     patch: Grid
     prefix: int = 0
     interpolates: bool = False
-    only: Grid | None = None
     widths: dict[int, int] = field(default_factory=dict)
     strides: dict[int, Grid] = field(default_factory=dict)
 
@@ -94,10 +92,12 @@ class Reader:
         states = [state[:, self.prefix :].transpose(1, 2).unflatten(2, (rows, columns)) for state in states]
         return dict(zip(self.levels, states, strict=True))
 
-    def _check_size(self, backbone: nn.Module, pixels: Tensor) -> None:
-        if self.only is not None and tuple(pixels.shape[-2:]) != self.only:
+    @staticmethod
+    def _check_size(backbone: nn.Module, pixels: Tensor) -> None:
+        only = _only_size(timm_part(backbone))
+        if only is not None and tuple(pixels.shape[-2:]) != only:
             raise ValueError(
-                f"This {type(timm_part(backbone)).__name__} takes images of {self.only[0]} x {self.only[1]} pixels "
+                f"This {type(timm_part(backbone)).__name__} takes images of {only[0]} x {only[1]} pixels "
                 f"only, and these are, in whole patches, {pixels.shape[-2]} x {pixels.shape[-1]}. Resize them, make "
                 "the model with this img_size, or, where it is a vision transformer, with dynamic_img_size=True."
             )
@@ -146,7 +146,6 @@ def make_reader(backbone: nn.Module, levels: dict[str, list[int] | None]) -> tup
         patch=_patch_size(embedding) if embedding is not None else (1, 1),
         prefix=_prefix(backbone, embedding) if kind == "hidden_states" else 0,
         interpolates=kind == "hidden_states" and "interpolate_pos_encoding" in _arguments(backbone),
-        only=_only_size(timm_part(backbone)) if kind == "timm" else None,
     )
     _probe(reader, backbone, embedding)
     return reader, chosen
@@ -270,7 +269,9 @@ def _probe_size(reader: Reader, backbone: nn.Module) -> Grid:
     """Image size for the trial run: a small one if the backbone takes any size, otherwise the backbone's own."""
     small = (PROBE * reader.patch[0], PROBE * reader.patch[1]) if reader.patch != (1, 1) else (224, 224)
     if reader.kind == "timm":
-        return reader.only or small
+        own = getattr(getattr(timm_part(backbone), "patch_embed", None), "img_size", None)
+        fixed = own is not None and not getattr(timm_part(backbone), "dynamic_img_size", False)
+        return tuple(own) if fixed and own is not None else small
     own = next((s for c in _configs(backbone.config) if (s := getattr(c, "image_size", None)) is not None), None)
     if own is None or reader.interpolates or any(hasattr(m, "interpolate_pos_encoding") for m in backbone.modules()):
         return small
@@ -281,5 +282,5 @@ def _only_size(model: nn.Module) -> Grid | None:
     """Pixels of the only images that a model of timm takes; None if it takes any."""
     embedding: Any = getattr(model, "patch_embed", None)
     size = getattr(embedding, "img_size", None)
-    is_free = getattr(model, "dynamic_img_size", False) or not getattr(embedding, "strict_img_size", True)
+    is_free = getattr(model, "dynamic_img_size", False) or not getattr(embedding, "strict_img_size", False)
     return None if size is None or is_free else (size[0], size[1])

@@ -109,8 +109,7 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         if backbone is None:
             backbone = _load_backbone(folder / BACKBONE, stored.get("backbone_library"), model_id)
         model = cls(backbone, **arguments)
-        # assign: copied, half precision would become single, while the backbone keeps its own
-        missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False, assign=True)
+        missing, unexpected = _load_as_stored(model, folder / WEIGHTS)
         missing = [key for key in missing if not key.startswith(f"{BACKBONE}.")]
         if missing or unexpected:
             raise ValueError(
@@ -185,5 +184,20 @@ def _load_backbone(folder: Path, library: str | None, name: str) -> nn.Module:
 
 def _with_weights(backbone: nn.Module, folder: Path) -> nn.Module:
     """A backbone with the weights in a folder, in the precision that they have there, which timm would make single."""
-    backbone.load_state_dict(load_file(folder / WEIGHTS), assign=True)
+    missing, unexpected = _load_as_stored(backbone, folder / WEIGHTS)
+    if missing or unexpected:
+        raise ValueError(f"{folder} does not fit its backbone: missing {missing}, not expected {unexpected}.")
     return backbone
+
+
+def _load_as_stored(model: nn.Module, file: Path) -> Any:
+    """Copy a file's tensors into a model, which takes their precision and keeps its device.
+
+    Returns:
+        Names that are missing in the file, and those that the model does not have.
+    """
+    tensors = load_file(file)
+    for name, own in [*model.named_parameters(), *model.named_buffers()]:
+        if name in tensors:
+            own.data = own.data.to(tensors[name].dtype)
+    return model.load_state_dict(tensors, strict=False)

@@ -31,7 +31,8 @@ def check_base(config: Any, model: nn.Module) -> None:
     """
     if (load := running_load()) is not None:
         check_type(config.base_record, model, config.base_model_name_or_path)
-        check_read_blocks(config.base_record, model)
+        if config.modules_to_save:
+            check_read_blocks(config.base_record, model)
         if said := remark(config.base_record, model, config.base_model_name_or_path):
             load.remarks.append(said)
 
@@ -124,7 +125,7 @@ def check_type(stored: Record | None, model: nn.Module, name: str | None) -> Non
 
 
 def check_read_blocks(stored: Record | None, model: nn.Module) -> None:
-    """Refuse a model whose heads read other blocks: their tensors would fit, and the results would be wrong.
+    """Refuse a model whose heads read other blocks: saved heads would fit, and the results would be wrong.
 
     Raises:
         ValueError: both are known, and they differ.
