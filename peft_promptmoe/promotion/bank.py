@@ -50,8 +50,7 @@ def moved(bank: Tensor, sums: Tensor, momentum: float) -> Tensor:
 
     Args:
         bank: (K, d) prototypes of length one.
-        sums: (K, d) sums of patches, weighted by their assignment. A sum that is zero or not finite leaves its
-            prototype unchanged.
+        sums: (K, d) sums of patches, weighted by assignment. One that is zero or not finite changes nothing.
         momentum: share of the old direction that is kept.
 
     Returns:

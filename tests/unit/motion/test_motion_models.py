@@ -458,6 +458,16 @@ def test_images_of_a_size_that_timm_does_not_take_are_refused(make: Any) -> None
         model(**batch("flow", (60, 70)))
 
 
+def test_images_of_any_size_that_timm_takes_are_taken() -> None:
+    free = timm.create_model("xcit_nano_12_p16_224", img_size=64, depth=3, embed_dim=16, num_heads=2)
+    resized = timm_vit()
+    for backbone, size in ((free, (96, 64)), (resized, (96, 96))):
+        model = FlowModel(backbone)
+        if backbone is resized:
+            resized.set_input_size(img_size=size)
+        assert model(**batch("flow", size)).flow.shape == (2, 2, *size)
+
+
 def test_levels_that_a_model_does_not_have_are_refused() -> None:
     for backbone in (BACKBONES["dinov2"](), timm_vit()):
         with pytest.raises(ValueError, match="blocks 0 to 5"):

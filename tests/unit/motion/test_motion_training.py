@@ -120,6 +120,11 @@ def test_an_adapter_is_refused_where_heads_read_other_blocks(method: str, tmp_pa
     PeftModel.from_pretrained(flow_model([0, 1]), tmp_path)
     with pytest.raises(ValueError, match=r"heads read blocks \[0, 1\], but the heads of this FlowModel read blocks"):
         PeftModel.from_pretrained(flow_model([1, 2]), tmp_path)
+    # without heads there is nothing that could be wrong
+    alone: Any = type(config)(**{"num_virtual_tokens": 2} if method == "vapt" else {"num_prototypes": 2})
+    alone.modules_to_save, alone.layers_to_transform = [], [0, 1]
+    get_peft_model(flow_model([0, 1]), alone).save_pretrained(tmp_path / "alone")
+    PeftModel.from_pretrained(flow_model([1, 2]), tmp_path / "alone")
 
 
 def test_auto_peft_model_finds_the_base_it_was_loaded_from(tmp_path: Path) -> None:

@@ -95,6 +95,15 @@ def test_units_stand_behind_every_third_block_unless_somebody_says() -> None:
     assert blocks_of(get_peft_model(classifier(), every)) == [0, 1, 2]
 
 
+def test_a_method_that_is_called_read_blocks_says_nothing() -> None:
+    class Own(ViTModel):
+        def read_blocks(self) -> None: ...
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4}
+    model = get_peft_model(Own(ViTConfig(image_size=32, patch_size=4, **sizes)), ProMotionConfig(num_prototypes=2))
+    assert model.peft_config["default"].layers_to_transform == [0, 3]
+
+
 def test_units_stand_behind_the_blocks_whose_maps_a_backbone_puts_out() -> None:
     base = backbone()
     base.config.out_features = base._out_features = ["stage1", "stage3"]
