@@ -22,11 +22,11 @@ from .given_query import look_for_query
 from .kernels import find_kernel
 from .kernels.dense import SDPA
 from .kernels.kernel import Kernel
-from .positions import first_position, relative_bias, row_positions, slot_offsets
+from .positions import first_position, row_positions, slot_offsets
 from .projection import project_experts, project_rows
 from .prompt_layer import PROMPT_CALL, PromptLayer, no_call
 from .row_cache import cached_rows, note_keys
-from .rows import Rows, columns_of, decoding_table, gated_columns
+from .rows import Rows, columns_of, decoding_table, gated_columns, place
 from .samples import Given, close_to_others, merge_choices, samples_by_adapter, spread_choice, spread_rows
 from .timm_attention import close_forward, open_forward
 from .transformers_attention import COLUMNS, config_view
@@ -269,20 +269,11 @@ class KeyValueLayer(PromptLayer):
                     rows.experts.table = decoding_table(rows.experts)
         if samples is not None:
             choice = spread_choice(choice, samples, x.shape[0])
-        slots, prefix = config.num_virtual_tokens, config.prompt_positions == "prefix"
         if self.site.own is not None:
-            columns = gated_columns(rows, choice)
-            offsets = slot_offsets(columns.rows, slots, x.device)
-            columns.offsets, columns.first = (offsets if prefix else offsets * 0), rows.first
+            columns, first = gated_columns(rows, choice), rows.first
         else:
             columns = columns_of(rows, choice, kernel.adds_mask)
-            if self.site.bias_owner is not None:
-                offsets = slot_offsets(slots, slots, x.device)
-                bias = relative_bias(self.site, first, offsets if prefix else offsets * 0, x.shape[1])
-                assert bias is not None
-                columns.bias = bias.repeat(1, 1, 1, columns.rows // slots)
-                for chosen in columns.chosen:
-                    chosen.bias = bias
+        place(columns, self.site, config, first, x.shape[1])
         if samples is not None:
             close_to_others(columns, samples, x.shape[0], x.shape[1])
         return columns

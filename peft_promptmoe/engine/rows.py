@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import VirtualTokensConfig
+from ..models.sites import Site
 from ..routing.record import Chosen
 from .chosen_slots import ChosenSlots, Turn
 from .columns import Columns, Slots
+from .positions import relative_bias, slot_offsets
 
 
 @dataclass
@@ -99,6 +102,28 @@ def gated_columns(rows: Rows, choice: Chosen | None) -> Columns:
     gates = choice.log_gates.new_full((*choice.log_gates.shape[:2], choice.of), -torch.inf)
     gates = gates.scatter(-1, choice.experts, choice.log_gates)
     return Columns([Slots(experts.key, experts.value, gates.repeat_interleave(experts.slots, dim=-1)), always])
+
+
+def place(columns: Columns, site: Site, config: VirtualTokensConfig, first: Tensor | None, length: int) -> None:
+    """Add what one attention layer needs to place columns before its text.
+
+    Args:
+        columns: the columns of one adapter in one call.
+        site: the attention layer.
+        config: the adapter's.
+        first: (B,) column of the first real token. None: column 0 for all samples.
+        length: number of queries.
+    """
+    slots, device = config.num_virtual_tokens, columns.slots[0].key.device
+    step = 1 if config.prompt_positions == "prefix" else 0
+    if site.own is not None:
+        columns.offsets, columns.first = slot_offsets(columns.rows, slots, device) * step, first
+    elif site.bias_owner is not None:
+        bias = relative_bias(site, first, slot_offsets(slots, slots, device) * step, length)
+        assert bias is not None
+        columns.bias = bias.repeat(1, 1, 1, columns.rows // slots)
+        for chosen in columns.chosen:
+            chosen.bias = bias
 
 
 def _gathered(experts: Experts, choice: Chosen) -> Slots:
