@@ -3,8 +3,9 @@
 
     python benchmarks/learning_vision.py                          # CIFAR-10
     python benchmarks/learning_vision.py --task mnist
+    python benchmarks/learning_vision.py --epochs 20              # on a longer budget
+    python benchmarks/learning_vision.py --methods vapt vapt-20   # some methods only, also VAPT in other sizes
     python benchmarks/learning_vision.py --low-data               # and with 1, 10 and 30 per cent of the images
-    python benchmarks/learning_vision.py --methods vapt lora      # some methods only
 
 The protocol is VTAB-1k's. Every method gets the same images, epochs, batches and number of learning rates. The rate is
 chosen by training on 800 images and scoring 200 with seed 0; at that rate only, all 1,000 are trained on with seeds 1
@@ -30,10 +31,11 @@ from harness import search, vision_tasks
 from harness.reading import FOLDER
 from harness.search import HEADINGS, line, ranking, run_cell, run_method, spread, time_steps
 from harness.training import Budget, Results, Split, predict, train_cell
-from harness.vision_methods import METHODS, PROMPTS
+from harness.vision_methods import ALL, METHODS, PROMPTS
 
 SIZES = {"cifar10": 98, "mnist": 56}  # pixels, grids of 7 x 7 and 4 x 4 patches
 TEST = 2000
+EPOCHS = 5
 LOW_DATA = ("vpt-deep", "vapt")
 SHARES = (0.01, 0.1, 0.3)
 FEWEST_STEPS = 100  # with few images an epoch is a step or two, and five of them would teach no method anything
@@ -50,7 +52,7 @@ class Bench:
     features: dict[str, vision_tasks.Features] = field(default_factory=dict)
 
     def lrs(self, name: str) -> tuple[float, ...]:
-        return METHODS[name].lrs
+        return ALL[name].lrs
 
     def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
@@ -63,18 +65,21 @@ class Bench:
         torch.manual_seed(seed)
         trained, scored = ("both", "test") if final else ("train", "dev")
         model, data = self.ready(name, trained)
-        held_out = self.images[scored] if METHODS[name].build else self._features(scored)
+        held_out = self.images[scored] if ALL[name].build else self._features(scored)
         budget = self.budget
         if share < 1.0:
-            data = data.select(vision_tasks.subset(data.labels, round(share * len(data)), seed))
+            # As many images while a rate is chosen as at the end; those that choose are others.
+            count = round(share * len(self.images["both"]))
+            data = data.select(vision_tasks.subset(data.labels, count, seed))
             epochs = math.ceil(FEWEST_STEPS / math.ceil(len(data) / budget.batch_size))
             budget = replace(budget, epochs=max(budget.epochs, epochs))
-        cell = train_cell(model, data, lr, seed, budget, f"{name} lr={lr:g} seed={seed} share={share:g}")
+        label = f"{name} lr={lr:g} seed={seed} share={share:g}"
+        cell = train_cell(model, data, lr, seed, budget, label, ALL[name].recipe)
         accuracy = self._accuracy(model, held_out)
         return {**cell, "images": len(data), "epochs": budget.epochs, "accuracy": accuracy}
 
     def ready(self, name: str, split: str = "train") -> tuple[nn.Module, Any]:
-        base, build = self._base(), METHODS[name].build
+        base, build = self._base(), ALL[name].build
         if build is None:
             return vision_tasks.head_alone(base.classifier), self._features(split)
         return build(base, self.size), self.images[split]
@@ -98,13 +103,16 @@ class Bench:
 
 
 def run_low_data(bench: Bench, results: Results, name: str, seeds: list[int]) -> None:
-    """Score a method with few images, at the learning rate that was chosen with all of them."""
+    """Score a method with few images, at the learning rate that is best with as many."""
     row = results.summaries[name]
     curve = {}
     for share in SHARES:
-        cells = [run_cell(bench, results, name, row["lr"], seed, final=True, share=share) for seed in seeds]
-        curve[str(cells[0]["images"])] = spread(cells)
-    curve[str(len(bench.images["both"]))] = {key: row[key] for key in ("test", "mean", "sd")}
+        lrs = bench.lrs(name)
+        dev = {lr: run_cell(bench, results, name, lr, 0, final=False, share=share)["accuracy"] for lr in lrs}
+        best = max(lrs, key=lambda lr: dev[lr])
+        cells = [run_cell(bench, results, name, best, seed, final=True, share=share) for seed in seeds]
+        curve[str(cells[0]["images"])] = spread(cells) | {"lr": best}
+    curve[str(len(bench.images["both"]))] = {key: row[key] for key in ("test", "mean", "sd", "lr")}
     results.data.setdefault("low_data", {})[name] = curve
     results.save()
 
@@ -121,8 +129,8 @@ def print_tables(results: Results) -> None:
 def parse_args() -> argparse.Namespace:
     parser = search.parser(__doc__)
     parser.add_argument("--task", choices=sorted(vision_tasks.TASKS), default="cifar10")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=list(ALL), default=list(METHODS))
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument(
         "--bf16",
         action=argparse.BooleanOptionalAction,
@@ -131,7 +139,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--low-data", action="store_true", help=f"also train {', '.join(LOW_DATA)} on few images")
     parser.add_argument(
-        "--results", type=Path, help="JSON file (default: benchmarks/results/learning_vision_TASK.json)"
+        "--results", type=Path, help="JSON file (default: benchmarks/results/learning_vision_TASK[_N_epochs].json)"
     )
     return parser.parse_args()
 
@@ -149,7 +157,8 @@ def main(args: argparse.Namespace) -> None:
         "prompts": PROMPTS,
         "budget": asdict(budget),
     }
-    results = Results(args.results or FOLDER / f"learning_vision_{args.task}.json", settings)
+    suffix = "" if args.epochs == EPOCHS else f"_{args.epochs}_epochs"
+    results = Results(args.results or FOLDER / f"learning_vision_{args.task}{suffix}.json", settings)
     if args.times:
         time_steps(bench, results, args.methods)
         return

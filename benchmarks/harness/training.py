@@ -35,6 +35,17 @@ class Split(Protocol):
         """The model's inputs, and `labels`."""
 
 
+class Recipe(Protocol):
+    """How trained tensors are moved, where a method is compared with a recipe of its own."""
+
+    def optimizer(self, model: nn.Module, lr: float, budget: "Budget") -> torch.optim.Optimizer: ...
+
+    def factor(self, step: int, steps: int, budget: "Budget") -> float:
+        """Share of the learning rate in a step."""
+
+    clip: float  # of the gradients' norm
+
+
 @dataclass(frozen=True)
 class Budget:
     """What every method gets alike."""
@@ -74,12 +85,29 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float) -> list[dict[s
     return [{"params": method, "lr": lr}, {"params": head, "lr": head_lr}]
 
 
-def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, label: str) -> float:
+class AdamW:
+    """The recipe of every comparison: AdamW, a head at its own rate, a linear rise and fall."""
+
+    clip = 1.0
+
+    def optimizer(self, model: nn.Module, lr: float, budget: Budget) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameter_groups(model, lr, budget.head_lr), weight_decay=0.0)
+
+    def factor(self, step: int, steps: int, budget: Budget) -> float:
+        return _linear(step, steps, budget.warmup)
+
+
+ADAMW = AdamW()
+
+
+def train(
+    model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, label: str, recipe: Recipe = ADAMW
+) -> float:
     """Train what is trainable in `model` and return the mean loss of the last 50 steps."""
     generator = torch.Generator().manual_seed(seed)
     steps = math.ceil(len(data) / budget.batch_size) * budget.epochs
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr, budget.head_lr), weight_decay=0.0)
-    schedule = LambdaLR(optimizer, lambda step: _linear(step, steps, budget.warmup))
+    optimizer = recipe.optimizer(model, lr, budget)
+    schedule = LambdaLR(optimizer, lambda step: recipe.factor(step, steps, budget))
     trainable = [p for p in model.parameters() if p.requires_grad]
     device = device_of(model)
     losses: list[Tensor] = []  # on the device, which a step need not wait for
@@ -90,7 +118,7 @@ def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, l
         with budget.autocast(device):
             loss = model(**batch).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(trainable, 1.0)
+        nn.utils.clip_grad_norm_(trainable, recipe.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -98,10 +126,12 @@ def train(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, l
     return torch.stack(losses[-50:]).double().mean().item()
 
 
-def train_cell(model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, label: str) -> dict[str, Any]:
+def train_cell(
+    model: nn.Module, data: Split, lr: float, seed: int, budget: Budget, label: str, recipe: Recipe = ADAMW
+) -> dict[str, Any]:
     """Train as `train` does, and return what a cell keeps of it."""
     with Stopwatch() as watch:
-        loss = train(model, data, lr, seed, budget, label)
+        loss = train(model, data, lr, seed, budget, label, recipe)
     return {
         "train_loss": round(loss, 4),
         "train_seconds": round(watch.seconds, 1),
