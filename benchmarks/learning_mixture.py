@@ -8,8 +8,9 @@
 SmolLM2-135M-Instruct forms questions, negates, writes past tenses and plurals, sorts words and judges reviews
 (`harness/instructions.py`); a greedy answer counts if it is exactly right. Methods, rates and the way a rate is chosen
 are those of `learning_causal.py`, besides centred routers. With `--sequence` every task is trained by itself, in the
-order of the list, with its share of texts and a schedule of its own; the score is the mean over all tasks after the
-last one, and `after` holds every task's score after each. Finished cells are kept in the JSON file.
+order of the list, with its share of texts and a schedule of its own, at the rate that was chosen for all tasks
+together; the score is the mean over all tasks after the last one, and what is forgotten is what a task's own score
+loses from its own training to the end. Finished cells are kept in the JSON file.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import assets
 import learning_causal
 from harness import search
 from harness.instructions import TASKS, Instructed, answered_exactly, splits
-from harness.reading import FOLDER
+from harness.reading import FOLDER, results
 from harness.records import rounded
 from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step
 from harness.training import Budget, Results, Stopwatch, device_of, prediction_order, train, train_cell
@@ -54,7 +55,13 @@ class Bench:
     sequence: bool = False
 
     def lrs(self, name: str) -> tuple[float, ...]:
-        return METHODS[name].lrs
+        """Rates to try; one after the other the one that was best for all tasks together."""
+        if not self.sequence:
+            return METHODS[name].lrs
+        together = results("learning_mixture").get("summary", {})
+        if name not in together:
+            raise SystemExit(f"The rate of {name!r} is not known: run it without --sequence first.")
+        return (together[name]["lr"],)
 
     def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
         """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
@@ -62,28 +69,30 @@ class Bench:
         model, data = self.ready(name)
         split, label = self.texts["test" if final else "dev"], f"{name} lr={lr:g} seed={seed}"
         if self.sequence:
-            return self._one_by_one(model, data, split, lr, seed, label)
-        cell = train_cell(model, data, lr, seed, self.budget, label)
+            cell = self._train_one_by_one(model, data, split, lr, seed, label)
+        else:
+            cell = train_cell(model, data, lr, seed, self.budget, label)
         with Stopwatch() as scoring:
             scores = self.scores(model, split, name.startswith("mept"))
+        if self.sequence:
+            # The last task is not followed by anything that could make it forgotten.
+            lost = statistics.mean(cell["first"][task] - scores["by_task"][task] for task in TASKS[:-1])
+            scores["forgotten"] = round(lost, 5)
         return cell | scores | {"score_seconds": round(scoring.seconds, 1)}
 
-    def _one_by_one(
+    def _train_one_by_one(
         self, model: nn.Module, data: Instructed, split: Instructed, lr: float, seed: int, label: str
     ) -> dict[str, Any]:
-        after = []
+        """What a cell keeps of the training; `first` is each task's own score right after it was trained."""
+        first: dict[str, float] = {}
         with Stopwatch() as watch:
             for task in TASKS:
                 train(model, data.of(task), lr, seed, self.budget, f"{label} {task}")
-                after.append(self.scores(model, split, routed=False)["by_task"])
-        # What a task loses from right after its own training to the end.
-        lost = statistics.mean(after[i][task] - after[-1][task] for i, task in enumerate(TASKS[:-1]))
+                first[task] = round(self.exact(model, split.of(task)).double().mean().item(), 5)
         return {
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "train_seconds": round(watch.seconds, 1),
-            "accuracy": round(statistics.mean(after[-1].values()), 5),
-            "forgotten": round(lost, 5),
-            "after": after,
+            "first": first,
         }
 
     def ready(self, name: str) -> tuple[PeftModel, Instructed]:
@@ -127,8 +136,7 @@ class Bench:
         for measure in ("load_entropy", "task_expert_bits"):
             if measure in cells[0]:
                 row[measure] = rounded(torch.tensor([cell[measure] for cell in cells]).mean(0))
-        by_task = [cell["after"][-1] if self.sequence else cell["by_task"] for cell in cells]
-        row["by_task"] = {task: round(statistics.mean(each[task] for each in by_task), 4) for task in TASKS}
+        row["by_task"] = {task: round(statistics.mean(cell["by_task"][task] for cell in cells), 4) for task in TASKS}
         if self.sequence:
             row["forgotten"] = round(statistics.mean(cell["forgotten"] for cell in cells), 4)
         return row
@@ -159,20 +167,20 @@ def main(args: argparse.Namespace) -> None:
         "texts": sizes,
         "budget": asdict(budget),
     }
-    results = Results(args.results or FOLDER / f"learning_mixture{'_sequence' * args.sequence}.json", settings)
-    if "untrained" not in results.data:
-        results.data["untrained"] = bench.scores(bench.base(), bench.texts["test"], routed=False)
-        results.save()
+    found = Results(args.results or FOLDER / f"learning_mixture{'_sequence' * args.sequence}.json", settings)
+    if "untrained" not in found.data:
+        found.data["untrained"] = bench.scores(bench.base(), bench.texts["test"], routed=False)
+        found.save()
     if args.times:
-        time_steps(bench, results, args.methods)
+        time_steps(bench, found, args.methods)
         return
     for name in args.methods:
-        if admitted(results, name, lambda name=name: training_step(bench, name)()):
-            run_method(bench, results, name, args.seeds)
+        if admitted(found, name, lambda name=name: training_step(bench, name)()):
+            run_method(bench, found, name, args.seeds)
     print(f"\n{HEADINGS}  by task: {', '.join(TASKS)}")
-    for name, row in ranking(results):
+    for name, row in ranking(found):
         print(f"{line(name, row)}  " + " ".join(f"{row['by_task'][task]:.2f}" for task in TASKS))
-    print(f"untrained: {results.data['untrained']['accuracy']:.4f}")
+    print(f"untrained: {found.data['untrained']['accuracy']:.4f}")
 
 
 if __name__ == "__main__":

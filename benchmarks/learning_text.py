@@ -176,15 +176,17 @@ class Bench:
         """Accuracy, by task where there are several; for a routed method also what its routers did, layer by layer.
 
         `load_entropy` is the entropy of the experts' shares: 1 is an even load, 0 one expert that takes all.
-        `task_expert_bits` is the mutual information of task and chosen expert.
+        `task_expert_bits` is the mutual information of task and chosen expert; of one task alone, `class_expert_bits`
+        is that of class and chosen expert.
         """
         if not routed:
             return self._accuracies(predict(model, split, self.budget), split)
-        with record_routing(model, labels=split.tasks[prediction_order(split)]) as record:
+        several = len(self.data.tasks) > 1
+        groups = split.tasks if several else split.labels
+        with record_routing(model, labels=groups[prediction_order(split)]) as record:
             scores = self._accuracies(predict(model, split, self.budget), split)
         scores["load_entropy"] = rounded(record.report().entropy)
-        if len(self.data.tasks) > 1:
-            scores["task_expert_bits"] = rounded(record.mutual_information())
+        scores["task_expert_bits" if several else "class_expert_bits"] = rounded(record.mutual_information())
         return scores
 
     def _accuracies(self, predicted: Tensor, split: text_tasks.Texts) -> dict[str, Any]:
@@ -198,7 +200,7 @@ class Bench:
     def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         """Means over the cells of what routers did and of the accuracy by task."""
         row: dict[str, Any] = {}
-        for measure in ("load_entropy", "task_expert_bits"):
+        for measure in ("load_entropy", "task_expert_bits", "class_expert_bits"):
             if measure in cells[0]:
                 row[measure] = rounded(torch.tensor([cell[measure] for cell in cells]).mean(0))
         if "by_task" in cells[0]:

@@ -58,21 +58,27 @@ def deviation(value: float | None) -> str:
     return "" if value is None else f"± {value:.3f}"
 
 
+# What a summary says of routers, and the headings of it.
+ROUTERS = {
+    "load_entropy": "load entropy",
+    "task_expert_bits": "bits of the task",
+    "class_expert_bits": "bits of the class",
+}
+
+
 def learning(name: str, score: str = "test accuracy", by_task: bool = False) -> str:
     """Score by method, the best first; seconds of a training step; what routers did, where there are any; by task."""
     summary, seconds = results(name)["summary"], results(name).get("step_seconds", {})
-    routed = any("load_entropy" in row for row in summary.values())
-    bits = any("task_expert_bits" in row for row in summary.values())
+    measures = {name: shown for name, shown in ROUTERS.items() if any(name in row for row in summary.values())}
     tasks = sorted({task for row in summary.values() for task in row["by_task"]}) if by_task else []
     headings = ["method", score, "over seeds", "trained", "rate"] + ["a step"] * bool(seconds)
-    headings += ["load entropy"] * routed + ["bits of the task"] * bits + tasks
+    headings += [*measures.values(), *tasks]
     rows = []
     for method, row in sorted(summary.items(), key=lambda item: -item[1]["mean"]):
         line = [NAMES.get(method, method), f"{row['mean']:.3f}", deviation(row["sd"]), f"{row['trainable']:,}"]
         line.append(f"{row['lr']:g}" if row["lr"] else "")
         line += [f"{seconds[method]:.2g} s" if method in seconds else ""] * bool(seconds)
-        for measure, shown in (("load_entropy", routed), ("task_expert_bits", bits)):
-            line += [spread(row[measure]) if measure in row else ""] * shown
+        line += [spread(row[measure]) if measure in row else "" for measure in measures]
         rows.append(line + [f"{row['by_task'][task]:.2f}" for task in tasks])
     return table(headings, rows)
 
