@@ -6,11 +6,12 @@
 
 The images are those of `examples/advanced/digits_on_photos.py`, the backbones DINOv2-S and the two small vision
 transformers that `examples/advanced/small_experts.py` trains. Compared are each backbone alone with a head, with
-VPT-Deep and with VAPT; ensembles of the three (mean of their probabilities); a linear head on the frozen features of
-all; and pMoE with each dispatcher. Every method gets the same images, epochs, batches and learning rates. The rate is
-chosen on the development split with seed 0 and tested with seeds 1 to 3; pMoE's is chosen with its default dispatcher
-and kept for the others. Heads beside prompts train at one fixed rate. Finished cells are kept in the JSON file and not
-run again.
+VPT-Deep and with VAPT; DINOv2-S with LoRA; ensembles of the three (mean of their probabilities); a linear head on the
+frozen features of all; pMoE with each dispatcher; and pMoE without one, but with as many trained parameters as the
+default dispatcher has, in more prompts. Every method gets the same images, epochs, batches and number of learning
+rates. The rate is chosen on the development split with seed 0 and tested with seeds 1 to 3; pMoE's is chosen with its
+default dispatcher and kept for the others. Heads beside prompts train at one fixed rate. Finished cells are kept in
+the JSON file and not run again.
 """
 
 import argparse
@@ -39,11 +40,15 @@ from harness.records import rounded
 from harness.rows import DISPATCHERS
 from harness.search import HEADINGS, cell_key, line, ranking, run_method, time_steps
 from harness.training import Budget, Results, predict_logits, train_cell
+from harness.vision_methods import lora
 from harness.vision_tasks import Classifier, Features, Images, head_alone, pixels_of
 
 PROMPTS = 5  # per block; those of pMoE stay, so its last block has sixty
+WIDE_PROMPTS = 46  # and no dispatcher: as many parameters as five prompts and the default dispatcher
 BACKBONES = ("dinov2", "digits", "photos")
 RATES = (3e-3, 1e-2)
+LORA_RATES = (3e-4, 1e-3)
+WIDE = "pmoe-none-equal"
 METHODS = (
     *(f"{tuner} {backbone}" for tuner in ("head", "vpt-deep", "vapt") for backbone in BACKBONES),
     "head ensemble",
@@ -51,6 +56,8 @@ METHODS = (
     "vapt ensemble",
     "head concat",
     *(f"pmoe-{dispatcher}" for dispatcher in DISPATCHERS),
+    "lora dinov2",
+    WIDE,
 )
 MEAN, STD = (torch.tensor(each)[:, None, None] for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 HALF = torch.full((3, 1, 1), 0.5)
@@ -76,7 +83,9 @@ class Bench:
     def lrs(self, name: str) -> tuple[float, ...]:
         if name.endswith("ensemble"):
             return (0.0,)  # its members' rates are chosen already
-        if name.startswith("pmoe-") and name != "pmoe-token":  # so that nothing but the dispatcher differs
+        if name == "lora dinov2":
+            return LORA_RATES
+        if name.startswith("pmoe-") and name not in ("pmoe-token", WIDE):  # so that nothing but the dispatcher differs
             return (self.results.summaries["pmoe-token"]["lr"],)
         return RATES
 
@@ -131,6 +140,8 @@ class Bench:
         return self._features(of, split) if tuner == "head" else self.images[of or "dinov2"][split]
 
     def _prompted(self, tuner: str, of: str) -> nn.Module:
+        if tuner == "lora":
+            return get_peft_model(backbone(of, len(digits_on_photos.CLASSES)), lora(digits_on_photos.CANVAS))
         static = {"num_static_layers": "all"} if tuner == "vpt-deep" else {}
         size = self.images[of]["test"].pixels.shape[-1]
         return get_peft_model(
@@ -141,8 +152,9 @@ class Bench:
     def _pmoe(self, tuner: str) -> nn.Module:
         config = PMoEConfig(
             experts=[small_experts.digits_expert(), small_experts.photos_expert()],
-            num_virtual_tokens=PROMPTS,
-            dispatcher=tuner.removeprefix("pmoe-"),
+            num_virtual_tokens=WIDE_PROMPTS if tuner == WIDE else PROMPTS,
+            dispatcher="none" if tuner == WIDE else tuner.removeprefix("pmoe-"),
+            carry_prompts=tuner != WIDE,  # carried ones would be over five hundred in the last block
             image_mean=MEAN.flatten().tolist(),
             image_std=STD.flatten().tolist(),
         )

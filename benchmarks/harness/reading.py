@@ -50,6 +50,9 @@ NAMES = {
         )
     },
     **{f"pmoe-{dispatcher}": f'pMoE, `dispatcher="{dispatcher}"`' for dispatcher in DISPATCHERS},
+    "pmoe-none-equal": 'pMoE, `dispatcher="none"`, as large as `"token"`',
+    "pmoe-alone": "pMoE of DINOv2-S alone",
+    "lora dinov2": "LoRA r8 on DINOv2-S",
     "lora_r8": "LoRA r8",
     "prompt_tuning": "PEFT prompt tuning",
     "prefix_tuning": "PEFT prefix tuning",
