@@ -34,6 +34,11 @@ class Method:
     foreign: bool = False
 
 
+def up_to(blocks: list[int]) -> list[int]:
+    """All blocks up to the last one that is read."""
+    return list(range(blocks[-1] + 1))
+
+
 def lora(model: Any, blocks: list[int]) -> nn.Module:
     names = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = LoraConfig(target_modules=names, layers_to_transform=blocks, modules_to_save=model.head_names)
@@ -59,7 +64,7 @@ def promotion(first: int | None = None, foreign: bool = False, **settings: Any) 
 
 def promotion_everywhere(model: Any, blocks: list[int]) -> nn.Module:
     """Units behind every block up to the last one that is read."""
-    config = ProMotionConfig(modules_to_save=model.head_names, layers_to_transform=list(range(blocks[-1] + 1)))
+    config = ProMotionConfig(modules_to_save=model.head_names, layers_to_transform=up_to(blocks))
     return get_peft_model(model, config)
 
 
@@ -102,9 +107,10 @@ def take_prototypes(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 METHODS = {
     "head": Method(lambda model, blocks: model, (1e-3, 3e-3, 1e-2), untouched=lambda blocks: blocks[-1] + 1),
     "bottleneck": Method(add_bottlenecks, untouched=lambda blocks: blocks[0] + 1),
+    "bottleneck-all": Method(lambda model, blocks: add_bottlenecks(model, up_to(blocks)), untouched=lambda blocks: 1),
     "promotion": promotion(),
     "lora": Method(lora, untouched=lambda blocks: blocks[0]),
-    "lora-all": Method(lambda model, blocks: lora(model, list(range(blocks[-1] + 1)))),
+    "lora-all": Method(lambda model, blocks: lora(model, up_to(blocks))),
     "vapt": prompts(),
     "vpt-deep": prompts(num_static_layers="all"),
     "full": Method(lambda model, blocks: model, (1e-5, 3e-5, 1e-4), frozen=False),

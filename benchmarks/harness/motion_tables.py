@@ -10,7 +10,12 @@ from .markdown import table
 from .motion_methods import OWN, SHARED, TRANSFER
 from .reading import NAMES, results
 
-OWN_NAMES = {"bottleneck": "plain bottleneck adapter", "promotion": "ProMotion", "lora-all": "LoRA r8, all blocks"}
+OWN_NAMES = {
+    "bottleneck": "plain bottleneck adapter",
+    "bottleneck-all": "plain bottleneck adapter, all blocks",
+    "promotion": "ProMotion",
+    "lora-all": "LoRA r8, all blocks",
+}
 SCORES = {"flow": "epe", "depth": "abs_rel"}
 SLOW_HEADS = "_slow_heads"  # ends the name of what was run with heads at a third of their best rate
 NOISES = ("noise 5", "noise 10", "noise 25")
