@@ -109,6 +109,7 @@ METHODS = {
     "bottleneck": Method(add_bottlenecks, untouched=lambda blocks: blocks[0] + 1),
     "bottleneck-all": Method(lambda model, blocks: add_bottlenecks(model, up_to(blocks)), untouched=lambda blocks: 1),
     "promotion": promotion(),
+    "promotion-all": Method(promotion_everywhere, untouched=lambda blocks: 1),
     "lora": Method(lora, untouched=lambda blocks: blocks[0]),
     "lora-all": Method(lambda model, blocks: lora(model, up_to(blocks))),
     "vapt": prompts(),
@@ -132,7 +133,7 @@ ABLATIONS = {
         "noise of 0.3": {"noise_std": 0.3},
         "width 64": {"bottleneck_dim": 64},
     }.items()
-} | {"promotion, units behind every block": Method(promotion_everywhere, untouched=lambda blocks: 1)}
+}
 OWN = "units with prototypes of this task"
 TRANSFER = {
     OWN: promotion(SHARED[0], layers_to_transform=SHARED),

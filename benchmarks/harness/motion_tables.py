@@ -14,6 +14,7 @@ OWN_NAMES = {
     "bottleneck": "plain bottleneck adapter",
     "bottleneck-all": "plain bottleneck adapter, all blocks",
     "promotion": "ProMotion",
+    "promotion-all": "ProMotion, all blocks",
     "lora-all": "LoRA r8, all blocks",
 }
 SCORES = {"flow": "epe", "depth": "abs_rel"}
