@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from ..engine.model_hooks import set_frozen_eval
 from ..models.levels import put_out
-from .backbone import make_reader
+from .backbone import first_convolution, make_reader
 from .checkpointing import Checkpointed
 from .checks import check_backbone, check_depth, check_flow, check_frames, check_settings, check_tensors
 from .decoder import DecoderOutput, DepthScale, check_grid, decoder_parts, decoder_reads, predicted_by
@@ -96,9 +96,19 @@ class MotionBase(Saved, Checkpointed, nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(backbone)
-        asked, weights = check_settings(
-            self.tasks, levels, channels, refinements, max_flow, min_depth, max_depth, task_weights, decoder_output
-        )
+        settings: dict[str, Any] = {
+            "levels": levels,
+            "channels": channels,
+            "refinements": refinements,
+            "max_flow": max_flow,
+            "min_depth": min_depth,
+            "max_depth": max_depth,
+            "task_weights": task_weights,
+            "decoder_output": decoder_output,
+            "freeze_backbone": freeze_backbone,
+        }
+        asked, weights = check_settings(self.tasks, **settings)
+        self._settings = {**settings, "levels": {task: read for task, read in asked.items() if read is not None}}
         self.max_flow, self.min_depth, self.max_depth = max_flow, min_depth, max_depth
         self.task_weights = weights
         self.freeze_backbone = freeze_backbone
@@ -134,6 +144,12 @@ class MotionBase(Saved, Checkpointed, nn.Module):
             )
         if output is not None and not self.decoder:
             raise ValueError(f"decoder_output={output!r}, but {name} has no depth decoder of its own. Leave it unset.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make this model again from its backbone, as a file can hold them."""
+        now = {"max_flow": self.max_flow, "task_weights": self.task_weights, "freeze_backbone": self.freeze_backbone}
+        return {**self._settings, **now, "levels": self._settings["levels"] or None}
 
     @property
     def head_names(self) -> list[str]:
@@ -205,9 +221,11 @@ class MotionBase(Saved, Checkpointed, nn.Module):
 
     def _encode(self, pixels: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
         """Feature maps by level, and the prediction of the backbone's own decoder, if there is one."""
+        pixels = pixels.to(first_convolution(self.backbone).weight.dtype)  # as many models of transformers do
         if not self.decoder:
             return self.reader.read(self.backbone, pixels), None
         check_grid(self.backbone, pixels, self.reader.patch)
+        self.reader.check_size(self.backbone, pixels)
         output = self.backbone(pixel_values=pixels, **self.reader.arguments())
         return (self.reader.maps_of(output, pixels) if self.levels else {}), output.predicted_depth
 
