@@ -263,7 +263,8 @@ def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
     keeps the predictions of the whole data set in memory.
 
     Args:
-        metrics: `EndPointError()` for a FlowModel, `DepthError()` for a DepthModel, both for a MotionModel.
+        metrics: `EndPointError()` for a FlowModel, `DepthError()` for a DepthModel, both for a MotionModel, or one of
+            them if the data have labels of one task only and `TrainingArguments.label_names` names those.
 
     Raises:
         TypeError: there are none, or others than these.
@@ -275,10 +276,12 @@ def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
         found, true = prediction.predictions, prediction.label_ids
         found = found if isinstance(found, tuple) else (found,)
         true = true if isinstance(true, tuple) else (true,)
+        if len(found) > len(true):  # a MotionModel predicts depth also where only flow is known
+            found = tuple(each for each in found if each.ndim in {label.ndim for label in true})
         if not len(metrics) == len(found) == len(true):
             raise ValueError(
                 f"{len(metrics)} metrics for {len(found)} predictions and {len(true)} labels. Give trainer_metrics "
-                "one for each task of the model, in the order flow, depth."
+                "one for each kind of label in the data, in the order flow, depth."
             )
         for metric, predictions, references in zip(metrics, found, true, strict=True):
             metric.add_batch(predictions=predictions, references=references)

@@ -102,6 +102,13 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
             )
             folder = Path(found)
         stored = config or {}
+        if not stored and (folder / WEIGHTS).is_file():
+            raise ValueError(
+                f"{model_id!r} has weights, but not the {CONFIG} that save_pretrained writes. A checkpoint of the "
+                "Trainer is such a folder: make the model as for training, and call "
+                f"model.load_state_dict(safetensors.torch.load_file({str(folder / WEIGHTS)!r})). To load it in one "
+                "step next time, save it with trainer.model.save_pretrained(folder)."
+            )
         if stored.get("model_class") != cls.__name__:
             raise ValueError(
                 f"{model_id!r} holds {stored.get('model_class') or 'no model of motion or depth'}, not {cls.__name__}."

@@ -264,5 +264,11 @@ def test_the_trainers_function_reads_one_task_or_two() -> None:
     two = trainer_metrics(EndPointError(), DepthError())
     scores = two(EvalPrediction((true_flow, 2 * true_depth), (true_flow, true_depth)))
     assert scores["epe"] == 0 and scores["abs_rel"] == pytest.approx(1.0)
+    # labels of one task, predictions of both
+    assert one(EvalPrediction((true_flow, true_depth), true_flow))["epe"] == 0
+    depth = trainer_metrics(DepthError())
+    assert depth(EvalPrediction((true_flow, 2 * true_depth), (true_depth,)))["abs_rel"] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="2 metrics for 1 predictions and 1 labels"):
+        two(EvalPrediction((true_flow, true_depth), true_flow))
     with pytest.raises(ValueError, match="2 metrics for 1 predictions and 1 labels"):
         two(EvalPrediction(true_flow, true_flow))

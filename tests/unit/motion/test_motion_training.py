@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny_backbones import BACKBONES, DEPTH_MODELS, PATCH, batch, depth_anything, dinov2, dpt, timm_vit
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -170,6 +171,17 @@ def test_evaluation_by_batches_of_different_size(tmp_path: Path) -> None:
         output = model.eval()(**{key: value[None] for key, value in row.items()})
         metric.add_batch(predictions=output.flow, references=row["flow_labels"][None])
     assert scores["eval_epe"] == pytest.approx(metric.compute()["epe"], abs=1e-5)
+
+
+def test_what_the_trainer_saves_of_a_whole_model_says_how_it_is_loaded(tmp_path: Path) -> None:
+    run = trainer(make("flow", "full"), "flow", tmp_path)
+    run.save_model(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="checkpoint of the Trainer"):
+        FlowModel.from_pretrained(tmp_path / "run")
+    again = FlowModel(dinov2(), freeze_backbone=False)
+    again.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    inputs = batch("flow")
+    assert torch.equal(again.eval()(**inputs).flow, run.model.eval()(**inputs).flow)
 
 
 # -- depth models with a decoder of their own -------------------------------------------------------------------------
