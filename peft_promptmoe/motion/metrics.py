@@ -273,7 +273,8 @@ def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
         raise TypeError(f"trainer_metrics takes EndPointError() and DepthError(), and got {list(metrics)}.")
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        found, true = prediction.predictions, prediction.label_ids
+        found: Any = prediction.predictions
+        true: Any = prediction.label_ids
         found = found if isinstance(found, tuple) else (found,)
         true = true if isinstance(true, tuple) else (true,)
         if len(found) > len(true):  # a MotionModel predicts depth also where only flow is known
