@@ -172,14 +172,17 @@ def shown_size(rows: int, columns: int) -> tuple[int, int]:
 def real_sets(args: argparse.Namespace) -> dict[str, Pairs]:
     """Real examples with labels of this task: those at hand one by one, each folder as one set."""
     sets = {example.name: [example] for example in motion_data.real_pairs()}
-    sets |= {str(folder.resolve()): find_examples(folder) for folder in args.data}
+    names = [folder.resolve().name for folder in args.data]
+    for name, folder in zip(names, args.data, strict=True):
+        sets[name if names.count(name) == 1 else str(folder)] = find_examples(folder)
     wanted = {"flow": ["flow"], "depth": ["depth"], "joint": ["flow"]}[args.task]
     kept: dict[str, Pairs] = {}
     for name, examples in sets.items():
         found = [each for each in examples if all(getattr(each, label) is not None for label in wanted)]
-        if not found:
-            raise SystemExit(f"{name} has no labels for --task {args.task}.")
-        kept[name] = ShownAtSize(found)
+        if found:
+            kept[name] = ShownAtSize(found)
+        else:
+            print(f"{name} has no labels for this task and is left out")
     return kept
 
 

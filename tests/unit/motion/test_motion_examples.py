@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -143,7 +144,6 @@ def offline(tmp_path: Path) -> dict[str, str]:
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "nowhere has none of the folder layouts"),
-        (["--data", "depths"], "depths has no labels for --task flow"),
         (["--test-pairs", "0"], "--test-pairs must be above 0"),
         (["--lr", "nan"], "--lr must be above 0"),
         (["--evaluate"], "is no folder"),
@@ -158,14 +158,24 @@ def test_the_example_looks_at_its_arguments_before_it_trains(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["motion.py", "--method", "head", *arguments])
     monkeypatch.setattr(motion, "make_model", lambda args: pytest.fail("it trains"))
-    nyu = tmp_path / "depths" / "room"
-    nyu.mkdir(parents=True)
-    for name, mode in (("rgb_00001.jpg", "L"), ("sync_depth_00001.png", "I;16")):
-        Image.new(mode, (8, 8)).save(nyu / name)
     said = io.StringIO()
     with contextlib.redirect_stderr(said), pytest.raises((SystemExit, FileNotFoundError)) as refused:
         motion.main(motion.parse_args())
     assert message in said.getvalue() + str(refused.value)
+
+
+def test_folders_of_one_name_are_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import motion
+
+    folders = [tmp_path / "a" / "set", tmp_path / "b" / "set", tmp_path / "c"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for name, mode in (("rgb_00001.jpg", "L"), ("sync_depth_00001.png", "I;16")):
+            Image.new(mode, (8, 8)).save(folder / name)
+    found = motion.real_sets(argparse.Namespace(data=folders, task="depth"))
+    assert {str(folders[0]), str(folders[1]), "c"} < set(found)
+    motion.real_sets(argparse.Namespace(data=folders[2:], task="flow"))
+    assert "c has no labels for this task" in capsys.readouterr().out
 
 
 @pytest.mark.slow
