@@ -11,6 +11,7 @@ from torch import nn
 
 from ..engine.eval_mode import eval_mode
 from ..models.patches import Grid
+from .decoder import decoder_parts
 from .reader import Reader, fixed_size, timm_part
 
 PROBE = 16  # patches along a side of the image that shapes are measured with
@@ -42,7 +43,8 @@ def measure(reader: Reader, backbone: nn.Module, first: nn.Conv2d) -> None:
     windows = _windows(backbone)
     rows, columns = (max(pair) * windows for pair in zip(reader.patch, coarsest, strict=True))
     reader.patch = rows, columns
-    if not reader.interpolates and fixed_size(backbone) is None:
+    # Models with a decoder take any size, but some only square images, which `check_grid` says.
+    if not reader.interpolates and fixed_size(backbone) is None and not decoder_parts(backbone):
         try:
             run((size[0] + rows, size[1] - columns if size[1] > columns else size[1]))
         except UNFIT:

@@ -128,6 +128,18 @@ def test_an_adapter_is_refused_where_heads_read_other_blocks(method: str, tmp_pa
     PeftModel.from_pretrained(flow_model([1, 2]), tmp_path / "alone")
 
 
+@pytest.mark.parametrize("method", ["mept", "vapt", "promotion"])
+def test_an_adapter_is_refused_where_heads_have_other_settings(method: str, tmp_path: Path) -> None:
+    """Tensors of heads fit whatever the range of depth is, and depth would be wrong by the ratio of the ranges."""
+    model = make("joint", method)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MotionModel(dinov2(), refinements=None, max_depth=80), tmp_path)
+    assert again.peft_config["default"].base_record["head_settings"]["max_depth"] == 80
+    for other in ({"max_depth": 10.0}, {"min_depth": 0.1}, {"refinements": 1}):
+        with pytest.raises(ValueError, match=rf"made for heads with .*{next(iter(other))}.* have .* same settings"):
+            PeftModel.from_pretrained(MotionModel(dinov2(), **other), tmp_path)  # type: ignore[arg-type]
+
+
 def test_auto_peft_model_finds_the_base_it_was_loaded_from(tmp_path: Path) -> None:
     FlowModel(dinov2()).save_pretrained(tmp_path / "base")
     base = FlowModel.from_pretrained(tmp_path / "base")
