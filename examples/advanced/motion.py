@@ -53,6 +53,7 @@ from peft_promptmoe.motion import (
     trainer_metrics,
 )
 
+Pairs = Dataset[dict[str, Tensor]]
 MODELS = {"flow": FlowModel, "depth": DepthModel, "joint": MotionModel}
 # Blocks that are read, counted from 0: features of the middle match best, depth wants the later ones too.
 LEVELS = {"flow": [3, 4, 5], "depth": [5, 8, 11]}
@@ -74,7 +75,7 @@ PATCH = 14
 DEPTHS = {"min_depth": 0.5, "max_depth": 50.0}  # of the pairs that are made
 
 
-STEPS = {"flow": 400, "depth": 400, "joint": 180}  # what two cores do in some eight minutes
+STEPS = {"flow": 400, "depth": 400, "joint": 180}  # what two cores do in some ten minutes
 
 
 def levels(task: str) -> dict[str, list[int]]:
@@ -127,7 +128,7 @@ class TaskLosses(TrainerCallback):
             logs |= {f"{task}_loss": round(float(loss), 4) for task, loss in base.last_losses.items()}
 
 
-def train(model: nn.Module, args: argparse.Namespace, held_out: Dataset[dict[str, Tensor]]) -> Trainer:
+def train(model: nn.Module, args: argparse.Namespace, held_out: Pairs) -> Trainer:
     pairs = GeneratedPairs(motion_data.photos("train"), args.steps * args.batch_size, seed=args.seed)
     metrics = {"flow": [EndPointError()], "depth": [DepthError()], "joint": [EndPointError(), DepthError()]}
     trainer = Trainer(
@@ -168,16 +169,20 @@ def shown_size(rows: int, columns: int) -> tuple[int, int]:
     return round(rows * scale / PATCH) * PATCH, round(columns * scale / PATCH) * PATCH
 
 
-def real_sets(args: argparse.Namespace) -> dict[str, Dataset[dict[str, Tensor]]]:
+def real_sets(args: argparse.Namespace) -> dict[str, Pairs]:
     """Real examples with labels of this task: those at hand one by one, each folder as one set."""
     sets = {example.name: [example] for example in motion_data.real_pairs()}
-    sets |= {folder.resolve().name: find_examples(folder) for folder in args.data}
+    names = [folder.resolve().name for folder in args.data]
+    for name, folder in zip(names, args.data, strict=True):
+        sets[name if names.count(name) == 1 else str(folder)] = find_examples(folder)
     wanted = {"flow": ["flow"], "depth": ["depth"], "joint": ["flow"]}[args.task]
-    kept: dict[str, Dataset[dict[str, Tensor]]] = {}
+    kept: dict[str, Pairs] = {}
     for name, examples in sets.items():
         found = [each for each in examples if all(getattr(each, label) is not None for label in wanted)]
         if found:
             kept[name] = ShownAtSize(found)
+        else:
+            print(f"{name} has no labels for this task and is left out")
     return kept
 
 
@@ -199,7 +204,7 @@ class ShownAtSize(Dataset[dict[str, Tensor]]):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Dataset[dict[str, Tensor]], batch: int, scaled: bool) -> dict[str, float]:
+def evaluate(model: nn.Module, data: Pairs, batch: int, scaled: bool) -> dict[str, float]:
     """Errors on a set. With `scaled` depth is compared after median scaling, and says so in its name."""
     flow, depth = EndPointError(), DepthError(median_scaling=scaled)
     model.eval()
@@ -237,9 +242,9 @@ def print_table(scores: dict[str, dict[str, float]]) -> None:
             print(f"{name[-32:]:32}" + "".join(f"{errors[column]:18.3f}" for column in columns))
 
 
-def scores_of(model: nn.Module, args: argparse.Namespace, held_out: Dataset[dict[str, Tensor]]) -> dict[str, Any]:
+def scores_of(model: nn.Module, held_out: Pairs, real: dict[str, Pairs]) -> dict[str, Any]:
     scores = {"held-out pairs": evaluate(model, held_out, batch=8, scaled=False)}
-    for name, data in tqdm(real_sets(args).items(), desc="real pairs"):
+    for name, data in tqdm(real.items(), desc="real pairs"):
         # Depth from disparity is in no known unit; that of a data set is, but not in the one trained on.
         scores[name] = evaluate(model, data, batch=1, scaled=True)
     return scores
@@ -249,11 +254,11 @@ def scores_of(model: nn.Module, args: argparse.Namespace, held_out: Dataset[dict
 
 
 @torch.no_grad()
-def draw(model: nn.Module, args: argparse.Namespace, held_out: Dataset[dict[str, Tensor]], file: Path) -> None:
+def draw(model: nn.Module, held_out: Pairs, real: dict[str, Pairs], file: Path) -> None:
     """A row for each pair: its frames, true and found flow with the error, true and found depth."""
     model.eval()
     shown: list[tuple[str, dict[str, Tensor]]] = [(f"held out {n}", held_out[n]) for n in range(min(3, len(held_out)))]
-    shown += [(name, data[0]) for name, data in list(real_sets(args).items())[:3]]
+    shown += [(name, data[0]) for name, data in list(real.items())[:3]]
     rows = []
     for name, item in shown:
         output = predict(model, {key: value[None] for key, value in item.items()})
@@ -324,19 +329,20 @@ def draw_prototypes(model: nn.Module, pair: dict[str, Tensor], file: Path) -> No
 def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     held_out = GeneratedPairs(motion_data.photos("test"), args.test_pairs, seed=args.seed + 1000)
+    real = real_sets(args)  # before training: a folder that cannot be read must not cost it
     if args.evaluate:
-        (args.output / "reloaded.json").write_text(json.dumps(scores_of(load_model(args), args, held_out)))
+        (args.output / "reloaded.json").write_text(json.dumps(scores_of(load_model(args), held_out, real)))
         return
     args.output.mkdir(parents=True, exist_ok=True)
     model = make_model(args)
     print_sizes(model)
     trainer = train(model, args, held_out)
+    trainer.model.save_pretrained(args.output / "model")
     print(f"eval_loss on held-out pairs: {trainer.evaluate()['eval_loss']:.3f}")
-    scores = scores_of(trainer.model, args, held_out)
+    scores = scores_of(trainer.model, held_out, real)
     print_table(scores)
     (args.output / "scores.json").write_text(json.dumps(scores, indent=2))
-    trainer.model.save_pretrained(args.output / "model")
-    draw(trainer.model, args, held_out, args.output / "motion.png")
+    draw(trainer.model, held_out, real, args.output / "motion.png")
     print(f"\npicture: {args.output / 'motion.png'}")
     if args.method == "promotion":
         draw_prototypes(trainer.model, held_out[0], args.output / "prototypes.png")
@@ -357,7 +363,7 @@ def parse_args() -> argparse.Namespace:
         "--model", help="Hub id or folder of a backbone of 12 blocks, patches of 14 pixels (default: DINOv2-S)"
     )
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="folders of data sets to evaluate on too")
-    parser.add_argument("--steps", type=int, help="default: what two cores do in ten minutes")
+    parser.add_argument("--steps", type=int, help="default: what two cores do in some ten minutes")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--test-pairs", type=int, default=64)
@@ -367,8 +373,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps is None:
         args.steps = STEPS[args.task]
+    for name in ("steps", "batch_size", "test_pairs", "lr"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
     if args.output is None:
         args.output = Path("outputs/motion") / f"{args.task}-{args.method}"
+    if args.evaluate and not (args.output / "model").is_dir():
+        parser.error(f"--evaluate: {args.output / 'model'} is no folder")
     return args
 
 

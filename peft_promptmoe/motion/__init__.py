@@ -9,7 +9,8 @@ from .base import MotionOutput
 from .model import DepthModel, FlowModel, MotionModel
 
 if TYPE_CHECKING:
-    from .data import Example, MotionDataset, TorchvisionPairs, find_examples
+    from .data import Example, MotionDataset, TorchvisionPairs
+    from .folders import find_examples
     from .metrics import DepthError, EndPointError, trainer_metrics
     from .pictures import depth_picture, error_picture, flow_legend, flow_picture
 
@@ -21,7 +22,7 @@ LATER = {
     "Example": "data",
     "MotionDataset": "data",
     "TorchvisionPairs": "data",
-    "find_examples": "data",
+    "find_examples": "folders",
     "depth_picture": "pictures",
     "error_picture": "pictures",
     "flow_legend": "pictures",

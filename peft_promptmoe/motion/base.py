@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..engine.model_hooks import set_frozen_eval
 from ..models.levels import put_out
-from .backbone import make_reader
+from .backbone import first_convolution, make_reader
 from .checkpointing import Checkpointed
 from .checks import check_backbone, check_depth, check_flow, check_frames, check_settings, check_tensors
 from .decoder import DecoderOutput, DepthScale, check_grid, decoder_parts, decoder_reads, predicted_by
 from .depth_head import DepthHead
 from .flow_head import FlowHead
+from .layers import pad, resize, resize_flow
 from .losses import depth_loss, flow_loss, valid_depth, valid_flow
 from .saving import Saved
 
@@ -96,9 +96,19 @@ class MotionBase(Saved, Checkpointed, nn.Module):
     ) -> None:
         super().__init__()
         check_backbone(backbone)
-        asked, weights = check_settings(
-            self.tasks, levels, channels, refinements, max_flow, min_depth, max_depth, task_weights, decoder_output
-        )
+        settings: dict[str, Any] = {
+            "levels": levels,
+            "channels": channels,
+            "refinements": refinements,
+            "max_flow": max_flow,
+            "min_depth": min_depth,
+            "max_depth": max_depth,
+            "task_weights": task_weights,
+            "decoder_output": decoder_output,
+            "freeze_backbone": freeze_backbone,
+        }
+        asked, weights = check_settings(self.tasks, **settings)
+        self._settings = {**settings, "levels": {task: read for task, read in asked.items() if read is not None}}
         self.max_flow, self.min_depth, self.max_depth = max_flow, min_depth, max_depth
         self.task_weights = weights
         self.freeze_backbone = freeze_backbone
@@ -109,11 +119,13 @@ class MotionBase(Saved, Checkpointed, nn.Module):
             del asked["depth"]
         self.reader, self.levels = make_reader(backbone, asked)
         self.backbone = backbone
-        rounds = {task: REFINEMENTS[task] if refinements is None else refinements for task in self.tasks}
+        headed = [task for task in self.tasks if task != "depth" or not self.decoder]
+        rounds = {task: REFINEMENTS[task] if refinements is None else refinements for task in headed}
+        self._rounds, self._output = rounds, None if not self.decoder else decoder_output or predicted_by(backbone)
         if "flow" in self.tasks:
             self.flow_head = FlowHead(*self.reader.of(self.levels["flow"]), channels, rounds["flow"])
-        if "depth" in self.tasks and self.decoder:
-            self.depth_scale = DepthScale(decoder_output or predicted_by(backbone), min_depth, max_depth)
+        if self._output is not None:
+            self.depth_scale = DepthScale(self._output, min_depth, max_depth)
         elif "depth" in self.tasks:
             widths, stride = self.reader.of(self.levels["depth"])
             self.depth_head = DepthHead(widths, stride, channels, rounds["depth"], min_depth, max_depth)
@@ -136,6 +148,12 @@ class MotionBase(Saved, Checkpointed, nn.Module):
             raise ValueError(f"decoder_output={output!r}, but {name} has no depth decoder of its own. Leave it unset.")
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make this model again from its backbone, as a file can hold them."""
+        now = {"max_flow": self.max_flow, "task_weights": self.task_weights, "freeze_backbone": self.freeze_backbone}
+        return {**self._settings, **now, "levels": self._settings["levels"] or None}
+
+    @property
     def head_names(self) -> list[str]:
         """Paths of the heads and decoders that are trained. Pass them to PEFT as `modules_to_save`."""
         own = [name for name in ("flow_head", "depth_head", "depth_scale") if hasattr(self, name)]
@@ -149,6 +167,16 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         stages = put_out(self.backbone) if self.reader.kind == "feature_maps" else None
         asked = {level for levels in self.levels.values() for level in levels}
         return sorted({*own, *(level if stages is None else stages[level] for level in asked)})
+
+    @property
+    def head_settings(self) -> dict[str, int | float | str]:
+        """What heads need beside their tensors. It is recorded with adapters, and compared when they are loaded."""
+        found: dict[str, int | float | str] = {f"{task}_refinements": n for task, n in self._rounds.items()}
+        if "depth" in self.tasks:
+            found |= {name: float(self._settings[name]) for name in ("min_depth", "max_depth")}
+        if self._output is not None:
+            found["decoder_output"] = self._output
+        return found
 
     def _freeze(self) -> None:
         heads = {id(p) for name in self.head_names for p in self.get_submodule(name).parameters()}
@@ -187,7 +215,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
         two = next_pixel_values is not None
         pixels = pixel_values if next_pixel_values is None else torch.cat([pixel_values, next_pixel_values])
-        maps, decoded = self._encode(_pad(pixels, self.reader.patch))
+        maps, decoded = self._encode(pad(pixels, self.reader.patch))
         # The model is changed at the end only: other threads may run forward passes at the same time.
         losses: dict[str, Tensor] = {}
         # No autocast in the heads: their coordinates need more digits than half precision has.
@@ -205,9 +233,11 @@ class MotionBase(Saved, Checkpointed, nn.Module):
 
     def _encode(self, pixels: Tensor) -> tuple[dict[int, Tensor], Tensor | None]:
         """Feature maps by level, and the prediction of the backbone's own decoder, if there is one."""
+        pixels = pixels.to(first_convolution(self.backbone).weight.dtype)  # as many models of transformers do
         if not self.decoder:
             return self.reader.read(self.backbone, pixels), None
         check_grid(self.backbone, pixels, self.reader.patch)
+        self.reader.check_size(self.backbone, pixels)
         output = self.backbone(pixel_values=pixels, **self.reader.arguments())
         return (self.reader.maps_of(output, pixels) if self.levels else {}), output.predicted_depth
 
@@ -228,7 +258,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         count = len(both[0]) // 2
         flows = self.flow_head([m[:count] for m in both], [m[count:] for m in both], all_rounds=labels is not None)
         wanted = size if labels is None else (labels.shape[-2], labels.shape[-1])
-        flows = [_resize_flow(flow[..., : size[0], : size[1]], wanted) for flow in flows]
+        flows = [resize_flow(flow[..., : size[0], : size[1]], wanted) for flow in flows]
         if labels is not None:
             labels = labels.float()
             losses["flow"] = flow_loss(flows, labels, valid_flow(labels, self.max_flow, mask))
@@ -255,7 +285,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
             if self.training and labels is not None and valid is not None:
                 self._scale().start(decoded, labels, valid)
             depths = [self.depth_scale(decoded, padded)]
-        depths = [_resize(depth[:, None, : size[0], : size[1]], wanted)[:, 0] for depth in depths]
+        depths = [resize(depth[:, None, : size[0], : size[1]], wanted)[:, 0] for depth in depths]
         if labels is not None and valid is not None:
             losses["depth"] = depth_loss(depths, labels, valid)
         return depths[-1]
@@ -267,19 +297,3 @@ class MotionBase(Saved, Checkpointed, nn.Module):
             active = found.active_adapters
             found = found.modules_to_save[active[0]] if active else found.original_module
         return found
-
-
-def _pad(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Images padded to whole patches, at the right and at the bottom, by repeating their border."""
-    rows, columns = (-length % size for length, size in zip(pixels.shape[-2:], patch, strict=True))
-    return F.pad(pixels, (0, columns, 0, rows), mode="replicate") if rows or columns else pixels
-
-
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def _resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
-    """Flow resized to another size. Its values are scaled like the axes."""
-    ratio = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]])
-    return _resize(flow, size) * ratio[:, None, None]

@@ -20,6 +20,7 @@ def check_settings(
     max_depth: float,
     task_weights: Mapping[str, float] | None,
     decoder_output: str | None,
+    freeze_backbone: bool,
 ) -> tuple[dict[str, list[int] | None], dict[str, float]]:
     """Check the settings, and return levels and loss weights of every task.
 
@@ -36,6 +37,8 @@ def check_settings(
         raise ValueError(
             f"min_depth={min_depth!r} and max_depth={max_depth!r} must satisfy 0 < min_depth < max_depth."
         )
+    if not isinstance(freeze_backbone, bool):
+        raise ValueError(f"freeze_backbone must be True or False, got {freeze_backbone!r}.")
     if decoder_output not in (None, "inverse", "depth"):
         raise ValueError(f"decoder_output must be 'inverse', 'depth' or None, got {decoder_output!r}.")
     if task_weights is not None and not isinstance(task_weights, Mapping):
@@ -102,6 +105,7 @@ def check_frames(pixels: Tensor, next_pixels: Tensor | None, flow_labels: Tensor
     """Raise ValueError if a frame is missing, or has a wrong shape or type."""
     if pixels.ndim != 4:
         raise ValueError(f"pixel_values must have the shape (B, channels, rows, columns), got {tuple(pixels.shape)}.")
+    _check_some("pixel_values", pixels)
     if not pixels.is_floating_point():
         raise ValueError(f"pixel_values must be floating point, normalised for the backbone, got {pixels.dtype}.")
     if next_pixels is None:
@@ -129,6 +133,7 @@ def check_flow(labels: Tensor | None, mask: Tensor | None, batch: int) -> None:
         raise ValueError(
             f"flow_labels must have the shape (B, 2, rows, columns), x first, got {tuple(labels.shape)}.{hint}"
         )
+    _check_some("flow_labels", labels)
     _check_batch("flow", labels, batch)
     if not labels.is_floating_point():
         raise ValueError(f"flow_labels must be floating point, in pixels decoded from the file, got {labels.dtype}.")
@@ -142,6 +147,7 @@ def check_depth(labels: Tensor | None, mask: Tensor | None, batch: int) -> None:
     if labels.ndim != 3:
         hint = " Remove the channel: depth.squeeze(1)." if labels.ndim == 4 and labels.shape[1] == 1 else ""
         raise ValueError(f"depth_labels must have the shape (B, rows, columns), got {tuple(labels.shape)}.{hint}")
+    _check_some("depth_labels", labels)
     _check_batch("depth", labels, batch)
     if not labels.is_floating_point():
         raise ValueError(f"depth_labels must be floating point, decoded from the file, got {labels.dtype}.")
@@ -155,6 +161,11 @@ def _check_mask(task: str, labels: Tensor | None, mask: Tensor | None) -> None:
     expected = (labels.shape[0], *labels.shape[-2:])
     if tuple(mask.shape) != expected:
         raise ValueError(f"{task}_mask must have the shape {expected} of its labels, got {tuple(mask.shape)}.")
+
+
+def _check_some(name: str, values: Tensor) -> None:
+    if values.numel() == 0:
+        raise ValueError(f"{name} has the shape {tuple(values.shape)}, which holds nothing. Leave out empty batches.")
 
 
 def _check_batch(task: str, labels: Tensor, batch: int) -> None:

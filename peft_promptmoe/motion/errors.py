@@ -43,7 +43,8 @@ def flow_sums(prediction: Tensor, reference: Tensor, known: Tensor) -> dict[str,
     sums = {"pixels": float(known.sum()), "epe": float(error.sum())}
     for pixels in THRESHOLDS:
         sums[f"{pixels}px"] = float((error < pixels).sum())
-    sums["f1"] = float(((error > F1_PIXELS) & (error > F1_SHARE * length)).sum())
+    # Counted as the rest, so that a prediction that is no number is an outlier.
+    sums["f1"] = sums["pixels"] - float(((error <= F1_PIXELS) | (error <= F1_SHARE * length)).sum())
     sums["zero_flow"] = float(length.sum())
     sums["constant_flow"] = float((true - geometric_median(true)[:, None]).norm(dim=0).sum())
     return sums

@@ -174,7 +174,12 @@ def read_grey(file: File) -> Array:
         if image.mode not in ("L", "P"):
             raise ValueError(f"{os.fspath(file)} has the image mode {image.mode}; a grey image is needed.")
         load(image, file)
-        values = np.asarray(image.convert("L")).astype(np.float32)
+        colours = np.asarray(image.convert("RGB"))
+        if (colours != colours[..., :1]).any():
+            raise ValueError(
+                f"{os.fspath(file)} has a palette of colours, not of grey values. Store the values as grey."
+            )
+        values = colours[..., 0].astype(np.float32)
     return np.where(values > 0, values, np.float32(np.nan))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers shared by the heads for flow and depth: merging of levels, sampling, convex upsampling."""
+"""Layers shared by the heads for flow and depth: padding, resizing, merging of levels, sampling, upsampling."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def pad(pixels: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Images padded to whole patches, at the right and at the bottom, by repeating their border."""
+    rows, columns = (-length % size for length, size in zip(pixels.shape[-2:], patch, strict=True))
+    return F.pad(pixels, (0, columns, 0, rows), mode="replicate") if rows or columns else pixels
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, C, rows, columns) resized to another size, bilinearly."""
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """Flow resized to another size. Its values are scaled like the axes."""
+    ratio = flow.new_tensor([size[1] / flow.shape[-1], size[0] / flow.shape[-2]])
+    return resize(flow, size) * ratio[:, None, None]
 
 
 def cell_grid(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -51,9 +51,11 @@ class PixelMetric(evaluate.Metric):
         if len({len(values) for values in counts.values()}) > 1:
             found = " and ".join(f"{len(values)} {name}" for name, values in counts.items())
             raise ValueError(f"There are {found}. Pass one for each image.")
+        images = []
         for index, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
             own = {name: mask[index] for name, mask in masks.items() if mask is not None}
-            self.add(prediction=prediction, reference=reference, **own)
+            images.append(self._image(prediction, reference, own))
+        self._images += images  # all or none: a batch that is refused and given again must not count twice
 
     def add(self, *, prediction: Any = None, reference: Any = None, **masks: Any) -> None:
         """Add one image, without the batch dimension. `evaluate.combine` names its arguments in the plural.
@@ -62,6 +64,9 @@ class PixelMetric(evaluate.Metric):
             ValueError: shapes differ, or one of the two is missing.
         """
         prediction, reference = masks.pop("predictions", prediction), masks.pop("references", reference)
+        self._images.append(self._image(prediction, reference, masks))
+
+    def _image(self, prediction: Any, reference: Any, masks: dict[str, Any]) -> dict[str, dict[str, float]]:
         _check_both(prediction, reference)
         found, true = _tensor(prediction).double(), _tensor(reference).double()
         if found.shape != true.shape:
@@ -73,15 +78,15 @@ class PixelMetric(evaluate.Metric):
         for name, mask in given.items():
             if mask.shape != true.shape[-2:]:
                 raise ValueError(f"{name} has shape {tuple(mask.shape)}, but the image has {tuple(true.shape[-2:])}.")
-        self._images.append(self._sums(found, true, **given))
+        return self._sums(found, true, **given)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **masks: Any) -> dict[str, float]:
         """Return the errors over all images added since the last `compute`, including a batch passed here.
 
         Raises:
-            ValueError: no image was added, or no pixel is valid.
+            ValueError: no image was added, no pixel is valid, or masks are passed without a batch.
         """
-        if predictions is not None or references is not None:
+        if predictions is not None or references is not None or masks:
             self.add_batch(predictions=predictions, references=references, **masks)
         images, self._images = self._images, []
         return self._errors([image for image in images if image])
@@ -204,9 +209,13 @@ class DepthError(PixelMetric):
         median_scaling: bool = False,
         **kwargs: Any,
     ) -> None:
-        if crop is not None and crop not in CROPS:
+        if crop is not None and (not isinstance(crop, str) or crop not in CROPS):
             raise ValueError(f"crop must be one of {sorted(CROPS)} or None, got {crop!r}.")
-        if not 0 < min_depth < (float("inf") if cap is None else cap):
+        if not isinstance(median_scaling, bool):
+            raise ValueError(f"median_scaling must be True or False, got {median_scaling!r}.")
+        limits = (min_depth, float("inf") if cap is None else cap)
+        are_numbers = all(isinstance(each, int | float | np.number) and not isinstance(each, bool) for each in limits)
+        if not are_numbers or not 0 < limits[0] < limits[1]:
             raise ValueError(f"min_depth={min_depth!r} and cap={cap!r} must satisfy 0 < min_depth < cap.")
         self.min_depth, self.cap, self.crop, self.median_scaling = min_depth, cap, crop, median_scaling
         super().__init__(**kwargs)
@@ -226,7 +235,13 @@ class DepthError(PixelMetric):
             return {}
         found, true = found[known], true[known]
         if self.median_scaling:
-            found = found * (median(true) / median(found))
+            middle = median(found)
+            if middle <= 0:
+                raise ValueError(
+                    f"The median of the predicted depth is {float(middle):g}, so it cannot be scaled to that of the "
+                    "reference. Depth is positive: check what the model predicts."
+                )
+            found = found * (median(true) / middle)
         return {"all": depth_sums(found.clamp(self.min_depth, cap), true)}
 
     def _errors(self, images: list[dict[str, dict[str, float]]]) -> dict[str, float]:
@@ -248,7 +263,8 @@ def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
     keeps the predictions of the whole data set in memory.
 
     Args:
-        metrics: `EndPointError()` for a FlowModel, `DepthError()` for a DepthModel, both for a MotionModel.
+        metrics: `EndPointError()` for a FlowModel, `DepthError()` for a DepthModel, both for a MotionModel, or one of
+            them if the data have labels of one task only and `TrainingArguments.label_names` names those.
 
     Raises:
         TypeError: there are none, or others than these.
@@ -257,13 +273,16 @@ def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
         raise TypeError(f"trainer_metrics takes EndPointError() and DepthError(), and got {list(metrics)}.")
 
     def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        found, true = prediction.predictions, prediction.label_ids
+        found: Any = prediction.predictions
+        true: Any = prediction.label_ids
         found = found if isinstance(found, tuple) else (found,)
         true = true if isinstance(true, tuple) else (true,)
+        if len(found) > len(true):  # a MotionModel predicts depth also where only flow is known
+            found = tuple(each for each in found if each.ndim in {label.ndim for label in true})
         if not len(metrics) == len(found) == len(true):
             raise ValueError(
                 f"{len(metrics)} metrics for {len(found)} predictions and {len(true)} labels. Give trainer_metrics "
-                "one for each task of the model, in the order flow, depth."
+                "one for each kind of label in the data, in the order flow, depth."
             )
         for metric, predictions, references in zip(metrics, found, true, strict=True):
             metric.add_batch(predictions=predictions, references=references)

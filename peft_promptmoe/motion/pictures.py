@@ -14,7 +14,7 @@ Picture = NDArray[np.uint8]
 
 
 def _array(values: Any) -> NDArray[np.float32]:
-    found = values.detach().cpu() if isinstance(values, Tensor) else values
+    found = values.detach().float().cpu() if isinstance(values, Tensor) else values
     return np.asarray(found, dtype=np.float32)
 
 
@@ -27,8 +27,13 @@ def flow_picture(flow: Any, max_flow: float | None = None) -> Picture:
 
     Returns:
         (rows, columns, 3) uint8.
+
+    Raises:
+        ValueError: the flow has another shape, or `max_flow` is negative.
     """
     from torchvision.utils import flow_to_image
+
+    _check_scale(max_flow=0.0 if max_flow is None else max_flow)
 
     values = torch.from_numpy(_array(flow))
     if values.ndim != 3 or values.shape[0] != 2:
@@ -62,9 +67,15 @@ def error_picture(found: Any, true: Any, max_error: float) -> Picture:
 
     Returns:
         (rows, columns, 3) uint8.
+
+    Raises:
+        ValueError: the two have different shapes, or `max_error` is negative.
     """
+    _check_scale(max_error=max_error)
+    if np.shape(found) != np.shape(true):
+        raise ValueError(f"The predicted flow has shape {tuple(found.shape)}, the true flow {tuple(true.shape)}.")
     error = np.linalg.norm(_array(found) - _array(true), axis=0)
-    return _colours(error / max_error, "inferno")
+    return _colours(error / max(max_error, 1e-9), "inferno")
 
 
 def depth_picture(depth: Any, near: float, far: float) -> Picture:
@@ -77,10 +88,21 @@ def depth_picture(depth: Any, near: float, far: float) -> Picture:
 
     Returns:
         (rows, columns, 3) uint8.
+
+    Raises:
+        ValueError: `near` and `far` are not positive, or not in this order.
     """
+    if not 0 < near <= far:
+        raise ValueError(f"near={near!r} and far={far!r} must be positive, and near not above far.")
     values = _array(depth)
     inverse = 1 / np.where(np.isfinite(values) & (values > 0), values, np.nan)
-    return _colours((inverse - 1 / far) / (1 / near - 1 / far), "magma")
+    return _colours((inverse - 1 / far) / max(1 / near - 1 / far, 1e-12), "magma")
+
+
+def _check_scale(**values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, got {value!r}.")
 
 
 def _colours(shares: NDArray[np.floating[Any]], name: str) -> Picture:

@@ -10,6 +10,7 @@ from typing import Any
 import transformers
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -56,8 +57,7 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         own = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith(f"{BACKBONE}.")}
         save_file(own, save_directory / WEIGHTS, metadata={"format": "pt"})
         library = _save_backbone(model.backbone, save_directory / BACKBONE)
-        arguments: Any = self._hub_mixin_config or {}
-        config = {**arguments, "model_class": type(self).__name__, "backbone_library": library}
+        config = {**model.settings, "model_class": type(self).__name__, "backbone_library": library}
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def generate_model_card(self, **values: Any) -> ModelCard:
@@ -102,6 +102,13 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
             )
             folder = Path(found)
         stored = config or {}
+        if not stored and (folder / WEIGHTS).is_file():
+            raise ValueError(
+                f"{model_id!r} has weights, but not the {CONFIG} that save_pretrained writes. A checkpoint of the "
+                "Trainer is such a folder: make the model as for training, and call "
+                f"model.load_state_dict(safetensors.torch.load_file({str(folder / WEIGHTS)!r})). To load it in one "
+                "step next time, save it with trainer.model.save_pretrained(folder)."
+            )
         if stored.get("model_class") != cls.__name__:
             raise ValueError(
                 f"{model_id!r} holds {stored.get('model_class') or 'no model of motion or depth'}, not {cls.__name__}."
@@ -109,12 +116,7 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         if backbone is None:
             backbone = _load_backbone(folder / BACKBONE, stored.get("backbone_library"), model_id)
         model = cls(backbone, **arguments)
-        missing, unexpected = _load_as_stored(model, folder / WEIGHTS)
-        missing = [key for key in missing if not key.startswith(f"{BACKBONE}.")]
-        if missing or unexpected:
-            raise ValueError(
-                f"The weights of {model_id!r} do not fit its backbone: missing {missing}, unexpected {unexpected}."
-            )
+        _load_as_stored(model, folder / WEIGHTS, elsewhere=f"{BACKBONE}.")
         model.name_or_path = model_id  # PEFT writes this name into adapters, and AutoPeftModel reads it
         return model.eval()
 
@@ -184,20 +186,35 @@ def _load_backbone(folder: Path, library: str | None, name: str) -> nn.Module:
 
 def _with_weights(backbone: nn.Module, folder: Path) -> nn.Module:
     """A backbone with the weights in a folder, in the precision that they have there, which timm would make single."""
-    missing, unexpected = _load_as_stored(backbone, folder / WEIGHTS)
-    if missing or unexpected:
-        raise ValueError(f"{folder} does not fit its backbone: missing {missing}, not expected {unexpected}.")
+    _load_as_stored(backbone, folder / WEIGHTS)
     return backbone
 
 
-def _load_as_stored(model: nn.Module, file: Path) -> Any:
+def _load_as_stored(model: nn.Module, file: Path, elsewhere: str | None = None) -> None:
     """Copy a file's tensors into a model, which takes their precision and keeps its device.
 
-    Returns:
-        Names that are missing in the file, and those that the model does not have.
+    Args:
+        model: the model.
+        file: the file.
+        elsewhere: start of the names of tensors that another file holds.
+
+    Raises:
+        ValueError: the file is damaged, or its tensors are not those of the model.
     """
-    tensors = load_file(file)
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not complete or damaged: {error}.") from error
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    missing = [name for name in shapes if name not in tensors and not (elsewhere and name.startswith(elsewhere))]
+    unexpected = [name for name in tensors if name not in shapes]
+    other = [name for name in tensors if name in shapes and tensors[name].shape != shapes[name]]
+    if missing or unexpected or other:
+        raise ValueError(
+            f"The weights in {file} do not fit this model: missing {missing}, unexpected {unexpected}, of another "
+            f"shape {other}. Load them with the backbone and the settings that they were saved with."
+        )
     for name, own in [*model.named_parameters(), *model.named_buffers()]:
         if name in tensors:
             own.data = own.data.to(tensors[name].dtype)
-    return model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(tensors, strict=False)

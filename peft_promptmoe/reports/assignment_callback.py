@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 from torch import nn
 
+from ..config import check_number
 from ..engine.block_layer import BlockLayer
 from ..engine.model_hooks import last_aux_losses, prompt_layers
 from .assignment_report import assigned_layers, assignment_report
@@ -27,9 +29,13 @@ class AssignmentCallback(LogCallback):
     Args:
         together_above: warn if the mean cosine between the prototypes of a unit is above this: the unit has collapsed.
             There is one warning per training. 1: no warning.
+
+    Raises:
+        TypeError: `together_above` is no number.
     """
 
     def __init__(self, together_above: float = TOGETHER) -> None:
+        check_number("together_above", together_above, -math.inf)
         self.together_above = together_above
         self._warned = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,7 @@ class AssignmentReport:
     def _used(self) -> list[int]:
         return (self.use > 0).sum(dim=1).tolist()
 
-    def plot(self, path: str | os.PathLike[str] | None = None, images: Sequence[int] = (0,)) -> Picture:
+    def plot(self, path: str | os.PathLike[str] | None = None, images: Iterable[int] = (0,)) -> Picture:
         """Draw the nearest prototype of every patch for some images of the last batch. A colour stands for a
         prototype.
 
@@ -96,11 +96,14 @@ class AssignmentReport:
                 2B, so the frames of pair 0 are (0, B).
 
         Raises:
-            ValueError: the shape of the patch grid is unknown, or the batch has no such image.
+            ValueError: the shape of the patch grid is unknown, the batch has no such image, or none is named.
         """
         with extra("report", "plot()"):
             from .pictures import draw_maps, finish
 
+        images = list(images)
+        if not images:
+            raise ValueError("images is empty. Name images of the last batch, such as (0,).")
         for image in images:
             if not 0 <= image < len(self.maps[0]):
                 raise ValueError(
@@ -113,7 +116,7 @@ class AssignmentReport:
                     "The shape of the patch grid is not known, so the patches cannot be drawn: the model drops some."
                 )
             maps.append(nearest.unflatten(1, grid))
-        return finish(draw_maps(self.layers, maps, self._used(), self.use.shape[1], list(images)), path)
+        return finish(draw_maps(self.layers, maps, self._used(), self.use.shape[1], images), path)
 
 
 FIGURES = ("entropy", "margin", "nearest", "between", "denoising")
@@ -166,6 +169,10 @@ def _why_unassigned(model: nn.Module, adapter: str | None) -> str:
     layers = prompt_layers(model)
     if any(isinstance(layer, BlockLayer) and (not named or adapter in layer.prompt_config) for layer in layers):
         return f"The ProMotion adapter{named} has not been run yet, or is not active. Run the model once."
+    units = [layer for layer in layers if isinstance(layer, BlockLayer)]
+    if units:
+        known = " and ".join(sorted({repr(name) for layer in units for name in layer.prompt_config}))
+        return f"The model has no ProMotion adapter{named}. It has {known}."
     other = layers[0].method if layers else None
     instead = f" Its adapter is one of {other}: try routing_report." if other is not None else ""
     return f"The model has no ProMotion adapter{named}, so no patches are assigned to prototypes.{instead}"

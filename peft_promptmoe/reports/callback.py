@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from ..config import check_bool, check_number
 from ..engine.model_hooks import last_balance_loss
 from .routing_report import find_routed, normalized_entropy, tally, why_unrouted
 
@@ -54,9 +56,14 @@ class RoutingCallback(LogCallback):
         per_layer: whether to log `routing/layer_<n>/entropy` and `routing/layer_<n>/load_<expert>` too.
         collapse_below: warn if the load entropy of a layer, relative to its maximum, is below this. At least 32
             choices are counted first. There is one warning per training. 0: no warning.
+
+    Raises:
+        TypeError: `collapse_below` is no number, or `per_layer` no bool.
     """
 
     def __init__(self, per_layer: bool = False, collapse_below: float = 0.1) -> None:
+        check_bool("per_layer", per_layer)
+        check_number("collapse_below", collapse_below, -math.inf)
         self.per_layer = per_layer
         self.collapse_below = collapse_below
         self._forget()

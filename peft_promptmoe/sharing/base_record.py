@@ -25,7 +25,7 @@ NUMBERS = {"width": "hidden size", "depth": "layers", "num_labels": "num_labels"
 
 
 def check_base(config: Any, model: nn.Module) -> None:
-    """At loading, refuse a model of another type, or one whose heads read other blocks.
+    """At loading, refuse a model of another type, or one whose heads read other blocks or have other settings.
 
     Other differences are found by the checks of tensors.
     """
@@ -33,6 +33,7 @@ def check_base(config: Any, model: nn.Module) -> None:
         check_type(config.base_record, model, config.base_model_name_or_path)
         if config.modules_to_save:
             check_read_blocks(config.base_record, model)
+            check_head_settings(config.base_record, model)
         if said := remark(config.base_record, model, config.base_model_name_or_path):
             load.remarks.append(said)
 
@@ -53,7 +54,7 @@ def note_base(config: Any, model: nn.Module, paths: list[str]) -> None:
 
 
 def describe_base(model: Any) -> Record:
-    """Type, width, depth and number of classes, each None if unknown; of a motion model also the blocks it reads."""
+    """Type, width, depth and number of classes, each None if unknown; of a motion model also what its heads need."""
     timm = getattr(model, "timm_model", model)
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -62,6 +63,7 @@ def describe_base(model: Any) -> Record:
         kind = known.get("architecture")
     blocks: Any = getattr(timm, "blocks", None)
     read: Any = getattr(model, "read_blocks", None)  # a model of somebody else may call anything so
+    settings: Any = getattr(model, "head_settings", None)
     return {
         "type": kind if isinstance(kind, str) else None,
         "width": _count(getattr(text, "hidden_size", None), getattr(timm, "embed_dim", None)),
@@ -69,6 +71,7 @@ def describe_base(model: Any) -> Record:
         "num_labels": _count(getattr(config, "num_labels", None), getattr(timm, "num_classes", None)),
         "weights": None,
         **({"read_blocks": read} if _are_numbers(read) else {}),
+        **({"head_settings": settings} if _are_settings(settings) else {}),
     }
 
 
@@ -78,6 +81,12 @@ def _count(*found: Any) -> int | None:
 
 def _are_numbers(found: Any) -> bool:
     return isinstance(found, list) and all(_count(value) is not None for value in found)
+
+
+def _are_settings(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(name, str) and isinstance(value, int | float | str) for name, value in found.items()
+    )
 
 
 def check_record(stored: Any) -> None:
@@ -95,6 +104,9 @@ def check_record(stored: Any) -> None:
     blocks = stored.get("read_blocks")
     if blocks is not None and not _are_numbers(blocks):
         raise TypeError(f"read_blocks in base_record must be a list of integers, got {blocks!r:.80}.")
+    settings = stored.get("head_settings")
+    if settings is not None and (not _are_settings(settings) or len(settings) > MAX_TENSORS):
+        raise TypeError(f"head_settings in base_record must be a dict of numbers and names, got {settings!r:.80}.")
     if weights is None:
         return
     if not isinstance(weights, dict) or not all(isinstance(item, str) for pair in weights.items() for item in pair):
@@ -137,6 +149,25 @@ def check_read_blocks(stored: Record | None, model: nn.Module) -> None:
             f"{type(model).__name__} read blocks {found}. Create it with the same levels, or with the same "
             "out_indices of its backbone."
         )
+
+
+def check_head_settings(stored: Record | None, model: nn.Module) -> None:
+    """Refuse a model whose heads have other settings: no tensor shows them, and the results would be wrong.
+
+    Raises:
+        ValueError: a setting is known of both, and differs.
+    """
+    made_for, found = (stored or {}).get("head_settings") or {}, describe_base(model).get("head_settings") or {}
+    differ = [name for name in found if _differ(made_for.get(name), found[name])]
+    if differ:
+        raise ValueError(
+            f"The adapter was made for heads with {_settings(made_for, differ)}, but those of this "
+            f"{type(model).__name__} have {_settings(found, differ)}. Create it with the same settings."
+        )
+
+
+def _settings(values: Record, names: list[str]) -> str:
+    return ", ".join(f"{name}={values[name]!r:.40}" for name in names)
 
 
 def remark(stored: Record | None, model: nn.Module, name: str | None) -> str | None:

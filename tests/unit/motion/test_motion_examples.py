@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -135,6 +138,44 @@ def offline(tmp_path: Path) -> dict[str, str]:
     Dinov2Model(Dinov2Config(**sizes, image_size=56, patch_size=14)).save_pretrained(tmp_path / "backbone")
     path = os.pathsep.join([str(EXAMPLES.parent), *sys.path])
     return os.environ | {"PEFT_PROMPTMOE_CACHE": str(tmp_path), "PYTHONPATH": path, "MPLBACKEND": "agg"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere has none of the folder layouts"),
+        (["--test-pairs", "0"], "--test-pairs must be above 0"),
+        (["--lr", "nan"], "--lr must be above 0"),
+        (["--evaluate"], "is no folder"),
+    ],
+)
+def test_the_example_looks_at_its_arguments_before_it_trains(
+    arguments: list[str], message: str, tmp_path: Path, offline: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import motion
+
+    monkeypatch.setenv("PEFT_PROMPTMOE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["motion.py", "--method", "head", *arguments])
+    monkeypatch.setattr(motion, "make_model", lambda args: pytest.fail("it trains"))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises((SystemExit, FileNotFoundError)) as refused:
+        motion.main(motion.parse_args())
+    assert message in said.getvalue() + str(refused.value)
+
+
+def test_folders_of_one_name_are_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import motion
+
+    folders = [tmp_path / "a" / "set", tmp_path / "b" / "set", tmp_path / "c"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for name, mode in (("rgb_00001.jpg", "L"), ("sync_depth_00001.png", "I;16")):
+            Image.new(mode, (8, 8)).save(folder / name)
+    found = motion.real_sets(argparse.Namespace(data=folders, task="depth"))
+    assert {str(folders[0]), str(folders[1]), "c"} < set(found)
+    motion.real_sets(argparse.Namespace(data=folders[2:], task="flow"))
+    assert "c has no labels for this task" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from peft_promptmoe.motion import (
     flow_legend,
     flow_picture,
 )
-from peft_promptmoe.motion.data import LAYOUTS, flying_chairs, kitti_flow, middlebury_stereo, sintel
+from peft_promptmoe.motion.folders import LAYOUTS, flying_chairs, kitti_flow, middlebury_stereo, sintel
 from peft_promptmoe.motion.formats import (
     TAG,
     flow_of_disparity,
@@ -330,6 +330,57 @@ def test_other_files_beside_sintels_frames_are_passed_over(tmp_path: Path) -> No
     assert len(find_examples(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("kind", sorted(FOLDERS))
+def test_what_a_system_puts_beside_files_is_no_example(kind: str, tmp_path: Path) -> None:
+    FOLDERS[kind][0](tmp_path)
+    names = [example.name for example in find_examples(tmp_path)]
+    for file in [file for file in tmp_path.rglob("*") if file.is_file()]:
+        for copied in (file.with_name("._" + file.name), tmp_path / "__MACOSX" / file.relative_to(tmp_path)):
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copied.write_bytes(b"\0\5\x16\7")
+    assert [example.name for example in find_examples(tmp_path)] == names
+
+
+def test_sintels_final_pass_is_read_where_it_is_alone(tmp_path: Path) -> None:
+    mpi_sintel(tmp_path)
+    final = tmp_path / "training" / "final"
+    (tmp_path / "training" / "clean").rename(final)
+    assert {example.frame.parent.parent for example in find_examples(tmp_path)} == {final}
+
+
+WRONG_FRAMES: dict[str, Any] = {
+    "16 bits": Image.fromarray(np.full((ROWS, COLUMNS), 1000, np.uint16)),
+    "numbers up to one": np.ones((ROWS, COLUMNS, 3), np.float32),
+    "channels first": torch.ones(3, ROWS, COLUMNS, dtype=torch.uint8),
+    "grey array": np.ones((ROWS, COLUMNS), np.uint8),
+}
+
+
+@pytest.mark.parametrize("case", sorted(WRONG_FRAMES))
+def test_frames_that_would_look_otherwise_are_refused(case: str, tmp_path: Path) -> None:
+    frame = WRONG_FRAMES[case]
+    with pytest.raises(ValueError, match=r"A frame (must be|has the image mode I;16)"):
+        TorchvisionPairs([(frame, frame, FLOW)])[0]
+
+
+@pytest.mark.parametrize("size", [28, (28,), (0, 28), (28.0, 28.0), "28"])
+def test_sizes_are_two_numbers(size: Any) -> None:
+    for make in (MotionDataset, TorchvisionPairs):
+        with pytest.raises(ValueError, match="size must be"):
+            make([], size=size)
+
+
+def test_colours_are_no_disparity(tmp_path: Path) -> None:
+    coloured = Image.new("P", (2, 1), 1)
+    coloured.putpalette([0, 0, 0, 200, 10, 10])
+    coloured.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has a palette of colours"):
+        read_grey(tmp_path / "a.png")
+    coloured.putpalette([0, 0, 0, 7, 7, 7])
+    coloured.save(tmp_path / "a.png")
+    assert read_grey(tmp_path / "a.png").tolist() == [[7.0, 7.0]]
+
+
 def test_examples_are_asked_for_one_by_one(tmp_path: Path) -> None:
     chairs(tmp_path)
     data = pickle.loads(pickle.dumps(MotionDataset(find_examples(tmp_path))))  # as workers get it
@@ -401,6 +452,22 @@ def test_legend_error_and_depth() -> None:
     assert error[0, 1].sum() > error[0, 0].sum() and error[0, 2].sum() == 0
     depth = depth_picture(np.array([[1.0, 10.0, 0.0]]), near=1.0, far=10.0).astype(int)
     assert depth[0, 0].sum() > depth[0, 1].sum() and depth[0, 2].sum() == 0
+
+
+def test_pictures_refuse_what_would_show_something_else() -> None:
+    flow, depth = torch.ones(2, 3, 3, dtype=torch.bfloat16), torch.ones(3, 3)
+    assert flow_picture(flow).shape == (3, 3, 3) and error_picture(flow, flow, max_error=0).max() < 10
+    assert depth_picture(depth, near=1, far=1).shape == (3, 3, 3)
+    for scale in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="max_flow"):
+            flow_picture(flow, max_flow=scale)
+        with pytest.raises(ValueError, match="max_error"):
+            error_picture(flow, flow, max_error=scale)
+    for near, far in ((2.0, 1.0), (0.0, 1.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match=r"near=.* and far="):
+            depth_picture(depth, near, far)
+    with pytest.raises(ValueError, match="true flow"):
+        error_picture(flow, flow[:, :1], max_error=1.0)
 
 
 # -- the package stays light ------------------------------------------------------------------------------------------

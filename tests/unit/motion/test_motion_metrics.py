@@ -172,6 +172,39 @@ def test_an_image_without_valid_pixels_is_left_out_beside_others() -> None:
     assert scores["images"] == 1 and scores["epe_per_image"] == pytest.approx(math.sqrt(2))
 
 
+def test_a_batch_that_is_refused_counts_not_at_all() -> None:
+    metric = EndPointError()
+    with pytest.raises(ValueError, match="size of the labels"):
+        metric.add_batch(
+            predictions=[np.ones((2, 2, 2)), np.ones((2, 3, 3))], references=[np.zeros((2, 2, 2)), np.zeros((2, 2, 2))]
+        )
+    assert len(metric) == 0
+
+
+def test_predictions_that_are_no_numbers_are_never_good() -> None:
+    scores = EndPointError().compute(predictions=flow(*[(NAN, 0.0)] * 4), references=flow(*[(1.0, 0.0)] * 4))
+    assert math.isnan(scores["epe"]) and scores["f1_all"] == 100 and scores["1px"] == scores["5px"] == 0
+    scores = DepthError(median_scaling=True).compute(
+        predictions=np.full((1, 2, 2), NAN), references=np.ones((1, 2, 2))
+    )
+    assert math.isnan(scores["abs_rel_median_scaled"]) and scores["delta3_median_scaled"] == 0
+
+
+@pytest.mark.parametrize("predicted", [-1.0, 0.0])
+def test_depth_that_is_not_positive_is_not_scaled(predicted: float) -> None:
+    with pytest.raises(ValueError, match=f"median of the predicted depth is {predicted:g}"):
+        DepthError(median_scaling=True).compute(
+            predictions=np.full((1, 2, 2), predicted), references=np.ones((1, 2, 2))
+        )
+
+
+def test_masks_come_with_their_batch() -> None:
+    metric = EndPointError()
+    metric.add_batch(predictions=np.ones((1, 2, 2, 2)), references=np.zeros((1, 2, 2, 2)))
+    with pytest.raises(ValueError, match="no predictions"):
+        metric.compute(mask=np.zeros((1, 2, 2)))
+
+
 def test_wrong_shapes_and_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="size of the labels"):
         EndPointError().compute(predictions=np.zeros((1, 2, 4, 4)), references=np.zeros((1, 2, 2, 2)))
@@ -199,8 +232,16 @@ def test_wrong_shapes_and_settings_are_refused() -> None:
         DepthError(crop="center")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_depth"):
         DepthError(min_depth=5.0, cap=2.0)
-    with pytest.raises(ValueError, match="cap=0"):
-        DepthError(cap=0)
+    wrong: dict[str, tuple[Any, ...]] = {
+        "cap": (0, NAN, "80"),
+        "min_depth": (None, True),
+        "median_scaling": ("yes", 1),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                DepthError(**{name: value})
+    assert DepthError(cap=np.float32(80)).cap == 80
     with pytest.raises(TypeError, match="takes EndPointError"):
         trainer_metrics()
     with pytest.raises(TypeError, match="takes EndPointError"):
@@ -223,5 +264,11 @@ def test_the_trainers_function_reads_one_task_or_two() -> None:
     two = trainer_metrics(EndPointError(), DepthError())
     scores = two(EvalPrediction((true_flow, 2 * true_depth), (true_flow, true_depth)))
     assert scores["epe"] == 0 and scores["abs_rel"] == pytest.approx(1.0)
+    # labels of one task, predictions of both
+    assert one(EvalPrediction((true_flow, true_depth), true_flow))["epe"] == 0
+    depth = trainer_metrics(DepthError())
+    assert depth(EvalPrediction((true_flow, 2 * true_depth), (true_depth,)))["abs_rel"] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="2 metrics for 1 predictions and 1 labels"):
+        two(EvalPrediction((true_flow, true_depth), true_flow))
     with pytest.raises(ValueError, match="2 metrics for 1 predictions and 1 labels"):
         two(EvalPrediction(true_flow, true_flow))

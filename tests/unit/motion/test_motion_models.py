@@ -7,6 +7,7 @@ import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,11 +15,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny_backbones import BACKBONES, PATCH, SIZES, batch, dinov2, timm_vit
+from tiny_backbones import BACKBONES, PATCH, SIZES, batch, dinov2, resnet, timm_vit
 from torch import Tensor, nn
 from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
     Dinov2Config,
     Dinov2Model,
+    HieraBackbone,
+    HieraConfig,
+    LwDetrViTBackbone,
+    LwDetrViTConfig,
     TimmBackbone,
     TimmBackboneConfig,
     ViTMAEConfig,
@@ -342,6 +349,9 @@ WRONG_INPUTS: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "labels without a second frame": ({"next_pixel_values": None}, "flow is between two frames"),
     "frames of different sizes": ({"next_pixel_values": torch.zeros(2, 3, 60, 56)}, "different shapes"),
     "one image without a batch": ({"pixel_values": torch.zeros(3, 60, 70)}, "must have the shape \\(B, channels"),
+    "no images": ({name: value[:0] for name, value in INPUTS.items()}, r"\(0, 3, 60, 70\), which holds nothing"),
+    "flow of no pixels": ({"flow_labels": torch.zeros(2, 2, 0, 70)}, "flow_labels has the shape .* holds nothing"),
+    "depth of no pixels": ({"depth_labels": torch.ones(2, 0, 0)}, "depth_labels has the shape .* holds nothing"),
     "pixels as bytes": (
         dict.fromkeys(("pixel_values", "next_pixel_values"), torch.zeros(2, 3, 60, 70, dtype=torch.uint8)),
         "normalised",
@@ -398,6 +408,7 @@ WRONG_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"levels": [6]}, "blocks \\[6\\]"),
     ({"decoder_output": "inverse"}, "no depth decoder"),
     ({"decoder_output": "disparity"}, "decoder_output"),
+    ({"freeze_backbone": "no"}, "freeze_backbone must be True or False"),
 ]
 
 
@@ -458,6 +469,38 @@ def test_images_of_a_size_that_timm_does_not_take_are_refused(make: Any) -> None
         model(**batch("flow", (60, 70)))
 
 
+def hiera() -> Any:
+    sizes: dict[str, Any] = {"image_size": [64, 64], "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
+    config = HieraConfig(**sizes, masked_unit_size=[4, 4], query_stride=[2, 2], num_query_pool=1, out_indices=[1, 2])
+    return HieraBackbone(config)
+
+
+def timm_hiera() -> Any:
+    return timm.create_model("hiera_tiny_224", embed_dim=16, num_heads=1, stages=(1, 2, 1, 1))
+
+
+def aimv2() -> Any:
+    return Aimv2VisionModel(Aimv2VisionConfig(**{**SIZES, "image_size": 64, "patch_size": 16}))
+
+
+@pytest.mark.parametrize(("make", "side"), [(hiera, 64), (aimv2, 64), (timm_hiera, 224)])
+def test_images_of_a_size_that_a_backbone_does_not_take_are_refused(make: Any, side: int) -> None:
+    """Also those with as many patches, which some backbones would take and put in wrong places."""
+    model = FlowModel(make())
+    assert model(**batch("flow", (side - 2, side))).flow.shape == (2, 2, side - 2, side)
+    for size in ((side, side + 32), (side // 2, side * 2)):
+        with pytest.raises(ValueError, match=rf"{side} x {side} pixels only, .* {size[0]} x {size[1]}\. Resize"):
+            model(**batch("flow", size))
+
+
+def test_images_are_padded_to_whole_windows() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 64}
+    config = LwDetrViTConfig(**sizes, patch_size=8, num_windows=4, window_block_indices=[0], out_indices=[2])
+    model = FlowModel(LwDetrViTBackbone(config))
+    assert model.reader.patch == (16, 16) and model.reader.strides == {0: (8, 8)}
+    assert model(**batch("flow", (40, 56))).flow.shape == (2, 2, 40, 56)
+
+
 def test_images_of_any_size_that_timm_takes_are_taken() -> None:
     free = timm.create_model("xcit_nano_12_p16_224", img_size=64, depth=3, embed_dim=16, num_heads=2)
     resized = timm_vit()
@@ -466,6 +509,13 @@ def test_images_of_any_size_that_timm_takes_are_taken() -> None:
         if backbone is resized:
             resized.set_input_size(img_size=size)
         assert model(**batch("flow", size)).flow.shape == (2, 2, *size)
+
+
+def test_images_get_the_precision_of_the_backbone() -> None:
+    for make in (timm_vit, resnet):
+        model = FlowModel(make()).double().eval()
+        inputs = batch("flow")
+        assert torch.equal(model(**inputs).flow, model(**{k: v.double() for k, v in inputs.items()}).flow)
 
 
 def test_levels_that_a_model_does_not_have_are_refused() -> None:
@@ -499,6 +549,16 @@ def test_convolutions_of_timm_are_saved_and_loaded(make: Any, tmp_path: Path) ->
     assert torch.equal(FlowModel.from_pretrained(tmp_path)(**inputs).flow, model(**inputs).flow)
 
 
+def test_settings_are_saved_whatever_holds_them(tmp_path: Path) -> None:
+    weights = MappingProxyType({"depth": 0.25})
+    model = MotionModel(timm_vit(), levels=MappingProxyType({"flow": range(2, 5)}), task_weights=weights).eval()
+    model.max_flow = 7.0
+    model.save_pretrained(tmp_path)
+    loaded = MotionModel.from_pretrained(tmp_path)
+    assert loaded.settings == model.settings and loaded.levels["flow"] == [2, 3, 4]
+    assert torch.equal(loaded(**batch("joint")).loss, model(**batch("joint")).loss)
+
+
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -524,10 +584,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     FlowModel(dinov2()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"of another shape \['flow_head.matching.linear.bias'"):
+        FlowModel.from_pretrained(tmp_path, channels=16)
     weights = load_file(tmp_path / "model.safetensors")
     weights["flow_head.more"] = weights.pop("flow_head.temperature")
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing \['flow_head.temperature'\], unexpected \['flow_head.more'\]"):
+        FlowModel.from_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not complete or damaged"):
         FlowModel.from_pretrained(tmp_path)
 
 

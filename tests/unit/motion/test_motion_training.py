@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from tiny_backbones import BACKBONES, DEPTH_MODELS, PATCH, batch, depth_anything, dinov2, dpt, timm_vit
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -127,6 +128,18 @@ def test_an_adapter_is_refused_where_heads_read_other_blocks(method: str, tmp_pa
     PeftModel.from_pretrained(flow_model([1, 2]), tmp_path / "alone")
 
 
+@pytest.mark.parametrize("method", ["mept", "vapt", "promotion"])
+def test_an_adapter_is_refused_where_heads_have_other_settings(method: str, tmp_path: Path) -> None:
+    """Tensors of heads fit whatever the range of depth is, and depth would be wrong by the ratio of the ranges."""
+    model = make("joint", method)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MotionModel(dinov2(), refinements=None, max_depth=80), tmp_path)
+    assert again.peft_config["default"].base_record["head_settings"]["max_depth"] == 80
+    for other in ({"max_depth": 10.0}, {"min_depth": 0.1}, {"refinements": 1}):
+        with pytest.raises(ValueError, match=rf"made for heads with .*{next(iter(other))}.* have .* same settings"):
+            PeftModel.from_pretrained(MotionModel(dinov2(), **other), tmp_path)  # type: ignore[arg-type]
+
+
 def test_auto_peft_model_finds_the_base_it_was_loaded_from(tmp_path: Path) -> None:
     FlowModel(dinov2()).save_pretrained(tmp_path / "base")
     base = FlowModel.from_pretrained(tmp_path / "base")
@@ -170,6 +183,17 @@ def test_evaluation_by_batches_of_different_size(tmp_path: Path) -> None:
         output = model.eval()(**{key: value[None] for key, value in row.items()})
         metric.add_batch(predictions=output.flow, references=row["flow_labels"][None])
     assert scores["eval_epe"] == pytest.approx(metric.compute()["epe"], abs=1e-5)
+
+
+def test_what_the_trainer_saves_of_a_whole_model_says_how_it_is_loaded(tmp_path: Path) -> None:
+    run = trainer(make("flow", "full"), "flow", tmp_path)
+    run.save_model(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="checkpoint of the Trainer"):
+        FlowModel.from_pretrained(tmp_path / "run")
+    again = FlowModel(dinov2(), freeze_backbone=False)
+    again.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    inputs = batch("flow")
+    assert torch.equal(again.eval()(**inputs).flow, run.model.eval()(**inputs).flow)
 
 
 # -- depth models with a decoder of their own -------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from peft_promptmoe import (
     AssignmentCallback,
     FlowModel,
     ProMotionConfig,
+    RoutingCallback,
     assignment_report,
     last_aux_losses,
     routing_report,
@@ -54,6 +55,8 @@ def test_a_report_is_of_the_last_forward(tmp_path: Path) -> None:
     assert (tmp_path / "maps.png").stat().st_size > 1_000
     with pytest.raises(ValueError, match="images=4 is not in the last batch"):
         report.plot(tmp_path / "no.png", images=(4,))
+    with pytest.raises(ValueError, match="images is empty"):
+        report.plot(images=[])
 
 
 def test_one_prototype_has_everything() -> None:
@@ -67,6 +70,8 @@ def test_one_prototype_has_everything() -> None:
 def test_models_without_units_have_no_report() -> None:
     with pytest.raises(ValueError, match="no ProMotion adapter"):
         assignment_report(classifier())
+    with pytest.raises(ValueError, match=r"no ProMotion adapter 'other'\. It has 'default'\."):
+        assignment_report(adapted(), "other")
     with pytest.raises(ValueError, match=r"ProMotion, which groups patches.*assignment_report"):
         routing_report(adapted())
 
@@ -82,6 +87,14 @@ def test_the_trainers_logs_have_it_and_collapse_is_told_once(together: bool) -> 
     told = {"denoise", "denoise_ratio", "margin", "compact", "entropy", "min_entropy", "max_between"}
     assert {f"promotion/{name}" for name in told} | {"loss"} == set(logs)
     assert state.log_history[-1]["promotion/denoise"] == last_aux_losses(model)["denoise"]
+
+
+def test_thresholds_are_looked_at_before_training() -> None:
+    for make in (lambda: AssignmentCallback("0.9"), lambda: RoutingCallback(collapse_below=None)):  # type: ignore
+        with pytest.raises(TypeError, match=r"(together_above|collapse_below) must be a number"):
+            make()
+    with pytest.raises(TypeError, match="per_layer"):
+        RoutingCallback(per_layer="yes")  # type: ignore[arg-type]
 
 
 def _nothing() -> Any:
