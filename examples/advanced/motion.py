@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Optical flow, depth, or both, from a frozen vision transformer, with the stock Trainer.
 
-    python examples/advanced/motion.py                       # flow on DINOv2-S, some ten minutes on two CPU cores
+    python examples/advanced/motion.py                       # flow on DINOv2-S, some eight minutes on two CPU cores
     python examples/advanced/motion.py --task depth --method vapt
     python examples/advanced/motion.py --task joint --method head    # nothing but the heads is trained
     python examples/advanced/motion.py --data /data/MPI-Sintel /data/kitti-2015    # evaluated on these too
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ PATCH = 14
 DEPTHS = {"min_depth": 0.5, "max_depth": 50.0}  # of the pairs that are made
 
 
-STEPS = {"flow": 400, "depth": 400, "joint": 180}  # what two cores do in some ten minutes
+STEPS = {"flow": 400, "depth": 400, "joint": 180}  # what two cores do in some eight minutes
 
 
 def levels(task: str) -> dict[str, list[int]]:
@@ -327,6 +328,7 @@ def draw_prototypes(model: nn.Module, pair: dict[str, Tensor], file: Path) -> No
 
 
 def main(args: argparse.Namespace) -> None:
+    transformers.logging.set_verbosity_error()  # nothing about the weights of blocks that are left out
     set_seed(args.seed)
     held_out = GeneratedPairs(motion_data.photos("test"), args.test_pairs, seed=args.seed + 1000)
     real = real_sets(args)  # before training: a folder that cannot be read must not cost it
@@ -363,7 +365,7 @@ def parse_args() -> argparse.Namespace:
         "--model", help="Hub id or folder of a backbone of 12 blocks, patches of 14 pixels (default: DINOv2-S)"
     )
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="folders of data sets to evaluate on too")
-    parser.add_argument("--steps", type=int, help="default: what two cores do in some ten minutes")
+    parser.add_argument("--steps", type=int, help="default: what two cores do in some eight minutes")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--test-pairs", type=int, default=64)
