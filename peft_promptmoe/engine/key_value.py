@@ -160,8 +160,7 @@ class KeyValueLayer(PromptLayer):
         mask = next((bound[name] for name in MASKS if bound.get(name) is not None), None)
         if self.site.own is not None and mask is not None:
             mask = self.site.own.opens(mask)
-        # Images have no padding: BEiT's mask holds relative positions. In a row of many texts, the
-        # mask separates the texts.
+        # A mask of images holds relative positions (BEiT). In a row of many texts it separates the texts.
         padded = not past and self.site.patches is None and not packs_texts(bound)
         real = kernel.real(mask, x.shape[1]) if padded else None
         whose: dict[str, Tensor] | None = None

@@ -47,6 +47,8 @@ def measure(reader: Reader, backbone: nn.Module, first: nn.Conv2d) -> None:
     if not reader.interpolates and fixed_size(backbone) is None and not decoder_parts(backbone):
         try:
             run((size[0] + rows, size[1] - columns if size[1] > columns else size[1]))
+        except torch.OutOfMemoryError:  # a RuntimeError that says nothing of sizes
+            raise
         except UNFIT:
             reader.only = size
 
@@ -56,6 +58,8 @@ def _first_fit(run: Callable[[Grid], Any], sizes: Sequence[Grid]) -> tuple[Grid,
     for size in sizes[:-1]:
         try:
             return size, run(size)
+        except torch.OutOfMemoryError:
+            raise
         except UNFIT:
             continue
     return sizes[-1], run(sizes[-1])

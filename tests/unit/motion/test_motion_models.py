@@ -614,3 +614,17 @@ def test_a_backbone_of_ones_own_is_handed_over(tmp_path: Path) -> None:
     loaded = FlowModel.from_pretrained(tmp_path, backbone=model.backbone)
     inputs = batch("flow")
     assert torch.equal(loaded(**inputs).flow, model(**inputs).flow)
+
+
+@pytest.mark.parametrize("run", [1, 2])
+def test_a_lack_of_memory_is_not_taken_for_an_image_size(run: int) -> None:
+    backbone, runs = dinov2(), []
+
+    def full(module: nn.Module, args: Any) -> None:
+        runs.append(module)
+        if len(runs) == run:
+            raise torch.OutOfMemoryError("no memory")
+
+    blocks_of(backbone)[0].register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        FlowModel(backbone)
