@@ -119,16 +119,19 @@ class MotionBase(Saved, Checkpointed, nn.Module):
             del asked["depth"]
         self.reader, self.levels = make_reader(backbone, asked)
         self.backbone = backbone
-        headed = [task for task in self.tasks if task != "depth" or not self.decoder]
-        rounds = {task: REFINEMENTS[task] if refinements is None else refinements for task in headed}
-        self._rounds, self._output = rounds, None if not self.decoder else decoder_output or predicted_by(backbone)
+        rounds = {task: REFINEMENTS[task] if refinements is None else refinements for task in self.tasks}
         if "flow" in self.tasks:
             self.flow_head = FlowHead(*self.reader.of(self.levels["flow"]), channels, rounds["flow"])
-        if self._output is not None:
-            self.depth_scale = DepthScale(self._output, min_depth, max_depth)
+            self.flow_head.keep_settings(refinements=rounds["flow"], blocks=self._blocks("flow"))
+        span = {"min_depth": min_depth, "max_depth": max_depth}
+        if self.decoder:
+            output = decoder_output or predicted_by(backbone)
+            self.depth_scale = DepthScale(output, **span)
+            self.depth_scale.keep_settings(decoder_output=output, blocks=decoder_reads(backbone), **span)
         elif "depth" in self.tasks:
             widths, stride = self.reader.of(self.levels["depth"])
-            self.depth_head = DepthHead(widths, stride, channels, rounds["depth"], min_depth, max_depth)
+            self.depth_head = DepthHead(widths, stride, channels, rounds["depth"], **span)
+            self.depth_head.keep_settings(refinements=rounds["depth"], blocks=self._blocks("depth"), **span)
         if freeze_backbone:
             self._freeze()
         self.train(backbone.training)
@@ -157,26 +160,18 @@ class MotionBase(Saved, Checkpointed, nn.Module):
     def head_names(self) -> list[str]:
         """Paths of the heads and decoders that are trained. Pass them to PEFT as `modules_to_save`."""
         own = [name for name in ("flow_head", "depth_head", "depth_scale") if hasattr(self, name)]
-        found = [name for name in own if next(self.get_submodule(name).parameters(), None) is not None]
-        return found + [f"backbone.{part}" for part in self.decoder]
+        return own + [f"backbone.{part}" for part in self.decoder]
 
     @property
     def read_blocks(self) -> list[int]:
         """Numbers of the blocks that heads or the model's own decoder read, where they are known."""
         own = decoder_reads(self.backbone) if self.decoder else []
-        stages = put_out(self.backbone) if self.reader.kind == "feature_maps" else None
-        asked = {level for levels in self.levels.values() for level in levels}
-        return sorted({*own, *(level if stages is None else stages[level] for level in asked)})
+        return sorted({*own, *(block for task in self.levels for block in self._blocks(task))})
 
-    @property
-    def head_settings(self) -> dict[str, int | float | str]:
-        """What heads need beside their tensors. It is recorded with adapters, and compared when they are loaded."""
-        found: dict[str, int | float | str] = {f"{task}_refinements": n for task, n in self._rounds.items()}
-        if "depth" in self.tasks:
-            found |= {name: float(self._settings[name]) for name in ("min_depth", "max_depth")}
-        if self._output is not None:
-            found["decoder_output"] = self._output
-        return found
+    def _blocks(self, task: str) -> list[int]:
+        """Numbers of the blocks that a head of this package reads, in its order."""
+        stages = put_out(self.backbone) if self.reader.kind == "feature_maps" else None
+        return [level if stages is None else stages[level] for level in self.levels[task]]
 
     def _freeze(self) -> None:
         heads = {id(p) for name in self.head_names for p in self.get_submodule(name).parameters()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES
 
 from ..models.levels import put_out
+from .record import Recorded
 
 DecoderOutput = Literal["inverse", "depth"]
 
@@ -70,7 +71,7 @@ def check_grid(model: nn.Module, pixels: Tensor, patch: tuple[int, int]) -> None
         )
 
 
-class DepthScale(nn.Module):
+class DepthScale(Recorded):
     """Turns the prediction of a depth decoder into depth.
 
     output="inverse": such decoders predict inverse depth up to a factor. Inverse depth is therefore
@@ -93,7 +94,9 @@ class DepthScale(nn.Module):
         self.min_depth, self.max_depth = min_depth, max_depth
         if output == "inverse":
             self.log_scale = nn.Parameter(torch.zeros(()))
-            self.register_buffer("started", torch.tensor(False))
+        else:  # under the same name, so that a file of the other kind is told by its settings
+            self.register_buffer("log_scale", torch.zeros(()))
+        self.register_buffer("started", torch.tensor(False))
 
     def forward(self, predicted: Tensor, size: tuple[int, int]) -> Tensor:
         """Depth (B, rows, columns) at `size`, float32, from the decoder's prediction (B, h, w)."""

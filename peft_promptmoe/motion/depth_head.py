@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .layers import ConvexUpsampling, Reduce
+from .record import Recorded
 
 HIDDEN, UPDATE = 64, 96
 START = 5  # an untrained head predicts max_depth / START
 
 
-class DepthHead(nn.Module):
+class DepthHead(Recorded):
     """Depth head: predicts inverse depth by a sigmoid from `1 / max_depth` to `1 / min_depth`, then refines it.
 
     Our reading of the light decoder of ProMotion (arXiv 2406.04999). An untrained head predicts about `max_depth / 5`.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConvexUpsampling, Reduce, cell_grid, sample
+from .record import Recorded
 
 HIDDEN, UPDATE, RADIUS = 64, 96, 2
 
@@ -62,7 +63,7 @@ def look_up(correlation: Tensor, targets: Tensor, radius: int = RADIUS) -> Tenso
     return taps.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
 
 
-class FlowHead(nn.Module):
+class FlowHead(Recorded):
     """Flow head: global matching, then local refinement, with far fewer parameters than a flow network.
 
     Our reading of the light decoder of ProMotion (arXiv 2406.04999). Matching is as in GMFlow (arXiv 2111.13680),

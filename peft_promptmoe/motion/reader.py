@@ -27,7 +27,8 @@ class Reader:
         interpolates: whether the forward pass takes `interpolate_pos_encoding=True`, to accept images of any size.
         widths: channels of each level's map, found by running the backbone once.
         strides: size of each level's cell in pixels, (rows, columns).
-        only: (rows, columns) in pixels of the only images that the backbone takes. None: it takes any.
+        only: (rows, columns) in pixels of the only images that the backbone takes. None: it takes more than one size.
+        square: whether it takes square images only.
     """
 
     kind: Kind
@@ -38,6 +39,7 @@ class Reader:
     widths: dict[int, int] = field(default_factory=dict)
     strides: dict[int, Grid] = field(default_factory=dict)
     only: Grid | None = None
+    square: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the backbone's forward pass."""
@@ -82,10 +84,17 @@ class Reader:
         """Refuse images of a size that the backbone does not take.
 
         Raises:
-            ValueError: the backbone takes images of one other size only.
+            ValueError: the backbone takes images of one other size only, or square ones only.
         """
+        rows, columns = pixels.shape[-2:]
+        if self.square and rows != columns:
+            raise ValueError(
+                f"This {type(timm_part(backbone)).__name__} takes square images only, and these are, in whole "
+                f"patches, {rows} x {columns} pixels. Resize or crop them, or use a backbone that takes any size, "
+                "such as DINOv2."
+            )
         only = fixed_size(backbone) or self.only
-        if only is None or tuple(pixels.shape[-2:]) == only:
+        if only is None or (rows, columns) == only:
             return
         otherwise = "use a backbone that takes any size, such as DINOv2"
         if self.kind == "timm":
@@ -94,7 +103,7 @@ class Reader:
             )
         raise ValueError(
             f"This {type(timm_part(backbone)).__name__} takes images of {only[0]} x {only[1]} pixels only, and these "
-            f"are, in whole patches, {pixels.shape[-2]} x {pixels.shape[-1]}. Resize them, or {otherwise}."
+            f"are, in whole patches, {rows} x {columns}. Resize them, or {otherwise}."
         )
 
     def of(self, levels: Sequence[int]) -> tuple[list[int], Grid]:

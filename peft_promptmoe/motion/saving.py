@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,22 @@ class Saved(ModelHubMixin, library_name="peft_promptmoe", tags=["optical-flow", 
         """Return the model card, which shows how to load the model."""
         data = self._hub_mixin_info.model_card_data
         return ModelCard.from_template(data, template_str=CARD, model_class=type(self).__name__, **values)
+
+    @classmethod
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Any:
+        """Load the model from a folder or the Hub. The arguments are those of `huggingface_hub.ModelHubMixin`.
+
+        Other arguments are the model's own, and take the place of saved ones.
+
+        Raises:
+            OSError: there is no such folder, and the name is no id of a repository.
+            ValueError: the folder holds another model, or no backbone that can be loaded.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **arguments)
+        except HFValidationError as error:
+            name = str(pretrained_model_name_or_path)
+            raise OSError(f"{name!r} is neither a folder here nor the id of a repository on the Hub.") from error
 
     @classmethod
     def _from_pretrained(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ UNFIT = (RuntimeError, ValueError, IndexError, AssertionError)  # what libraries
 
 @torch.no_grad()
 def measure(reader: Reader, backbone: nn.Module, first: nn.Conv2d) -> None:
-    """Run the backbone on empty images, and fill in widths and strides, and the only size of images if there is one.
+    """Run the backbone on empty images, and fill in widths, strides, and which sizes of images it takes.
 
     Args:
         reader: reader of the backbone, whose patch size becomes that of the coarsest map.
@@ -44,25 +45,31 @@ def measure(reader: Reader, backbone: nn.Module, first: nn.Conv2d) -> None:
     rows, columns = (max(pair) * windows for pair in zip(reader.patch, coarsest, strict=True))
     reader.patch = rows, columns
     # Models with a decoder take any size, but some only square images, which `check_grid` says.
-    if not reader.interpolates and fixed_size(backbone) is None and not decoder_parts(backbone):
-        try:
-            run((size[0] + rows, size[1] - columns if size[1] > columns else size[1]))
-        except torch.OutOfMemoryError:  # a RuntimeError that says nothing of sizes
-            raise
-        except UNFIT:
-            reader.only = size
+    if reader.interpolates or fixed_size(backbone) is not None or decoder_parts(backbone):
+        return
+    if not _takes(run, (size[0] + rows, size[1] - columns if size[1] > columns else size[1])):
+        more = math.lcm(rows, columns)
+        reader.square = size[0] == size[1] and _takes(run, (size[0] + more, size[1] + more))
+        reader.only = None if reader.square else size
 
 
 def _first_fit(run: Callable[[Grid], Any], sizes: Sequence[Grid]) -> tuple[Grid, Any]:
     """The first size with which `run` does not fail, and what it returns. With the last one it may fail."""
     for size in sizes[:-1]:
-        try:
+        if _takes(run, size):
             return size, run(size)
-        except torch.OutOfMemoryError:
-            raise
-        except UNFIT:
-            continue
     return sizes[-1], run(sizes[-1])
+
+
+def _takes(run: Callable[[Grid], Any], size: Grid) -> bool:
+    """Whether the backbone takes images of a size."""
+    try:
+        run(size)
+    except torch.OutOfMemoryError:  # a RuntimeError that says nothing of sizes
+        raise
+    except UNFIT:
+        return False
+    return True
 
 
 def _trial_sizes(reader: Reader, backbone: nn.Module) -> list[Grid]:

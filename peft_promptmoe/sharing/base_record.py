@@ -25,15 +25,9 @@ NUMBERS = {"width": "hidden size", "depth": "layers", "num_labels": "num_labels"
 
 
 def check_base(config: Any, model: nn.Module) -> None:
-    """At loading, refuse a model of another type, or one whose heads read other blocks or have other settings.
-
-    Other differences are found by the checks of tensors.
-    """
+    """At loading, refuse a model of another type. Other differences are found by the checks of tensors."""
     if (load := running_load()) is not None:
         check_type(config.base_record, model, config.base_model_name_or_path)
-        if config.modules_to_save:
-            check_read_blocks(config.base_record, model)
-            check_head_settings(config.base_record, model)
         if said := remark(config.base_record, model, config.base_model_name_or_path):
             load.remarks.append(said)
 
@@ -54,7 +48,7 @@ def note_base(config: Any, model: nn.Module, paths: list[str]) -> None:
 
 
 def describe_base(model: Any) -> Record:
-    """Type, width, depth and number of classes, each None if unknown; of a motion model also what its heads need."""
+    """Type, width, depth and number of classes, each None if unknown."""
     timm = getattr(model, "timm_model", model)
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -62,31 +56,17 @@ def describe_base(model: Any) -> Record:
     if (known := getattr(timm, "pretrained_cfg", None)) and timm is model:
         kind = known.get("architecture")
     blocks: Any = getattr(timm, "blocks", None)
-    read: Any = getattr(model, "read_blocks", None)  # a model of somebody else may call anything so
-    settings: Any = getattr(model, "head_settings", None)
     return {
         "type": kind if isinstance(kind, str) else None,
         "width": _count(getattr(text, "hidden_size", None), getattr(timm, "embed_dim", None)),
         "depth": _count(getattr(text, "num_hidden_layers", None), len(blocks) if hasattr(blocks, "__len__") else None),
         "num_labels": _count(getattr(config, "num_labels", None), getattr(timm, "num_classes", None)),
         "weights": None,
-        **({"read_blocks": read} if _are_numbers(read) else {}),
-        **({"head_settings": settings} if _are_settings(settings) else {}),
     }
 
 
 def _count(*found: Any) -> int | None:
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
-
-
-def _are_numbers(found: Any) -> bool:
-    return isinstance(found, list) and all(_count(value) is not None for value in found)
-
-
-def _are_settings(found: Any) -> bool:
-    return isinstance(found, dict) and all(
-        isinstance(name, str) and isinstance(value, int | float | str) for name, value in found.items()
-    )
 
 
 def check_record(stored: Any) -> None:
@@ -101,12 +81,6 @@ def check_record(stored: Any) -> None:
     for name in NUMBERS:
         if (value := stored.get(name)) is not None and _count(value) is None:
             raise TypeError(f"{name} in base_record must be an integer, got {value!r:.80}.")
-    blocks = stored.get("read_blocks")
-    if blocks is not None and not _are_numbers(blocks):
-        raise TypeError(f"read_blocks in base_record must be a list of integers, got {blocks!r:.80}.")
-    settings = stored.get("head_settings")
-    if settings is not None and (not _are_settings(settings) or len(settings) > MAX_TENSORS):
-        raise TypeError(f"head_settings in base_record must be a dict of numbers and names, got {settings!r:.80}.")
     if weights is None:
         return
     if not isinstance(weights, dict) or not all(isinstance(item, str) for pair in weights.items() for item in pair):
@@ -134,40 +108,6 @@ def check_type(stored: Record | None, model: nn.Module, name: str | None) -> Non
     raise ValueError(
         f"{_made_for(stored, name)}, but this is a {_summary(found)}. Load it onto the base model it was made for."
     )
-
-
-def check_read_blocks(stored: Record | None, model: nn.Module) -> None:
-    """Refuse a model whose heads read other blocks: saved heads would fit, and the results would be wrong.
-
-    Raises:
-        ValueError: both are known, and they differ.
-    """
-    made_for, found = (stored or {}).get("read_blocks"), describe_base(model).get("read_blocks")
-    if _differ(made_for, found):
-        raise ValueError(
-            f"The adapter was made for a model whose heads read blocks {made_for!r:.200}, but the heads of this "
-            f"{type(model).__name__} read blocks {found}. Create it with the same levels, or with the same "
-            "out_indices of its backbone."
-        )
-
-
-def check_head_settings(stored: Record | None, model: nn.Module) -> None:
-    """Refuse a model whose heads have other settings: no tensor shows them, and the results would be wrong.
-
-    Raises:
-        ValueError: a setting is known of both, and differs.
-    """
-    made_for, found = (stored or {}).get("head_settings") or {}, describe_base(model).get("head_settings") or {}
-    differ = [name for name in found if _differ(made_for.get(name), found[name])]
-    if differ:
-        raise ValueError(
-            f"The adapter was made for heads with {_settings(made_for, differ)}, but those of this "
-            f"{type(model).__name__} have {_settings(found, differ)}. Create it with the same settings."
-        )
-
-
-def _settings(values: Record, names: list[str]) -> str:
-    return ", ".join(f"{name}={values[name]!r:.40}" for name in names)
 
 
 def remark(stored: Record | None, model: nn.Module, name: str | None) -> str | None:

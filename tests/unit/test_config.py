@@ -40,8 +40,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "inference_mode": (0, 1, None, "True", [True]),
     "check_base_weights": (*NO_BOOLS, None),
     "base_record": (
-        *(3, True, "bert", [1], {"type": 3}, {"width": "8"}, {"depth": True}, {"num_labels": 2.0}, {"read_blocks": 3}),
-        *({"read_blocks": ["3"]}, {"read_blocks": [True]}),
+        *(3, True, "bert", [1], {"type": 3}, {"width": "8"}, {"depth": True}, {"num_labels": 2.0}),
         *({"weights": "00"}, {"weights": {"a": 1}}, {"weights": {1: "0000"}}, {"weights": {"a": "xyz0"}}),
         *({"weights": {"a": "0000" * 65}}, {"weights": {"a": "000"}}, {"weights": {str(i): "0000" for i in range(9)}}),
     ),

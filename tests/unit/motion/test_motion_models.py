@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -493,6 +494,22 @@ def test_images_of_a_size_that_a_backbone_does_not_take_are_refused(make: Any, s
             model(**batch("flow", size))
 
 
+class SquareColours(PatchColours):
+    def forward(self, pixel_values: Tensor, return_dict: bool = True) -> ModelOutput:
+        side = math.isqrt(pixel_values.shape[-2] * pixel_values.shape[-1] // PATCH**2)
+        rows = self.embedding(pixel_values).flatten(2)
+        return ModelOutput(feature_maps=(rows.unflatten(2, (side, side)),))
+
+
+def test_a_backbone_that_takes_square_images_only_says_so() -> None:
+    model = FlowModel(SquareColours())
+    for side in (4 * PATCH, 7 * PATCH):
+        assert model(**batch("flow", (side, side))).flow.shape == (2, 2, side, side)
+    for size in ((4 * PATCH, 5 * PATCH), (2 * PATCH, 8 * PATCH)):
+        with pytest.raises(ValueError, match=rf"SquareColours takes square images only, .* {size[0]} x {size[1]} "):
+            model(**batch("flow", size))
+
+
 def test_images_are_padded_to_whole_windows() -> None:
     sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 64}
     config = LwDetrViTConfig(**sizes, patch_size=8, num_windows=4, window_block_indices=[0], out_indices=[2])
@@ -567,6 +584,8 @@ def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds FlowModel, not DepthModel"):
         DepthModel.from_pretrained(tmp_path / "flow")
     dinov2().save_pretrained(tmp_path / "backbone")
+    with pytest.raises(OSError, match="/missing' is neither a folder here nor the id of a repository"):
+        FlowModel.from_pretrained(tmp_path / "missing")
     with pytest.raises(ValueError, match="no model of motion or depth"):
         FlowModel.from_pretrained(tmp_path / "backbone")
 

@@ -111,33 +111,98 @@ def test_an_adapter_comes_back_with_its_heads(kind: str, method: str, tmp_path: 
     assert torch.equal(found.flow, expected.flow) and torch.equal(found.loss, expected.loss)
 
 
-@pytest.mark.parametrize("method", ["vapt", "promotion"])
-def test_an_adapter_is_refused_where_heads_read_other_blocks(method: str, tmp_path: Path) -> None:
-    def flow_model(levels: list[int]) -> FlowModel:
-        return FlowModel(BACKBONES["timm"](), levels=levels)
-
-    config: Any = VAPTConfig(num_virtual_tokens=2) if method == "vapt" else ProMotionConfig(num_prototypes=2)
-    get_peft_model(flow_model([0, 1]), config).save_pretrained(tmp_path)
-    PeftModel.from_pretrained(flow_model([0, 1]), tmp_path)
-    with pytest.raises(ValueError, match=r"heads read blocks \[0, 1\], but the heads of this FlowModel read blocks"):
-        PeftModel.from_pretrained(flow_model([1, 2]), tmp_path)
-    # without heads there is nothing that could be wrong
-    alone: Any = type(config)(**{"num_virtual_tokens": 2} if method == "vapt" else {"num_prototypes": 2})
-    alone.modules_to_save, alone.layers_to_transform = [], [0, 1]
-    get_peft_model(flow_model([0, 1]), alone).save_pretrained(tmp_path / "alone")
-    PeftModel.from_pretrained(flow_model([1, 2]), tmp_path / "alone")
+CHANGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "flow, other blocks": ("flow", {"levels": [0, 1]}, {"levels": [1, 2]}),
+    "flow, refinements": ("flow", {}, {"refinements": 1}),
+    "depth, other blocks": ("depth", {"levels": [0, 1]}, {"levels": [1, 2]}),
+    "depth, max_depth": ("depth", {}, {"max_depth": 10.0}),
+    "depth, min_depth": ("depth", {}, {"min_depth": 0.1}),
+    "joint, refinements of depth": ("joint", {"refinements": None}, {"refinements": 3}),
+}
 
 
-@pytest.mark.parametrize("method", ["mept", "vapt", "promotion"])
-def test_an_adapter_is_refused_where_heads_have_other_settings(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", ["lora", "mept", "vapt", "promotion"])
+def test_an_adapter_is_refused_where_heads_have_other_settings(method: str, change: str, tmp_path: Path) -> None:
     """Tensors of heads fit whatever the range of depth is, and depth would be wrong by the ratio of the ranges."""
-    model = make("joint", method)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(MotionModel(dinov2(), refinements=None, max_depth=80), tmp_path)
-    assert again.peft_config["default"].base_record["head_settings"]["max_depth"] == 80
-    for other in ({"max_depth": 10.0}, {"min_depth": 0.1}, {"refinements": 1}):
-        with pytest.raises(ValueError, match=rf"made for heads with .*{next(iter(other))}.* have .* same settings"):
-            PeftModel.from_pretrained(MotionModel(dinov2(), **other), tmp_path)  # type: ignore[arg-type]
+    task, settings, others = CHANGES[change]
+
+    def base(given: dict[str, Any]) -> Any:
+        torch.manual_seed(0)
+        return MODELS[task](BACKBONES["timm"](), **given)
+
+    model = base(settings)
+    configs: dict[str, Any] = {
+        "lora": LoraConfig(target_modules=["qkv"], modules_to_save=model.head_names),
+        "mept": MEPTConfig(num_virtual_tokens=2),
+        "vapt": VAPTConfig(num_virtual_tokens=2),
+        "promotion": ProMotionConfig(num_prototypes=2),
+    }
+    get_peft_model(model, configs[method]).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base(settings), tmp_path)
+    other, inputs = base(settings | others).eval(), batch(task, size=SIZE)
+    before = other(**inputs).loss
+    with pytest.raises(RuntimeError, match=r"were trained with .*=.*, but this one has .*=.* the same settings"):
+        PeftModel.from_pretrained(other, tmp_path)
+    if method != "lora":  # PEFT itself leaves LoRA layers behind
+        assert torch.equal(other.eval()(**inputs).loss, before)
+
+
+def test_without_heads_an_adapter_fits_other_heads(tmp_path: Path) -> None:
+    config = VAPTConfig(num_virtual_tokens=2, modules_to_save=[], layers_to_transform=[0, 1])
+    get_peft_model(FlowModel(BACKBONES["timm"](), levels=[0, 1]), config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(FlowModel(BACKBONES["timm"](), levels=[1, 2]), tmp_path)
+
+
+@pytest.mark.parametrize(("made", "used"), [("depth", "inverse"), ("inverse", "depth")])
+def test_an_adapter_is_refused_where_the_decoder_predicts_otherwise(made: Any, used: Any, tmp_path: Path) -> None:
+    def base(output: Any) -> DepthModel:
+        torch.manual_seed(0)
+        return DepthModel(depth_anything(), decoder_output=output)
+
+    model = base(made)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=model.head_names)
+    get_peft_model(model, config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(base(made), tmp_path)
+    with pytest.raises(RuntimeError, match=f"decoder_output='{made}', but .* decoder_output='{used}'"):
+        PeftModel.from_pretrained(base(used), tmp_path)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_settings_come_back(low_memory: bool, tmp_path: Path) -> None:
+    model = get_peft_model(DepthModel(dinov2(), max_depth=10), VAPTConfig(num_virtual_tokens=2)).half()
+    model.save_pretrained(tmp_path / "adapter")
+    base = DepthModel(dinov2(), max_depth=10.0)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter", low_cpu_mem_usage=low_memory)
+    again.unload().save_pretrained(tmp_path / "model")
+    with pytest.raises(RuntimeError, match=r"max_depth=10, but this one has max_depth=20"):
+        DepthModel.from_pretrained(tmp_path / "model", max_depth=20)
+    assert DepthModel.from_pretrained(tmp_path / "model").max_depth == 10
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        torch.tensor(list(b"[" * 512), dtype=torch.uint8),
+        torch.tensor(list(b'{"max_depth": 1e999}'.ljust(512)), dtype=torch.uint8),
+        torch.tensor(list(b"[1]".ljust(512)), dtype=torch.uint8),
+        torch.full((512,), 255, dtype=torch.uint8),
+        torch.zeros(512),
+    ],
+    ids=["nested", "infinite", "no dict", "no text", "no bytes"],
+)
+def test_settings_that_cannot_be_read_are_refused(settings: Tensor) -> None:
+    model = DepthModel(dinov2())
+    tensors = model.state_dict() | {"depth_head.settings": settings}
+    with pytest.raises(RuntimeError, match="DepthHead were trained with"):
+        model.load_state_dict(tensors)
+
+
+def test_a_checkpoint_of_other_heads_is_refused() -> None:
+    tensors = DepthModel(dinov2()).half().state_dict()  # precision changes no settings
+    with pytest.raises(RuntimeError, match=r"max_depth=80\.0, but this one has max_depth=10\."):
+        DepthModel(dinov2(), max_depth=10).load_state_dict(tensors)
+    DepthModel(dinov2(), max_depth=80).load_state_dict(tensors)
 
 
 def test_auto_peft_model_finds_the_base_it_was_loaded_from(tmp_path: Path) -> None:
@@ -286,7 +351,7 @@ def test_what_a_decoder_means_is_read_from_the_model_or_named() -> None:
     assert DepthModel(depth_anything("relative")).depth_scale.output == "inverse"
     assert DepthModel(dpt()).depth_scale.output == "inverse"
     named = DepthModel(dpt(), decoder_output="depth")
-    assert named.depth_scale.output == "depth" and named.head_names == ["backbone.neck", "backbone.head"]
+    assert named.depth_scale.output == "depth" and named.head_names == ["depth_scale", "backbone.neck", "backbone.head"]
     predicted = torch.tensor([[[0.0, 2.0], [5.0, 100.0]]])
     assert named.depth_scale(predicted, (2, 2)).tolist()[0] == [[pytest.approx(1e-3), 2.0], [5.0, 80.0]]
 
