@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the blocks of a vision model whose patch outputs are read."""
+"""Finds the blocks of a vision model whose outputs count."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 from torch import nn
 
-EVERY = 3
 
-
-def read_blocks(model: nn.Module, blocks: list[int]) -> list[int]:
-    """Blocks whose feature maps a backbone returns or a model's heads read.
+def blocks_in_use(model: nn.Module, blocks: list[int]) -> list[int]:
+    """Blocks up to the last one whose feature map a backbone returns or a model's heads read.
 
     Args:
         model: a backbone of transformers, a model around one, or a model whose attribute `read_blocks` says what it
@@ -19,11 +17,11 @@ def read_blocks(model: nn.Module, blocks: list[int]) -> list[int]:
         blocks: numbers of the model's blocks.
 
     Returns:
-        The numbers in order. If neither is known: every third block, counted back from the last.
+        The numbers in order. All if neither is known.
     """
     own = getattr(model, "read_blocks", None)  # a model of somebody else may call anything so
-    found = sorted(set(own if isinstance(own, list) else put_out(model)) & set(blocks))
-    return found or sorted(blocks)[::-1][::EVERY][::-1]
+    read = set(own if isinstance(own, list) else put_out(model)) & set(blocks)
+    return sorted(block for block in blocks if block <= max(read or blocks))
 
 
 def put_out(model: nn.Module) -> list[int]:

@@ -19,7 +19,7 @@ MAX_UPDATES = 1_000_000_000
 MIN_TEMPERATURE = 1e-6  # by far less a cosine is divided to infinity
 DenoiserKind = Literal["both", "attention", "tokens"]
 Proposal = Literal["bank", "pool"]
-DENOISE_WEIGHT, BANK_MOMENTUM = 1.0, 0.99
+DENOISE_WEIGHT, BANK_MOMENTUM, UNIT_SCALE = 1.0, 0.99, 0.25
 
 
 @dataclass
@@ -63,6 +63,9 @@ class ProMotionConfig(PromptConfig):
         read_temperature: temperature at which patches read the prototypes (ours).
         read_top: number of nearest prototypes that a patch reads. Unset: all (ours).
         feedback: whether patches read the prototypes at all (ours).
+        unit_scale: factor of what a unit adds to its block's output. Unset: 0.25 (ours), with which learning rates of
+            3e-4 to 3e-3 train units in all blocks; with 1 they diverge from 1e-3 on. Adapters that were saved before
+            this setting existed keep 1.
         denoise_weight: weight of the denoising loss. Unset: 1, or 0 without a denoiser (ours).
         margin_weight, compact_weight: weights of the margin loss and of the compactness loss (both losses from
             ProtoSeg, with ten times its weights).
@@ -70,10 +73,9 @@ class ProMotionConfig(PromptConfig):
             bank hardly moves within some hundred steps). 1: the bank stays as it was initialised.
         reseed_after: a prototype that got no patch for this many training steps moves to the patch farthest from all
             prototypes. 0: never (ours).
-        layers_to_transform: numbers of the blocks that get a unit, counted from 0. Unset: the blocks that the heads or
-            the decoder of a `FlowModel`, `DepthModel` or `MotionModel` read, or whose feature maps a backbone of
-            transformers returns; in other models every third block, including the last; with `target_modules` all
-            blocks that it names.
+        layers_to_transform: numbers of the blocks that get a unit, counted from 0. Unset: all blocks, up to the last
+            one that the heads or the decoder of a `FlowModel`, `DepthModel` or `MotionModel` read, or whose feature
+            map a backbone of transformers returns; with `target_modules` all blocks that it names.
         layers_pattern: name of the module list in which `layers_to_transform` counts.
         backbone_eval: whether the frozen base model stays in evaluation mode while the adapter trains.
         target_modules, exclude_modules: attention layers whose blocks get units or are left out, as in PEFT: names or
@@ -114,6 +116,9 @@ class ProMotionConfig(PromptConfig):
     read_temperature: float = field(default=0.1, metadata={"help": "Temperature at which patches read prototypes."})
     read_top: int | None = field(default=None, metadata={"help": "Nearest prototypes that a patch reads. Unset: all."})
     feedback: bool = field(default=True, metadata={"help": "Whether patches read the prototypes."})
+    unit_scale: float | None = field(
+        default=None, metadata={"help": "Factor of what a unit adds to its block's output. Unset: 0.25."}
+    )
     denoise_weight: float | None = field(default=None, metadata={"help": "Weight of the denoising loss. Unset: 1."})
     margin_weight: float = field(default=0.1, metadata={"help": "Weight of the margin loss."})
     compact_weight: float = field(default=0.01, metadata={"help": "Weight of the compactness loss."})
@@ -126,8 +131,11 @@ class ProMotionConfig(PromptConfig):
     )
 
     def __post_init__(self) -> None:
+        is_saved = self.peft_version is not None  # PEFT fills it in
         super().__post_init__()
         self.peft_type = ensure_peft_type("PROMOTION")
+        if self.unit_scale is None:
+            self.unit_scale = 1.0 if is_saved else UNIT_SCALE
         self._check_sizes()
         self._check_numbers()
         self._check_dead_settings()
@@ -173,6 +181,7 @@ class ProMotionConfig(PromptConfig):
         for name in ("center", "noisy_features", "feedback", "backbone_eval"):
             check_bool(name, getattr(self, name))
         check_number("noise_std", self.noise_std, 0.0, open_low=True)
+        check_number("unit_scale", self.unit_scale, 0.0, open_low=True)
         for name in ("sinkhorn_eps", "margin_temperature", "read_temperature"):
             check_number(name, getattr(self, name), MIN_TEMPERATURE)
         check_number("balance", self.balance, 0.0)

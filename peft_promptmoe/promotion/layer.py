@@ -126,7 +126,9 @@ class ProMotionLayer(BlockLayer):
             values |= grouping
             features = (found + read if config.feedback else found).to(z.dtype)
         weight, bias = self.promotion_up[adapter]()
-        added = F.linear(features, weight.to(x.dtype), bias.to(x.dtype))
+        scale = config.unit_scale
+        assert scale is not None
+        added = F.linear(features * scale, weight.to(x.dtype), bias.to(x.dtype) * scale)
         weights = {"denoise": config.denoise_weight, "margin": config.margin_weight, "compact": config.compact_weight}
         terms = [weight * values[name] for name, weight in weights.items() if weight and name in values]
         if not terms:

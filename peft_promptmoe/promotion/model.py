@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checks import check_has_patches, check_whole_grid, refuse_task_type
-from ..models.levels import read_blocks
+from ..models.levels import blocks_in_use
 from ..models.sites import Site, find_site
 from ..models.targets import image_targets
 from ..tuner import PromptTuner
@@ -54,7 +54,7 @@ class ProMotionModel(PromptTuner):
             paths = [path for path, _ in self.model.named_modules()]
             sites = [find_site(self.model, p) for p in paths if self._check_target_module_exists(peft_config, p)]
             if sites:
-                peft_config.layers_to_transform = read_blocks(self.model, sorted({site.index for site in sites}))
+                peft_config.layers_to_transform = blocks_in_use(self.model, list({site.index for site in sites}))
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def resolve(self, config: ProMotionConfig, sites: list[Site]) -> None:

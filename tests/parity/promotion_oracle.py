@@ -38,6 +38,7 @@ class Settings:
     read_temperature: float = 0.4
     read_top: int | None = None
     feedback: bool = True
+    unit_scale: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def added(patches: Tensor, unit: Unit, settings: Settings, grid: tuple[int, int]
     result = []
     for token, direction in zip(found, u, strict=True):
         feature = token + read(direction, prototypes, settings) if settings.feedback else token
-        result.append(times(unit.up, feature) + unit.up_bias)
+        result.append(settings.unit_scale * (times(unit.up, feature) + unit.up_bias))
     return torch.stack(result)
 
 

@@ -351,7 +351,8 @@ def test_what_a_decoder_means_is_read_from_the_model_or_named() -> None:
     assert DepthModel(depth_anything("relative")).depth_scale.output == "inverse"
     assert DepthModel(dpt()).depth_scale.output == "inverse"
     named = DepthModel(dpt(), decoder_output="depth")
-    assert named.depth_scale.output == "depth" and named.head_names == ["depth_scale", "backbone.neck", "backbone.head"]
+    assert named.depth_scale.output == "depth"
+    assert named.head_names == ["depth_scale", "backbone.neck", "backbone.head"]
     predicted = torch.tensor([[[0.0, 2.0], [5.0, 100.0]]])
     assert named.depth_scale(predicted, (2, 2)).tolist()[0] == [[pytest.approx(1e-3), 2.0], [5.0, 80.0]]
 

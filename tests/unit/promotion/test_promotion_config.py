@@ -43,6 +43,7 @@ TEMPERATURES = ("sinkhorn_eps", "margin_temperature", "read_temperature")
         ({"denoise_share": 0.0}, "denoise_share must be greater than 0"),
         ({"denoise_share": 2.0}, "denoise_share must be at most 1"),
         ({"noise_std": 0.0}, "noise_std must be greater than 0"),
+        ({"unit_scale": 0.0}, "unit_scale must be greater than 0"),
         ({"sinkhorn_eps": float("nan")}, "sinkhorn_eps must be at least 1e-06"),
         *(({name: 1e-40}, f"{name} must be at least 1e-06") for name in TEMPERATURES),
         ({"denoiser": "none"}, "denoiser must be one of"),
@@ -72,6 +73,16 @@ def test_unset_weights_follow_from_the_other_settings(tmp_path: Path) -> None:
     assert "num_virtual_tokens" not in json.loads((tmp_path / "adapter_config.json").read_text())
 
 
+def test_units_of_older_adapters_keep_their_scale(tmp_path: Path) -> None:
+    assert ProMotionConfig().unit_scale == 0.25
+    ProMotionConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    assert stored["unit_scale"] == 0.25
+    file.write_text(json.dumps({name: value for name, value in stored.items() if name != "unit_scale"}))
+    assert PeftConfig.from_pretrained(tmp_path).unit_scale == 1.0  # type: ignore[attr-defined]
+
+
 def test_sizes_are_those_of_the_specification() -> None:
     """58,753 trained values at width 768 and 33,025 at 384."""
     for width, count in ((768, 58_753), (384, 33_025)):
@@ -86,11 +97,10 @@ def blocks_of(model: nn.Module) -> list[int]:
     return [unit.site.index for unit in units(model)]
 
 
-def test_units_stand_behind_every_third_block_unless_somebody_says() -> None:
+def test_units_stand_behind_every_block_unless_somebody_says() -> None:
     config = ProMotionConfig(**SMALL)
     base = classifier(num_hidden_layers=12, hidden_size=8)
-    assert blocks_of(get_peft_model(base, config)) == [2, 5, 8, 11] == config.layers_to_transform
-    assert blocks_of(get_peft_model(classifier(num_hidden_layers=2), ProMotionConfig(**SMALL))) == [1]
+    assert blocks_of(get_peft_model(base, config)) == [*range(12)] == config.layers_to_transform
     every = ProMotionConfig(**SMALL, target_modules=r".*encoder\.layer\.\d+\.attention")
     assert blocks_of(get_peft_model(classifier(), every)) == [0, 1, 2]
 
@@ -101,14 +111,14 @@ def test_a_method_that_is_called_read_blocks_says_nothing() -> None:
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 4}
     model = get_peft_model(Own(ViTConfig(image_size=32, patch_size=4, **sizes)), ProMotionConfig(num_prototypes=2))
-    assert model.peft_config["default"].layers_to_transform == [0, 3]
+    assert model.peft_config["default"].layers_to_transform == [0, 1, 2, 3]
 
 
-def test_units_stand_behind_the_blocks_whose_maps_a_backbone_puts_out() -> None:
+def test_no_unit_stands_behind_the_last_block_whose_map_a_backbone_puts_out() -> None:
     base = backbone()
-    base.config.out_features = base._out_features = ["stage1", "stage3"]
-    assert list(base.out_features) == ["stage1", "stage3"]
-    assert blocks_of(get_peft_model(base, ProMotionConfig(**SMALL))) == [0, 2]
+    base.config.out_features = base._out_features = ["stage2"]
+    assert list(base.out_features) == ["stage2"]
+    assert blocks_of(get_peft_model(base, ProMotionConfig(**SMALL))) == [0, 1]
 
 
 class Levels(nn.Module):
@@ -117,13 +127,13 @@ class Levels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = ViTModel(ViTConfig(**SHAPE), add_pooling_layer=False)
-        self.read_blocks = [1, 0]
+        self.read_blocks = [1]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.backbone(pixel_values).last_hidden_state
 
 
-def test_units_stand_behind_the_levels_that_heads_read() -> None:
+def test_no_unit_stands_behind_the_last_level_that_heads_read() -> None:
     assert blocks_of(get_peft_model(Levels(), ProMotionConfig(**SMALL))) == [0, 1]
 
 
