@@ -15,6 +15,7 @@ from peft_promptmoe import ProMotionConfig, VAPTConfig
 from .bottleneck import add_bottlenecks
 
 SHARED = [3, 4, 5]  # blocks whose units take prototypes from one task to the other: those that flow reads
+TRANSFERRED: dict[str, Any] = {"layers_to_transform": SHARED, "unit_scale": 1.0}
 SHOWN = 224  # pixels a side of the pairs that are trained on
 
 
@@ -53,18 +54,17 @@ def prompts(**settings: Any) -> Method:
     return Method(attach, (1e-3, 3e-3, 1e-2), untouched=lambda blocks: blocks[0])
 
 
-def promotion(first: int | None = None, foreign: bool = False, **settings: Any) -> Method:
-    """Units behind the blocks that are read, or, where `layers_to_transform` is set, behind others from `first` on."""
+def promotion(first: int = 0, foreign: bool = False, **settings: Any) -> Method:
+    """Units behind all blocks that count, or, where `layers_to_transform` is set, behind others from `first` on."""
 
     def attach(model: Any, blocks: list[int]) -> nn.Module:
         return get_peft_model(model, ProMotionConfig(modules_to_save=model.head_names, **settings))
 
-    return Method(attach, untouched=lambda blocks: (blocks[0] if first is None else first) + 1, foreign=foreign)
+    return Method(attach, untouched=lambda blocks: first + 1, foreign=foreign)
 
 
-def promotion_everywhere(model: Any, blocks: list[int]) -> nn.Module:
-    """Units behind every block up to the last one that is read."""
-    config = ProMotionConfig(modules_to_save=model.head_names, layers_to_transform=up_to(blocks))
+def promotion_where_read(model: Any, blocks: list[int]) -> nn.Module:
+    config = ProMotionConfig(modules_to_save=model.head_names, layers_to_transform=blocks)
     return get_peft_model(model, config)
 
 
@@ -73,7 +73,7 @@ def with_frozen_prototypes(foreign: bool) -> Method:
     method = promotion(
         SHARED[0],
         foreign,
-        layers_to_transform=SHARED,
+        **TRANSFERRED,
         bank_momentum=1.0,
         denoise_weight=0.0,
         margin_weight=0.0,
@@ -109,7 +109,7 @@ METHODS = {
     "bottleneck": Method(add_bottlenecks, untouched=lambda blocks: blocks[0] + 1),
     "bottleneck-all": Method(lambda model, blocks: add_bottlenecks(model, up_to(blocks)), untouched=lambda blocks: 1),
     "promotion": promotion(),
-    "promotion-all": Method(promotion_everywhere, untouched=lambda blocks: 1),
+    "promotion-read": Method(promotion_where_read, untouched=lambda blocks: blocks[0] + 1),
     "lora": Method(lora, untouched=lambda blocks: blocks[0]),
     "lora-all": Method(lambda model, blocks: lora(model, up_to(blocks))),
     "vapt": prompts(),
@@ -136,7 +136,7 @@ ABLATIONS = {
 }
 OWN = "units with prototypes of this task"
 TRANSFER = {
-    OWN: promotion(SHARED[0], layers_to_transform=SHARED),
+    OWN: promotion(SHARED[0], **TRANSFERRED),
     "units with frozen prototypes of the other task": with_frozen_prototypes(foreign=True),
     "units with frozen prototypes untrained": with_frozen_prototypes(foreign=False),
 }
