@@ -201,8 +201,8 @@ def small_flow(method: str) -> torch.nn.Module:
     model = FlowModel(Dinov2Model(config), levels=[1, 2], freeze_backbone=True, refinements=1)
     if method == "bottleneck":
         return add_bottlenecks(model, [1, 2], inner=4)
-    config = ProMotionConfig(bottleneck_dim=4, num_prototypes=4, modules_to_save=model.head_names)
-    return get_peft_model(model, config)
+    units = {"bottleneck_dim": 4, "num_prototypes": 4, "layers_to_transform": [1, 2]}
+    return get_peft_model(model, ProMotionConfig(**units, modules_to_save=model.head_names))
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "promotion"])

@@ -208,7 +208,7 @@ def test_channels_stay_where_they_are(settings: dict[str, Any]) -> None:
             unit.grids.grids[20] = (4, 5)
     tokens = torch.randn(2, 1 + 20, 32)
     added = unit_output(model, tokens)[:, 1:] - tokens[:, 1:]
-    torch.testing.assert_close(added[..., 5], torch.full_like(added[..., 5], 3.0))
+    torch.testing.assert_close(added[..., 5], torch.full_like(added[..., 5], 0.25 * 3.0))
     assert added[..., [c for c in range(32) if c != 5]].abs().max() == 0.0
 
 
