@@ -105,9 +105,9 @@ def image_targets(model: nn.Module) -> str | list[str]:
         kinds[family is not None].append(path)
     if not (found := kinds[True] or kinds[False]):
         raise ValueError(
-            f"{type(model).__name__} has no attention layers over one patch grid, from which these prompts are made: "
-            "it is no vision transformer, or one with windows or several resolutions (Swin, Hiera, PVT). Use a plain "
-            "vision transformer of transformers or timm."
+            f"{type(model).__name__} has no attention layers over one patch grid, which this method needs: it is no "
+            "vision transformer, or one with windows, with several resolutions (Swin, Hiera, PVT), or behind a "
+            "convolutional network (DPT-Hybrid). Use a plain vision transformer of transformers or timm."
         )
     family = family_of(model, model.get_submodule(found[0]), found[0])
     paths = [path for path, _ in model.named_modules() if family and re.fullmatch(family.attention, path)]
