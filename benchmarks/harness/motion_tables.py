@@ -11,14 +11,18 @@ from .motion_methods import OWN, SHARED, TRANSFER
 from .reading import NAMES, results
 
 OWN_NAMES = {
-    "bottleneck": "plain bottleneck adapter",
-    "bottleneck-all": "plain bottleneck adapter, all blocks",
+    "bottleneck": "plain bottleneck adapter, blocks that are read",
+    "bottleneck-all": "plain bottleneck adapter",
     "promotion": "ProMotion",
-    "promotion-all": "ProMotion, all blocks",
-    "lora-all": "LoRA r8, all blocks",
+    "promotion-read": "ProMotion, blocks that are read",
+    "lora": "LoRA r8, blocks that are read",
+    "lora-all": "LoRA r8",
+    "vapt": "VAPT, blocks that are read",
+    "vpt-deep": "VPT-Deep, blocks that are read",
 }
 SCORES = {"flow": "epe", "depth": "abs_rel"}
 SLOW_HEADS = "_slow_heads"  # ends the name of what was run with heads at a third of their best rate
+SCALE_1 = "_scale_1"  # and of what was run with `unit_scale=1`
 NOISES = ("noise 5", "noise 10", "noise 25")
 Cell = dict[str, Any]
 
@@ -63,6 +67,22 @@ def learning_motion(task: str, kind: str = "") -> str:
     return table(headings, rows)
 
 
+def unit_scale() -> str:
+    """Error on the development pairs by place, scale and learning rate of ProMotion's units, on both tasks, seed 0."""
+    found: dict[tuple[str, float, float], dict[str, str]] = {}
+    for task, score in SCORES.items():
+        for kind, scale in ((SCALE_1, 1.0), ("", 0.25)):
+            for cell in results(f"learning_motion_{task}{kind}").get("cells", {}).values():
+                if cell["method"] in ("promotion", "promotion-read") and cell["seed"] == 0:
+                    place = "all" if cell["method"] == "promotion" else "that are read"
+                    found.setdefault((place, scale, cell["lr"]), {})[task] = f"{cell['dev'][score]:.3f}"
+    rows = [
+        [place, f"{scale:g}", f"{lr:g}", *(scores.get(task, "") for task in SCORES)]
+        for (place, scale, lr), scores in sorted(found.items())
+    ]
+    return table(["blocks with a unit", "`unit_scale`", "rate", "flow, px", "depth, AbsRel"], rows)
+
+
 def motion_transfer() -> str:
     """Error on both tasks of units whose prototypes are trained, taken from the other task, or left as they start."""
     rows = []
@@ -83,7 +103,7 @@ def motion_assignments() -> str:
     measures = {"entropy": "entropy of use", "margin": "margin", "nearest": "cosine to nearest", "between": "between"}
     rows = []
     for task in SCORES:
-        found = chosen(f"learning_motion_{task}{SLOW_HEADS}", task) | chosen(f"learning_motion_{task}", task)
+        found = chosen(f"learning_motion_{task}", task)
         for method, (_, cells) in found.items():
             seen = [cell["assignment"] for cell in cells if "assignment" in cell]
             if not seen or method in TRANSFER:

@@ -60,16 +60,11 @@ MODELS = {"flow": FlowModel, "depth": DepthModel, "joint": MotionModel}
 LEVELS = {"flow": [3, 4, 5], "depth": [5, 8, 11]}
 # Adapters by the name of their method. "head" trains the heads alone and "full" the backbone with them.
 ADAPTERS: dict[str, Any] = {
-    # in the blocks that are read and those between them: to train earlier ones, gradients have to come back that far
-    "lora": lambda task, heads: LoraConfig(
-        r=8,
-        lora_alpha=16,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        layers_to_transform=list(range(blocks(task)[0], blocks(task)[-1] + 1)),
-        modules_to_save=heads,
+    "lora": lambda heads: LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], modules_to_save=heads
     ),
-    "vapt": lambda task, heads: VAPTConfig(image_size=[SHOWN, SHOWN], modules_to_save=heads),
-    "promotion": lambda task, heads: ProMotionConfig(modules_to_save=heads),
+    "vapt": lambda heads: VAPTConfig(image_size=[SHOWN, SHOWN], modules_to_save=heads),
+    "promotion": lambda heads: ProMotionConfig(modules_to_save=heads),
 }
 SHOWN = 224  # pixels of the shorter side that frames are shown at
 PATCH = 14
@@ -99,7 +94,7 @@ def base_model(task: str, name: str | None, frozen: bool) -> nn.Module:
 def make_model(args: argparse.Namespace) -> nn.Module:
     base = base_model(args.task, args.model, frozen=args.method != "full")
     adapter = ADAPTERS.get(args.method)
-    return base if adapter is None else get_peft_model(base, adapter(args.task, base.head_names))
+    return base if adapter is None else get_peft_model(base, adapter(base.head_names))
 
 
 def load_model(args: argparse.Namespace) -> nn.Module:
