@@ -362,7 +362,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", nargs="*", type=Path, default=[], help="folders of data sets to evaluate on too")
     parser.add_argument("--steps", type=int, help="default: what two cores do in some eight minutes")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--test-pairs", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: outputs/motion/TASK-METHOD")
