@@ -20,8 +20,9 @@ def blocks_in_use(model: nn.Module, blocks: list[int]) -> list[int]:
         The numbers in order. All if neither is known.
     """
     own = getattr(model, "read_blocks", None)  # a model of somebody else may call anything so
-    read = set(own if isinstance(own, list) else put_out(model)) & set(blocks)
-    return sorted(block for block in blocks if block <= max(read or blocks))
+    read = [block for block in own if isinstance(block, int)] if isinstance(own, list) else put_out(model)
+    last = max([block for block in read if block >= 0] or blocks)  # -1 is the stem
+    return sorted(block for block in blocks if block <= last)
 
 
 def put_out(model: nn.Module) -> list[int]:

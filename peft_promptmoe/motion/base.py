@@ -122,7 +122,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         rounds = {task: REFINEMENTS[task] if refinements is None else refinements for task in self.tasks}
         if "flow" in self.tasks:
             self.flow_head = FlowHead(*self.reader.of(self.levels["flow"]), channels, rounds["flow"])
-            self.flow_head.keep_settings(refinements=rounds["flow"], blocks=self._blocks("flow"))
+            self.flow_head.keep_settings(refinements=rounds["flow"], **self._read("flow"))
         span = {"min_depth": min_depth, "max_depth": max_depth}
         if self.decoder:
             output = decoder_output or predicted_by(backbone)
@@ -131,7 +131,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         elif "depth" in self.tasks:
             widths, stride = self.reader.of(self.levels["depth"])
             self.depth_head = DepthHead(widths, stride, channels, rounds["depth"], **span)
-            self.depth_head.keep_settings(refinements=rounds["depth"], blocks=self._blocks("depth"), **span)
+            self.depth_head.keep_settings(refinements=rounds["depth"], **self._read("depth"), **span)
         if freeze_backbone:
             self._freeze()
         self.train(backbone.training)
@@ -172,6 +172,11 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         """Numbers of the blocks that a head of this package reads, in its order."""
         stages = put_out(self.backbone) if self.reader.kind == "feature_maps" else None
         return [level if stages is None else stages[level] for level in self.levels[task]]
+
+    def _read(self, task: str) -> dict[str, Any]:
+        """What a head of this package reads: the blocks, and whether their maps pass the backbone's last norm."""
+        norms = getattr(getattr(self.backbone, "config", None), "apply_layernorm", False)
+        return {"blocks": self._blocks(task), "normed": bool(norms) and self.reader.kind == "feature_maps"}
 
     def _freeze(self) -> None:
         heads = {id(p) for name in self.head_names for p in self.get_submodule(name).parameters()}

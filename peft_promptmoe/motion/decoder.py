@@ -96,7 +96,7 @@ class DepthScale(Recorded):
             self.log_scale = nn.Parameter(torch.zeros(()))
         else:  # under the same name, so that a file of the other kind is told by its settings
             self.register_buffer("log_scale", torch.zeros(()))
-        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("started", torch.zeros(()))  # no bool, of which EMA could take no average
 
     def forward(self, predicted: Tensor, size: tuple[int, int]) -> Tensor:
         """Depth (B, rows, columns) at `size`, float32, from the decoder's prediction (B, h, w)."""
@@ -126,9 +126,9 @@ class DepthScale(Recorded):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
         found = (sums[0] / sums[1].clamp(min=1)).to(self.log_scale.dtype)
-        now = ~self.started & (sums[1] > 0)
+        now = (self.started == 0) & (sums[1] > 0)
         self.log_scale.copy_(torch.where(now, found, self.log_scale))
-        self.started |= now
+        self.started.copy_(torch.where(now, 1.0, self.started))
 
     def extra_repr(self) -> str:
         return f"output={self.output!r}, depth {self.min_depth:g} to {self.max_depth:g}"

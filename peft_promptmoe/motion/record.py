@@ -13,13 +13,15 @@ Settings = dict[str, int | float | str | list[int]]
 
 NAME = "settings"
 LENGTH = 512  # bytes of a record, the same for all settings: PEFT compares shapes first
+BYTE = 255
 
 
 class Recorded(nn.Module):
     """Base of heads. Trained with other settings, their tensors would fit and the results would be wrong.
 
     The record is a buffer, so that every way of saving a head keeps it: adapters of any method, checkpoints of the
-    Trainer, whole models.
+    Trainer, whole models. It holds one byte per value in floating point, because averages of weights (EMA, SWA) take
+    the average of buffers, too, and cut off or refuse whole numbers.
     """
 
     settings: Tensor
@@ -31,7 +33,8 @@ class Recorded(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         stored = state_dict.get(f"{prefix}{NAME}")
-        if stored is not None and hasattr(self, "_recorded"):
+        has_data = isinstance(stored, Tensor) and not stored.is_meta  # FSDP fills in meta tensors later
+        if stored is not None and has_data and hasattr(self, "_recorded"):
             errors: list[str] = rest[-1]
             made_for = _decode(stored)
             if differ := [name for name, value in self._recorded.items() if made_for.get(name) != value]:
@@ -44,15 +47,16 @@ class Recorded(nn.Module):
 
 def _encode(settings: Settings) -> Tensor:
     text = json.dumps(settings, sort_keys=True).encode()
-    return torch.tensor(list(text.ljust(LENGTH)), dtype=torch.uint8)
+    return torch.tensor(list(text.ljust(LENGTH)), dtype=torch.float32)
 
 
-def _decode(stored: Any) -> dict[str, Any]:
+def _decode(stored: Tensor) -> dict[str, Any]:
     """Settings from a file, which may be a stranger's: without any that can be read, all differ."""
-    if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.numel() != LENGTH:
+    values = stored.detach().flatten().float().round()
+    if values.numel() != LENGTH or not bool(((values >= 0) & (values <= BYTE)).all()):
         return {}
     try:
-        found = json.loads(bytes(stored.flatten().tolist()))
+        found = json.loads(bytes(values.to(torch.uint8).tolist()))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -47,29 +47,28 @@ def measure(reader: Reader, backbone: nn.Module, first: nn.Conv2d) -> None:
     # Models with a decoder take any size, but some only square images, which `check_grid` says.
     if reader.interpolates or fixed_size(backbone) is not None or decoder_parts(backbone):
         return
-    if not _takes(run, (size[0] + rows, size[1] - columns if size[1] > columns else size[1])):
+    if _attempt(run, (size[0] + rows, size[1] - columns if size[1] > columns else size[1])) is None:
         more = math.lcm(rows, columns)
-        reader.square = size[0] == size[1] and _takes(run, (size[0] + more, size[1] + more))
+        reader.square = size[0] == size[1] and _attempt(run, (size[0] + more, size[1] + more)) is not None
         reader.only = None if reader.square else size
 
 
 def _first_fit(run: Callable[[Grid], Any], sizes: Sequence[Grid]) -> tuple[Grid, Any]:
     """The first size with which `run` does not fail, and what it returns. With the last one it may fail."""
     for size in sizes[:-1]:
-        if _takes(run, size):
-            return size, run(size)
+        if (found := _attempt(run, size)) is not None:
+            return size, found
     return sizes[-1], run(sizes[-1])
 
 
-def _takes(run: Callable[[Grid], Any], size: Grid) -> bool:
-    """Whether the backbone takes images of a size."""
+def _attempt(run: Callable[[Grid], Any], size: Grid) -> Any:
+    """What `run` returns, None if the backbone does not take images of this size."""
     try:
-        run(size)
+        return run(size)
     except torch.OutOfMemoryError:  # a RuntimeError that says nothing of sizes
         raise
     except UNFIT:
-        return False
-    return True
+        return None
 
 
 def _trial_sizes(reader: Reader, backbone: nn.Module) -> list[Grid]:

@@ -14,7 +14,8 @@ from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_backbones import BACKBONES, DEPTH_MODELS, PATCH, batch, depth_anything, dinov2, dpt, timm_vit
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from transformers import Dinov2Model, Trainer, TrainingArguments
 
 from peft_promptmoe import DepthModel, FlowModel, MEPTConfig, MotionModel, ProMotionConfig, VAPTConfig
 from peft_promptmoe.motion import DepthError, EndPointError, trainer_metrics
@@ -196,6 +197,41 @@ def test_settings_that_cannot_be_read_are_refused(settings: Tensor) -> None:
     tensors = model.state_dict() | {"depth_head.settings": settings}
     with pytest.raises(RuntimeError, match="DepthHead were trained with"):
         model.load_state_dict(tensors)
+
+
+@pytest.mark.parametrize("average", ["default", "ema", "ema of many", "swa of many"])
+def test_averages_of_weights_keep_the_settings(average: str) -> None:
+    functions: dict[str, dict[str, Any]] = {
+        "default": {},
+        "ema": {"avg_fn": get_ema_avg_fn(0.9999)},
+        "ema of many": {"multi_avg_fn": get_ema_multi_avg_fn(0.9999)},
+        "swa of many": {"multi_avg_fn": get_swa_multi_avg_fn()},
+    }
+    model = MotionModel(depth_anything(), levels={"flow": [0]})
+    averaged = AveragedModel(model, use_buffers=True, **functions[average])
+    for _ in range(3):
+        averaged.update_parameters(model)
+    tensors: Any = averaged.module.state_dict()
+    MotionModel(depth_anything(), levels={"flow": [0]}).load_state_dict(tensors)
+    with pytest.raises(RuntimeError, match=r"max_depth=80\.0, but this one has max_depth=10\."):
+        MotionModel(depth_anything(), levels={"flow": [0]}, max_depth=10).load_state_dict(tensors)
+
+
+def test_tensors_without_data_show_no_settings() -> None:
+    tensors = DepthModel(dinov2()).to("meta").state_dict()
+    DepthModel(dinov2(), max_depth=10).load_state_dict(tensors, assign=True)
+
+
+@pytest.mark.parametrize("method", ["lora", "vapt"])
+def test_an_adapter_is_refused_where_the_maps_pass_another_norm(method: str, tmp_path: Path) -> None:
+    """The backbone's last norm is no block's: a Dinov2Backbone applies it to every map, a Dinov2Model to none."""
+    backbone = dinov2()
+    blocks = [index - 1 for index in backbone.config.out_indices]
+    lora, vapt = LoraConfig(target_modules=["q_proj"], modules_to_save=["flow_head"]), VAPTConfig(num_virtual_tokens=2)
+    config = {"lora": lora, "vapt": vapt}[method]
+    get_peft_model(FlowModel(backbone), config).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="trained with normed=True, but this one has normed=False"):
+        PeftModel.from_pretrained(FlowModel(Dinov2Model(backbone.config), levels=blocks), tmp_path)
 
 
 def test_a_checkpoint_of_other_heads_is_refused() -> None:
@@ -403,10 +439,12 @@ READ_BLOCKS: dict[str, tuple[Any, list[int]]] = {
 
 
 @pytest.mark.parametrize("case", sorted(READ_BLOCKS))
-def test_units_of_promotion_stand_behind_the_blocks_that_are_read(case: str) -> None:
-    base, blocks = READ_BLOCKS[case]
-    model = get_peft_model(base(), ProMotionConfig(num_prototypes=2, bottleneck_dim=8))
-    assert model.peft_config["default"].layers_to_transform == blocks
+def test_units_of_promotion_stand_up_to_the_last_block_that_is_read(case: str) -> None:
+    make_base, blocks = READ_BLOCKS[case]
+    base = make_base()
+    assert base.read_blocks == blocks
+    model = get_peft_model(base, ProMotionConfig(num_prototypes=2, bottleneck_dim=8))
+    assert model.peft_config["default"].layers_to_transform == [*range(blocks[-1] + 1)]
 
 
 @pytest.mark.parametrize("kind", ["dinov2-backbone", "timm", "depth-anything"])

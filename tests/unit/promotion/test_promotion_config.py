@@ -135,6 +135,8 @@ class Levels(nn.Module):
 
 def test_no_unit_stands_behind_the_last_level_that_heads_read() -> None:
     assert blocks_of(get_peft_model(Levels(), ProMotionConfig(**SMALL))) == [0, 1]
+    without_last = ProMotionConfig(**SMALL, exclude_modules=r".*\.1\..*")
+    assert blocks_of(get_peft_model(Levels(), without_last)) == [0]
 
 
 def windows() -> nn.Module:
