@@ -46,12 +46,15 @@ def lora(model: Any, blocks: list[int]) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def prompts(**settings: Any) -> Method:
-    def attach(model: Any, blocks: list[int]) -> nn.Module:
-        shared = {"image_size": [SHOWN, SHOWN], "modules_to_save": model.head_names, "layers_to_transform": blocks}
-        return get_peft_model(model, VAPTConfig(**shared, **settings))
+def prompts(everywhere: bool = False, **settings: Any) -> Method:
+    """VAPT, or VPT-Deep, in the blocks that are read, or in all up to the last of them."""
 
-    return Method(attach, (1e-3, 3e-3, 1e-2), untouched=lambda blocks: blocks[0])
+    def attach(model: Any, blocks: list[int]) -> nn.Module:
+        place = {"layers_to_transform": up_to(blocks) if everywhere else blocks}
+        shared = {"image_size": [SHOWN, SHOWN], "modules_to_save": model.head_names}
+        return get_peft_model(model, VAPTConfig(**shared, **place, **settings))
+
+    return Method(attach, (1e-3, 3e-3, 1e-2), untouched=lambda blocks: 0 if everywhere else blocks[0])
 
 
 def promotion(first: int = 0, foreign: bool = False, **settings: Any) -> Method:
@@ -113,7 +116,9 @@ METHODS = {
     "lora": Method(lora, untouched=lambda blocks: blocks[0]),
     "lora-all": Method(lambda model, blocks: lora(model, up_to(blocks))),
     "vapt": prompts(),
+    "vapt-all": prompts(everywhere=True),
     "vpt-deep": prompts(num_static_layers="all"),
+    "vpt-deep-all": prompts(everywhere=True, num_static_layers="all"),
     "full": Method(lambda model, blocks: model, (1e-5, 3e-5, 1e-4), frozen=False),
 }
 # At ProMotion's own rate.

@@ -18,7 +18,9 @@ OWN_NAMES = {
     "lora": "LoRA r8, blocks that are read",
     "lora-all": "LoRA r8",
     "vapt": "VAPT, blocks that are read",
+    "vapt-all": "VAPT",
     "vpt-deep": "VPT-Deep, blocks that are read",
+    "vpt-deep-all": "VPT-Deep",
 }
 SCORES = {"flow": "epe", "depth": "abs_rel"}
 SLOW_HEADS = "_slow_heads"  # ends the name of what was run with heads at a third of their best rate
