@@ -87,6 +87,6 @@ def test_pmoe_names_the_field_that_leaves_blocks_out(settings: dict[str, Any], f
 def test_blocks_that_another_model_has_set() -> None:
     config = ProMotionConfig()
     get_peft_model(vit(12), config)
-    assert config.layers_to_transform == [2, 5, 8, 11]
-    with pytest.raises(ValueError, match=r"names layers 5, 8, 11, .*used for another model before.*Make a new config"):
+    assert config.layers_to_transform == [*range(12)]
+    with pytest.raises(ValueError, match=r"names layers 4, 5, .*used for another model before.*Make a new config"):
         get_peft_model(vit(4), config)
