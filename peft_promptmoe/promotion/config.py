@@ -64,8 +64,8 @@ class ProMotionConfig(PromptConfig):
         read_top: number of nearest prototypes that a patch reads. Unset: all (ours).
         feedback: whether patches read the prototypes at all (ours).
         unit_scale: factor of what a unit adds to its block's output. Unset: 0.25 (ours), with which a learning rate of
-            1e-3 trains units in all blocks; with 1 they diverge at this rate. Adapters that were saved before this
-            setting existed keep 1.
+            1e-3 trains units in all blocks; with 1 those in twelve blocks diverged at this rate. Adapters that were
+            saved before this setting existed keep 1.
         denoise_weight: weight of the denoising loss. Unset: 1, or 0 without a denoiser (ours).
         margin_weight, compact_weight: weights of the margin loss and of the compactness loss (both losses from
             ProtoSeg, with ten times its weights).
