@@ -74,16 +74,20 @@ ROUTERS = {
 
 
 def learning(name: str, score: str = "test accuracy", by_task: bool = False) -> str:
-    """Score by method, the best first; seconds of a training step; what routers did, where there are any; by task."""
+    """Score by method, the best first; what was forgotten, where it was measured; seconds of a training step; what
+    routers did, where there are any; by task. The number of seeds is shown where it is not the same for all."""
     summary, seconds = results(name)["summary"], results(name).get("step_seconds", {})
     measures = {name: shown for name, shown in ROUTERS.items() if any(name in row for row in summary.values())}
     tasks = sorted({task for row in summary.values() for task in row["by_task"]}) if by_task else []
-    headings = ["method", score, "over seeds", "trained", "rate"] + ["a step"] * bool(seconds)
-    headings += [*measures.values(), *tasks]
+    forgets = any("forgotten" in row for row in summary.values())
+    seeds_differ = len({len(row["test"]) for row in summary.values()}) > 1
+    headings = ["method", *(["seeds"] * seeds_differ), score, "over seeds", *(["forgotten"] * forgets)]
+    headings += ["trained", "rate"] + ["a step"] * bool(seconds) + [*measures.values(), *tasks]
     rows = []
     for method, row in sorted(summary.items(), key=lambda item: -item[1]["mean"]):
-        line = [NAMES.get(method, method), f"{row['mean']:.3f}", deviation(row["sd"]), f"{row['trainable']:,}"]
-        line.append(f"{row['lr']:g}" if row["lr"] else "")
+        line = [NAMES.get(method, method), *([str(len(row["test"]))] * seeds_differ)]
+        line += [f"{row['mean']:.3f}", deviation(row["sd"]), *([f"{row['forgotten']:.3f}"] if forgets else [])]
+        line += [f"{row['trainable']:,}", f"{row['lr']:g}" if row["lr"] else ""]
         line += [f"{seconds[method]:.2g} s" if method in seconds else ""] * bool(seconds)
         line += [spread(row[measure]) if measure in row else "" for measure in measures]
         rows.append(line + [f"{row['by_task'][task]:.2f}" for task in tasks])
@@ -292,6 +296,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning_experts": lambda: learning("learning_experts"),
     "learning_causal": lambda: learning("learning_causal", "exact match"),
     "learning_mixture": lambda: learning("learning_mixture", "exact match", by_task=True),
+    "learning_mixture_sequence": lambda: learning("learning_mixture_sequence", "exact match", by_task=True),
     "learning_motion_flow": lambda: learning_motion("flow"),
     "learning_motion_depth": lambda: learning_motion("depth"),
     "learning_motion_flow_slow_heads": lambda: learning_motion("flow", SLOW_HEADS),

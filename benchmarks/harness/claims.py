@@ -82,6 +82,7 @@ TASKS = {
     "learning_text": "sentiment",
     "learning_text_mixture": "four text tasks",
     "learning_causal": "sentiment, by generation",
+    "learning_mixture": "six instructions",
     "learning_vision_cifar10": "CIFAR-10",
     "learning_vision_mnist": "MNIST",
     "learning_experts": "digits on photos",
@@ -107,9 +108,8 @@ def claims() -> Iterator[Claim]:
     ):
         says = "beats prompt methods (by 1.94 points on SuperGLUE) with fewer active prompts: 10 beside 20"
         yield scores("MEPT", says, file, method, "prompt", "prefix")
-    yield scores(
-        "MEPT", "beats P-Tuning v2, which is one deep prompt", "learning_text_mixture", "mept-sample", "static"
-    )
+    for file in ("learning_text_mixture", "learning_mixture"):
+        yield scores("MEPT", "beats P-Tuning v2, which is one deep prompt", file, "mept-sample", "static")
     yield scores(
         "pMoE",
         "beats its best expert",
