@@ -406,8 +406,8 @@ FAULTS = [
     Fault(
         "maps of backbones are taken before the unit adds to them",
         "engine/block_layer.py",
-        "register_forward_hook(self._after_block, prepend=True)",
-        "register_forward_hook(self._after_block)",
+        "register_forward_hook(self._after_block, prepend=True, with_kwargs=True)",
+        "register_forward_hook(self._after_block, with_kwargs=True)",
         ("tests/unit/promotion/test_unit.py", "-k", "maps"),
     ),
     Fault(

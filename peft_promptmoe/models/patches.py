@@ -29,6 +29,8 @@ class Patches:
         image_size: size of the model's images in pixels, (rows, columns). None: it takes any size.
         owner: module that adds prefix tokens and positions.
         pads: whether images are padded to whole patches instead of cropped.
+        stage: number of the attention layer's stage, in models that merge patches from stage to stage. None: all
+            layers have the same patches.
     """
 
     embedding: nn.Conv2d
@@ -37,6 +39,7 @@ class Patches:
     image_size: Grid | None
     owner: nn.Module
     pads: bool = False
+    stage: int | None = None
 
     def grid(self, image_size: Grid) -> Grid:
         """(rows, columns) of patches in an image of `image_size` pixels."""
@@ -44,8 +47,14 @@ class Patches:
         return (image_size[0] + more[0]) // self.size[0], (image_size[1] + more[1]) // self.size[1]
 
 
-def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
+def find_patches(model: nn.Module, path: str, width: int, stage: int | None = None) -> Patches | None:
     """Find the patch embedding of the tower to which the attention layer at `path` belongs.
+
+    Args:
+        model: the base model.
+        path: path of the attention layer.
+        width: width of its input. It doubles from stage to stage.
+        stage: number of its stage in Swin and models like it, else None.
 
     Returns:
         None if the tower has not exactly one patch embedding of the attention layer's width: text models, windows,
@@ -53,9 +62,9 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
     """
     attention: Any = model.get_submodule(path)
     config = getattr(attention, "config", None)
-    if config is not None and (not hasattr(config, "patch_size") or hasattr(config, "depths")):
+    if stage is None and config is not None and (not hasattr(config, "patch_size") or hasattr(config, "depths")):
         return None
-    if hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"):
+    if stage is None and hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"):
         return None
     tower = path
     found: tuple[str, nn.Module] | None = None
@@ -63,7 +72,7 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
         tower = tower.rpartition(".")[0]
         modules = model.get_submodule(tower).named_modules(prefix=tower)
         found = next(((name, module) for name, module in modules if isinstance(module, nn.Conv2d)), None)
-    if found is None or not _is_patch_embedding(found[1], width):
+    if found is None or not _is_patch_embedding(found[1], width >> (stage or 0)):
         return None
     embedding_path = found[0]
     embedding: Any = model.get_submodule(embedding_path)
@@ -78,6 +87,7 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
         image_size=_image_size([*owners, config]),
         owner=owner,
         pads=any(getattr(module, "dynamic_img_pad", False) for module in owners),
+        stage=stage,
     )
 
 

@@ -43,18 +43,20 @@ class ProMotionModel(PromptTuner):
     method = "ProMotion"
     tuner_layer_cls = ProMotionLayer
     prompt_layer_cls = ProMotionLayer
+    joins_windows = True
 
     def default_targets(self) -> str | list[str]:
-        return image_targets(self.model)
+        return image_targets(self.model, windows=True)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.layers_to_transform is None:
             found = self.default_targets()
             peft_config.target_modules = found if isinstance(found, str) else set(found)
             paths = [path for path, _ in self.model.named_modules()]
-            sites = [find_site(self.model, p) for p in paths if self._check_target_module_exists(peft_config, p)]
+            paths = [path for path in paths if self._check_target_module_exists(peft_config, path)]
+            sites = [find_site(self.model, path, windows=True) for path in paths]
             if sites:
-                peft_config.layers_to_transform = blocks_in_use(self.model, list({site.index for site in sites}))
+                peft_config.layers_to_transform = blocks_in_use(self.model, sites)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def resolve(self, config: ProMotionConfig, sites: list[Site]) -> None:
