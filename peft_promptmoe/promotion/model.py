@@ -18,11 +18,11 @@ class ProMotionModel(PromptTuner):
     """ProMotion tuner: adds denoised prototypes behind blocks of a frozen vision transformer, for flow and depth.
 
     Experimental. This is our reading of ProMotion (arXiv 2406.04999), whose code and equations are not public: an
-    adapter, while the paper trains a network. It works with any model that contains a vision transformer of
-    transformers or timm. Its losses reach the optimiser through the `loss` that the model returns.
+    adapter, while the paper trains a network. It works with any model that contains a plain vision transformer or a
+    Swin of transformers or timm. Its losses reach the optimiser through the `loss` that the model returns.
 
     Args:
-        model: the base model, with one patch grid.
+        model: the base model, with one patch grid, or one in each stage (Swin).
         config: a [`ProMotionConfig`].
         adapter_name: name of the adapter.
 
