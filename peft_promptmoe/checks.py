@@ -26,12 +26,10 @@ ALL_BLOCKS: dict[str, Any] = {"layers_to_transform": None, "layers_pattern": Non
 
 
 def is_target(model: nn.Module, config: Any, path: str) -> Any:
-    """PEFT's rule for target modules, with `layers_to_transform` also for regular expressions and full paths.
-
-    PEFT would count blocks in stages within their stage. Here they are counted over all stages.
-    """
+    """PEFT's rule for target modules, with `layers_to_transform` also for regular expressions and full paths."""
     asked, targets, staged = config.layers_to_transform, config.target_modules, stage_of(path) is not None
-    found = check_target_module_exists(_changed(config, ALL_BLOCKS) if staged and asked is not None else config, path)
+    # PEFT would count blocks in stages within their stage.
+    found = check_target_module_exists(_changed(config, ALL_BLOCKS) if staged else config, path)
     if not found or asked is None or not (staged or isinstance(targets, str) or path in targets):
         return found
     return _block(model, config, path) in _several(asked)
@@ -46,9 +44,8 @@ def _changed(config: Any, settings: dict[str, Any]) -> Any:
 
 def _block(model: nn.Module, config: Any, path: str) -> int | None:
     """Number of the block in a path (see `block_of`), or the number after `layers_pattern`."""
-    named = config.layers_pattern
-    if not named:
-        block, number = block_of(model, path)
+    block, number = block_of(model, path)
+    if not (named := config.layers_pattern):
         return number if block else None
     lists = "|".join(f"(?:{name})" for name in ([named] if isinstance(named, str) else named))
     match = re.search(rf"(?:^|\.)(?:{lists})[.](\d+)(?=\.)", path)
@@ -121,8 +118,7 @@ def left_out_by(model: nn.Module, config: PromptConfig) -> str | None:
 def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], chosen: bool) -> str:
     """The message about numbers in `layers_to_transform` that belong to no prompted layer."""
     there = _numbers(model, config, _paths(model, config, **ALL_BLOCKS))
-    everywhere = _paths(model, config, **ALL_BLOCKS, exclude_modules=None, modules_to_save=None)
-    all_there = _numbers(model, config, everywhere)
+    every = _numbers(model, config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None, modules_to_save=None))
     whole = there == list(range(len(there)))
     known = f"{there[0]} to {there[-1]}" if whole and len(there) > 1 else ", ".join(map(str, there)) or "none"
     name = type(model).__name__
@@ -131,7 +127,7 @@ def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], ch
             f"layers_to_transform={config.layers_to_transform!r} leaves no layer of {name} to prompt. Leave it unset "
             f"for all layers, or choose from {known}."
         )
-    strange = missing - set(all_there)
+    strange = missing - set(every)
     subject = f"layers_to_transform names {_named(strange or missing)}"
     if strange:
         may = "that prompts can join" if chosen else f"that target_modules={config.target_modules!r} names"
@@ -234,16 +230,13 @@ def check_has_patches(site: Site, method: str) -> None:
     if site.patches is None:
         raise ValueError(
             f"{site.name!r} does not attend over one patch grid, which {method} needs. Either the model is no vision "
-            "transformer, or it has windows or several resolutions (Hiera, PVT). Use a plain vision transformer "
-            "of transformers or timm."
+            "transformer, or it has windows or several resolutions. Use a plain one of transformers or timm."
         )
 
 
 def check_whole_grid(model: nn.Module, config: PromptConfig, site: Site, method: str) -> None:
     """Raise ValueError if patches can be dropped, or if `modules_to_save` copies the patch embedding."""
     assert site.patches is not None
-    if site.patches.stage is not None:  # its blocks are called with the grid
-        return
     if hides_patches(site.patches.owner):
         raise ValueError(says_hidden(site.patches.owner))
     dropped = getattr(site.patches.owner, "patch_drop", None)

@@ -31,6 +31,7 @@ class Patches:
         pads: whether images are padded to whole patches instead of cropped.
         stage: number of the attention layer's stage, in models that merge patches from stage to stage. None: all
             layers have the same patches.
+        fixed: whether the model takes images of `image_size` only.
     """
 
     embedding: nn.Conv2d
@@ -40,11 +41,15 @@ class Patches:
     owner: nn.Module
     pads: bool = False
     stage: int | None = None
+    fixed: bool = False
 
     def grid(self, image_size: Grid) -> Grid:
-        """(rows, columns) of patches in an image of `image_size` pixels."""
+        """(rows, columns) of patches in an image of `image_size` pixels, at the attention layer's stage."""
         more = (self.size[0] - 1, self.size[1] - 1) if self.pads else (0, 0)
-        return (image_size[0] + more[0]) // self.size[0], (image_size[1] + more[1]) // self.size[1]
+        rows, columns = (image_size[0] + more[0]) // self.size[0], (image_size[1] + more[1]) // self.size[1]
+        for _ in range(self.stage or 0):
+            rows, columns = (rows + 1) // 2, (columns + 1) // 2
+        return rows, columns
 
 
 def find_patches(model: nn.Module, path: str, width: int, stage: int | None = None) -> Patches | None:
@@ -88,6 +93,7 @@ def find_patches(model: nn.Module, path: str, width: int, stage: int | None = No
         owner=owner,
         pads=any(getattr(module, "dynamic_img_pad", False) for module in owners),
         stage=stage,
+        fixed=any(getattr(module, "strict_img_size", False) for module in owners),
     )
 
 

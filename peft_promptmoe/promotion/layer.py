@@ -112,7 +112,7 @@ class ProMotionLayer(BlockLayer):
 
     def _added(self, adapter: str, config: ProMotionConfig, x: Tensor, grid: Grid | None) -> Tensor:
         """What one adapter adds to patches x, both (B, N, D)."""
-        self._check_count(config, x.shape[1], grid)
+        check_count(config, self.site, x.shape[1], grid)
         learns = self.leaves_word(adapter)
         z = self._compress(adapter, x)
         tensors = self.promotion_denoiser[adapter]() if config.denoise_steps else {}
@@ -190,19 +190,6 @@ class ProMotionLayer(BlockLayer):
         if bank.momentum < 1.0 or bank.may_be_unstarted:
             bank.leave(*seen)
 
-    def _check_count(self, config: ProMotionConfig, patches: int, grid: Grid | None) -> None:
-        if 4 * config.num_prototypes <= patches:
-            return
-        shape = f"{patches} patches" + (f" ({grid[0]} x {grid[1]})" if grid is not None else "")
-        where, instead = "", ""
-        if self.patches.stage is not None:
-            where = f" behind block {self.site.index}, in stage {self.patches.stage + 1} of the model"
-            instead = f" (at most {patches // 4}), only earlier blocks (layers_to_transform)"
-        raise ValueError(
-            f"num_prototypes={config.num_prototypes} is more than a quarter of an image's {shape}{where}, so each "
-            f"gets too few patches. Choose fewer prototypes{instead}, or larger images."
-        )
-
     # -- what the engine asks -----------------------------------------------------------------------------------------
 
     def needs_patches(self, adapter: str) -> bool:
@@ -237,6 +224,22 @@ class ProMotionLayer(BlockLayer):
 
     def _banks(self, adapters: list[str]) -> list[Any]:
         return [self.promotion_bank[name] for name in adapters if name in self.promotion_bank]
+
+
+def check_count(config: ProMotionConfig, site: Site, patches: int, grid: Grid | None) -> None:
+    """Raise ValueError if each prototype of a unit would get less than four patches of an image."""
+    if 4 * config.num_prototypes <= patches:
+        return
+    stage = site.patches.stage if site.patches is not None else None
+    shape = f"{patches} patches" + (f" ({grid[0]} x {grid[1]})" if grid is not None else "")
+    where, instead = "", ""
+    if stage is not None:
+        where = f" behind block {site.index}, in stage {stage + 1} of the model"
+        instead = f" (at most {patches // 4}), only earlier blocks (layers_to_transform)"
+    raise ValueError(
+        f"num_prototypes={config.num_prototypes} is more than a quarter of an image's {shape}{where}, so each gets "
+        f"too few patches. Choose fewer prototypes{instead}, or larger images."
+    )
 
 
 def _denoiser(config: ProMotionConfig) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from ..models.sites import Site, find_site
 from ..models.targets import image_targets
 from ..tuner import PromptTuner
 from .config import MAX_UNITS, MAX_VALUES, ProMotionConfig
-from .layer import ProMotionLayer
+from .layer import ProMotionLayer, check_count
 
 
 class ProMotionModel(PromptTuner):
@@ -69,7 +69,12 @@ class ProMotionModel(PromptTuner):
 
     def check_site(self, config: ProMotionConfig, site: Site) -> None:
         check_has_patches(site, self.method)
-        check_whole_grid(self.model, config, site, self.method)
+        assert site.patches is not None
+        if site.patches.stage is None:  # else the grid is in the calls of blocks
+            check_whole_grid(self.model, config, site, self.method)
+        if site.patches.fixed and site.patches.image_size is not None:
+            rows, columns = site.patches.grid(site.patches.image_size)
+            check_count(config, site, rows * columns, (rows, columns))
         if config.bottleneck_dim * site.width > MAX_VALUES:
             raise ValueError(
                 f"bottleneck_dim={config.bottleneck_dim} is too large for width {site.width}: at most {MAX_VALUES} "

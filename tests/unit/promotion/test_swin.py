@@ -251,6 +251,25 @@ def test_too_many_prototypes_for_a_stage_are_refused(name: str) -> None:
     assert outcome(model, pixels(shape=(32, 48))).shape == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("name", "most", "message"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            12,
+            r"=13 .* 49 patches \(7 x 7\) behind block 3, .* \(at most 12\)",
+        ),
+        ("vit_tiny_patch16_224", 49, r"=50 .* 196 patches \(14 x 14\), so"),
+    ],
+    ids=["swin", "vit"],
+)
+def test_too_many_are_refused_at_once_where_all_images_have_one_size(name: str, most: int, message: str) -> None:
+    sizes = {"depths": (1, 1, 1, 1), "embed_dim": 12} if name.startswith("swin") else {"depth": 1}
+    with pytest.raises(ValueError, match=message):
+        adapted(timm.create_model(name, **sizes), num_prototypes=most + 1)
+    adapted(timm.create_model(name, **sizes), num_prototypes=most)
+
+
 def test_other_models_with_windows_are_refused() -> None:
     sizes: dict[str, Any] = {"image_size": [32, 32], "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
     base = HieraModel(HieraConfig(**sizes, num_query_pool=1))
