@@ -18,26 +18,37 @@ from .engine.timm_attention import check_fused
 from .models.heads import takes, text_heads
 from .models.patches import hides_patches, says_hidden
 from .models.sites import Site
+from .models.surroundings import block_of, stage_of
 from .sharing.rollback import running_load
 
 # Settings that select all blocks.
 ALL_BLOCKS: dict[str, Any] = {"layers_to_transform": None, "layers_pattern": None}
 
 
-def is_target(config: Any, path: str) -> Any:
+def is_target(model: nn.Module, config: Any, path: str) -> Any:
     """PEFT's rule for target modules, with `layers_to_transform` also for regular expressions and full paths."""
-    found = check_target_module_exists(config, path)
-    asked, targets = config.layers_to_transform, config.target_modules
-    if not found or asked is None or not (isinstance(targets, str) or path in targets):
+    asked, targets, staged = config.layers_to_transform, config.target_modules, stage_of(path) is not None
+    # PEFT would count blocks in stages within their stage.
+    found = check_target_module_exists(_changed(config, ALL_BLOCKS) if staged else config, path)
+    if not found or asked is None or not (staged or isinstance(targets, str) or path in targets):
         return found
-    return _block(config, path) in _several(asked)
+    return _block(model, config, path) in _several(asked)
 
 
-def _block(config: Any, path: str) -> int | None:
-    """Number of the block in a path: the first number, or the one after `layers_pattern`."""
-    named = config.layers_pattern
-    lists = "|".join(f"(?:{name})" for name in ([named] if isinstance(named, str) else named or ()))
-    match = re.search(rf"(?:^|\.){f'(?:{lists})' if lists else ''}{r'[.]' if lists else ''}(\d+)(?=\.)", path)
+def _changed(config: Any, settings: dict[str, Any]) -> Any:
+    other = copy.copy(config)
+    for name, value in settings.items():
+        setattr(other, name, value)
+    return other
+
+
+def _block(model: nn.Module, config: Any, path: str) -> int | None:
+    """Number of the block in a path (see `block_of`), or the number after `layers_pattern`."""
+    block, number = block_of(model, path)
+    if not (named := config.layers_pattern):
+        return number if block else None
+    lists = "|".join(f"(?:{name})" for name in ([named] if isinstance(named, str) else named))
+    match = re.search(rf"(?:^|\.)(?:{lists})[.](\d+)(?=\.)", path)
     return int(match.group(1)) if match is not None else None
 
 
@@ -54,7 +65,7 @@ def no_match(model: nn.Module, config: PromptConfig, chosen: bool) -> str:
     name = type(model).__name__
     free = _paths(model, config, **ALL_BLOCKS)
     if config.layers_to_transform is not None and free:
-        if config.layers_pattern and not any(_block(config, path) is not None for path in free):
+        if config.layers_pattern and not any(_block(model, config, path) is not None for path in free):
             return (
                 f"layers_pattern={config.layers_pattern!r} names no list of blocks in the paths of {name}'s attention "
                 f"layers, such as {free[0]!r}. Leave layers_pattern unset, or name the module that holds the blocks."
@@ -90,11 +101,9 @@ def no_match(model: nn.Module, config: PromptConfig, chosen: bool) -> str:
 
 def _paths(model: nn.Module, config: PromptConfig, **changed: Any) -> list[str]:
     """The paths that the config would match with some settings changed."""
-    other = copy.copy(config)
-    for name, value in changed.items():
-        setattr(other, name, value)
+    other = _changed(config, changed)
     paths = (path for path, _ in model.named_modules() if path and PROMPT_CHILD not in path.split("."))
-    return [path for path in paths if is_target(other, path)]
+    return [path for path in paths if is_target(model, other, path)]
 
 
 def left_out_by(model: nn.Module, config: PromptConfig) -> str | None:
@@ -108,8 +117,8 @@ def left_out_by(model: nn.Module, config: PromptConfig) -> str | None:
 
 def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], chosen: bool) -> str:
     """The message about numbers in `layers_to_transform` that belong to no prompted layer."""
-    there = _numbers(config, _paths(model, config, **ALL_BLOCKS))
-    all_there = _numbers(config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None, modules_to_save=None))
+    there = _numbers(model, config, _paths(model, config, **ALL_BLOCKS))
+    every = _numbers(model, config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None, modules_to_save=None))
     whole = there == list(range(len(there)))
     known = f"{there[0]} to {there[-1]}" if whole and len(there) > 1 else ", ".join(map(str, there)) or "none"
     name = type(model).__name__
@@ -118,12 +127,12 @@ def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], ch
             f"layers_to_transform={config.layers_to_transform!r} leaves no layer of {name} to prompt. Leave it unset "
             f"for all layers, or choose from {known}."
         )
-    strange = missing - set(all_there)
+    strange = missing - set(every)
     subject = f"layers_to_transform names {_named(strange or missing)}"
     if strange:
         may = "that prompts can join" if chosen else f"that target_modules={config.target_modules!r} names"
         return f"{subject}, not among the layers of {name} {may}: {known} (counted from 0).{_used_before(config)}"
-    without = _numbers(config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None))
+    without = _numbers(model, config, _paths(model, config, **ALL_BLOCKS, exclude_modules=None))
     if missing & set(without):
         return (
             f"layers_to_transform names {_named(missing & set(without))}, but exclude_modules="
@@ -135,8 +144,8 @@ def _no_such_layer(model: nn.Module, config: PromptConfig, missing: set[int], ch
     )
 
 
-def _numbers(config: PromptConfig, paths: list[str]) -> list[int]:
-    return sorted({number for path in paths if (number := _block(config, path)) is not None})
+def _numbers(model: nn.Module, config: PromptConfig, paths: list[str]) -> list[int]:
+    return sorted({number for path in paths if (number := _block(model, config, path)) is not None})
 
 
 def _named(numbers: set[int]) -> str:
@@ -163,7 +172,7 @@ def check_layers(model: nn.Module, config: PromptConfig, sites: list[Site], chos
     asked = config.layers_to_transform
     if asked is None:
         return
-    missing = _several(asked) - {_block(config, site.name) for site in sites}
+    missing = _several(asked) - {_block(model, config, site.name) for site in sites}
     if missing:
         raise ValueError(_no_such_layer(model, config, missing, chosen))
 
@@ -221,8 +230,7 @@ def check_has_patches(site: Site, method: str) -> None:
     if site.patches is None:
         raise ValueError(
             f"{site.name!r} does not attend over one patch grid, which {method} needs. Either the model is no vision "
-            "transformer, or it has windows or several resolutions (Swin, Hiera, PVT). Use a plain vision transformer "
-            "of transformers or timm."
+            "transformer, or it has windows or several resolutions. Use a plain one of transformers or timm."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -54,6 +54,8 @@ class PromptTuner(BaseTuner):
     method: str
     tuner_layer_cls: type[AdapterState]
     prompt_layer_cls: type[PromptLayer]
+    # Whether the method changes outputs of whole blocks only, so that attention within windows does not matter.
+    joins_windows: ClassVar[bool] = False
     target_module_mapping = {}  # noqa: RUF012  declared by BaseTuner
 
     # -- what a method may define -------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ class PromptTuner(BaseTuner):
         for path in paths:
             check_at_hand(self.model.get_submodule(path), path)
         join = join_what_can_be if chosen else join_all
-        sites = join(self.model, paths, issubclass(self.prompt_layer_cls, KeyValueLayer))
+        sites = join(self.model, paths, issubclass(self.prompt_layer_cls, KeyValueLayer), self.joins_windows)
         if len(sites) < len(paths):
             peft_config.target_modules = {site.name for site in sites}
         check_layers(self.model, peft_config, sites, chosen)
@@ -175,9 +177,8 @@ class PromptTuner(BaseTuner):
         if getattr(model, PROMPT_CHILD, None) is None:
             ModelHooks(model).attach(model)
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        return is_target(peft_config, key)
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        return is_target(self.model, peft_config, key)
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 

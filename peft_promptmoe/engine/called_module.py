@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.call_arguments import attention_mask, given_cache
 from ..models.inspection import accepts_keyword_arguments, divides_its_loss, parameter_names, unwrapped_forward
@@ -172,6 +173,7 @@ def holders(model: nn.Module, layers: list[PromptLayer]) -> list[nn.Module]:
         while path:
             path = path.rpartition(".")[0]
             module = model.get_submodule(path)
-            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            # Checkpointed stages run again in the backward pass, where no forward pass starts.
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict, GradientCheckpointingLayer)):
                 found[id(module)] = module
     return list(found.values())

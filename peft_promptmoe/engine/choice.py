@@ -16,21 +16,22 @@ from ..models.targets import is_encoder_decoder
 from .trial import try_on_rows
 
 
-def join_all(model: nn.Module, paths: list[str], tried: bool) -> list[Site]:
+def join_all(model: nn.Module, paths: list[str], tried: bool, windows: bool) -> list[Site]:
     """Return the attention layers at `paths`, which the user has named.
 
     Args:
         model: the base model.
         paths: paths of attention layers.
         tried: whether prompts join as keys and values. The layers are then tried on a few rows first.
+        windows: as in `find_site`.
 
     Raises:
         CannotJoin: prompts cannot join one of them.
     """
-    return [_site(model, path, tried) for path in paths]
+    return [_site(model, path, tried, windows) for path in paths]
 
 
-def join_what_can_be(model: nn.Module, paths: list[str], tried: bool) -> list[Site]:
+def join_what_can_be(model: nn.Module, paths: list[str], tried: bool, windows: bool) -> list[Site]:
     """Return the attention layers at `paths` that prompts can join. One warning names the layers that are left out.
 
     Raises:
@@ -40,7 +41,7 @@ def join_what_can_be(model: nn.Module, paths: list[str], tried: bool) -> list[Si
     left_out: dict[str, CannotJoin] = {}
     for path in paths:
         try:
-            sites.append(_site(model, path, tried))
+            sites.append(_site(model, path, tried, windows))
         except CannotJoin as error:
             left_out[path] = error
     if not sites:
@@ -51,8 +52,8 @@ def join_what_can_be(model: nn.Module, paths: list[str], tried: bool) -> list[Si
     return sites
 
 
-def _site(model: nn.Module, path: str, tried: bool) -> Site:
-    site = find_site(model, path)
+def _site(model: nn.Module, path: str, tried: bool, windows: bool) -> Site:
+    site = find_site(model, path, windows)
     if tried:
         try_on_rows(site)
     return site

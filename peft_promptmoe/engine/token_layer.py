@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.inspection import parameter_names
-from ..models.sites import Site
+from ..models.patches import Grid
 from .block_layer import BlockLayer
 
 
@@ -23,10 +22,6 @@ class TokenLayer(BlockLayer):
 
     joins_as = "its prompts are tokens that pass through whole blocks"
     note_name = "_promptmoe_carried"  # the block leaves its outputs at the prompt positions here
-
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self._names = parameter_names(site.block)
 
     @abstractmethod
     def tokens(self, adapter: str, patches: Tensor, carried: Tensor | None) -> Tensor:
@@ -96,7 +91,7 @@ class TokenLayer(BlockLayer):
         call = self.calls.call
         return call is None or call.learns != torch.is_grad_enabled()
 
-    def behind(self, x: Tensor) -> Tensor | None:
+    def behind(self, x: Tensor, grid: Grid | None = None) -> Tensor | None:
         adapter = self.working_adapter()
         if adapter is None:
             return None

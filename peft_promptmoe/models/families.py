@@ -48,6 +48,8 @@ class Family:
         own: how the layer computes attention, if it does not use transformers' AttentionInterface; else None.
         rows_by_mask: whether prompt rows are passed together with the attention mask. Needed in layers that pass on no
             other arguments.
+        windows: whether the layers attend within windows, in blocks of several stages. Prompts cannot join them; only
+            what is added to the outputs of whole blocks can.
     """
 
     attention: str
@@ -62,6 +64,7 @@ class Family:
     direct: bool = True
     rows_by_mask: bool = False
     own: OwnAttention | None = None
+    windows: bool = False
 
 
 _BERT = Family(
@@ -175,6 +178,15 @@ LAYER_FAMILIES: dict[str, Family] = {
         stem_norm="encoder.layer_norm",
     ),
     "WavLMAttention": Family(r"(.*\.)?layers\.\d+\.attention", norm=FOUND, own=WAVLM),
+}
+
+_STAGES = Family(r"(.*\.)?layers\.\d+\.blocks\.\d+\.(attention|attn)", windows=True)
+# By class of the attention layer: blocks whose outputs are all patches of their stage, in order.
+WINDOW_FAMILIES: dict[str, Family] = {
+    "transformers.models.swin.modeling_swin.SwinAttention": _STAGES,
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Attention": _STAGES,
+    "timm.models.swin_transformer.WindowAttention": _STAGES,
+    "timm.models.swin_transformer_v2.WindowAttention": _STAGES,
 }
 
 TIMM_PATH = r"(?:[A-Za-z_]\w*\.)*blocks\.\d+\.(?:attns\.\d+\.)?attn"

@@ -7,22 +7,24 @@ from typing import Any
 
 from torch import nn
 
+from .sites import Site
 
-def blocks_in_use(model: nn.Module, blocks: list[int]) -> list[int]:
-    """Blocks up to the last one whose feature map a backbone returns or a model's heads read.
+
+def blocks_in_use(model: nn.Module, sites: list[Site]) -> list[int]:
+    """Blocks up to the last one that counts for a feature map which a backbone returns or a model's heads read.
 
     Args:
         model: a backbone of transformers, a model around one, or a model whose attribute `read_blocks` says what it
             reads.
-        blocks: numbers of the model's blocks.
+        sites: the model's attention layers.
 
     Returns:
-        The numbers in order. All if neither is known.
+        Their numbers in order. All if neither is known.
     """
     own = getattr(model, "read_blocks", None)  # a model of somebody else may call anything so
     read = [block for block in own if isinstance(block, int)] if isinstance(own, list) else put_out(model)
-    last = max([block for block in read if block >= 0] or blocks)  # -1 is the stem
-    return sorted(block for block in blocks if block <= last)
+    last = max([level for level in read if level >= 0] or [site.level for site in sites])  # -1 is the stem
+    return sorted({site.index for site in sites if site.level <= last})
 
 
 def put_out(model: nn.Module) -> list[int]:

@@ -29,6 +29,9 @@ class Patches:
         image_size: size of the model's images in pixels, (rows, columns). None: it takes any size.
         owner: module that adds prefix tokens and positions.
         pads: whether images are padded to whole patches instead of cropped.
+        stage: number of the attention layer's stage, in models that merge patches from stage to stage. None: all
+            layers have the same patches.
+        fixed: whether the model takes images of `image_size` only.
     """
 
     embedding: nn.Conv2d
@@ -37,15 +40,26 @@ class Patches:
     image_size: Grid | None
     owner: nn.Module
     pads: bool = False
+    stage: int | None = None
+    fixed: bool = False
 
     def grid(self, image_size: Grid) -> Grid:
-        """(rows, columns) of patches in an image of `image_size` pixels."""
+        """(rows, columns) of patches in an image of `image_size` pixels, at the attention layer's stage."""
         more = (self.size[0] - 1, self.size[1] - 1) if self.pads else (0, 0)
-        return (image_size[0] + more[0]) // self.size[0], (image_size[1] + more[1]) // self.size[1]
+        rows, columns = (image_size[0] + more[0]) // self.size[0], (image_size[1] + more[1]) // self.size[1]
+        for _ in range(self.stage or 0):
+            rows, columns = (rows + 1) // 2, (columns + 1) // 2
+        return rows, columns
 
 
-def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
+def find_patches(model: nn.Module, path: str, width: int, stage: int | None = None) -> Patches | None:
     """Find the patch embedding of the tower to which the attention layer at `path` belongs.
+
+    Args:
+        model: the base model.
+        path: path of the attention layer.
+        width: width of its input. It doubles from stage to stage.
+        stage: number of its stage in Swin and models like it, else None.
 
     Returns:
         None if the tower has not exactly one patch embedding of the attention layer's width: text models, windows,
@@ -53,9 +67,9 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
     """
     attention: Any = model.get_submodule(path)
     config = getattr(attention, "config", None)
-    if config is not None and (not hasattr(config, "patch_size") or hasattr(config, "depths")):
+    if stage is None and config is not None and (not hasattr(config, "patch_size") or hasattr(config, "depths")):
         return None
-    if hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"):
+    if stage is None and hasattr(model.get_submodule(path.rpartition(".")[0]), "window_size"):
         return None
     tower = path
     found: tuple[str, nn.Module] | None = None
@@ -63,7 +77,7 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
         tower = tower.rpartition(".")[0]
         modules = model.get_submodule(tower).named_modules(prefix=tower)
         found = next(((name, module) for name, module in modules if isinstance(module, nn.Conv2d)), None)
-    if found is None or not _is_patch_embedding(found[1], width):
+    if found is None or not _is_patch_embedding(found[1], width >> (stage or 0)):
         return None
     embedding_path = found[0]
     embedding: Any = model.get_submodule(embedding_path)
@@ -78,6 +92,8 @@ def find_patches(model: nn.Module, path: str, width: int) -> Patches | None:
         image_size=_image_size([*owners, config]),
         owner=owner,
         pads=any(getattr(module, "dynamic_img_pad", False) for module in owners),
+        stage=stage,
+        fixed=any(getattr(module, "strict_img_size", False) for module in owners),
     )
 
 

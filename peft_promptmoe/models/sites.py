@@ -14,13 +14,23 @@ from .inspection import calls_attention_interface, parameter_names, reads_into, 
 from .own_attention import OwnAttention
 from .patches import Patches, find_patches
 from .reachable import CannotJoin, check_reachable, check_timm, hands_on_its_mask_only, is_differential
-from .surroundings import bias_owner, block_of, input_norm, input_std, rotary_embedding, rotary_type, sine_first
+from .surroundings import (
+    bias_owner,
+    block_of,
+    input_norm,
+    input_std,
+    rotary_embedding,
+    rotary_type,
+    sine_first,
+    stage_of,
+)
 from .targets import (
     decoder_modules,
     family_of,
     input_width,
     is_cross_attention_layer,
     is_timm_attention,
+    output_width,
 )
 
 
@@ -30,7 +40,7 @@ class Site:
 
     Attributes:
         name: path of the attention layer in the base model.
-        index: number of the block, the first number in the path.
+        index: number of the block, the first number in the path. Blocks in stages (Swin) are counted over all stages.
         attention: the attention layer.
         block: the transformer block that holds it.
         norm: norm between the residual stream and the attention layer. None for post-norm blocks.
@@ -45,7 +55,7 @@ class Site:
         sine_first: whether `rotary` returns (sin, cos) instead of (cos, sin).
         bias_owner: module with the table of relative position biases that this layer adds.
         input_std: standard deviation of the block's input. None if it is only known by running the model.
-        patches: the patch grid of a vision tower that has one, else None.
+        patches: the patch grid of a vision tower that has one (or one for each stage), else None.
         factor: factor on the norm's output in this block (Falcon-H1), else None.
         calls: number of kernel calls of the layer (two for differential attention).
         rows_by_mask: whether prompt rows are passed together with the attention mask. Needed in layers that pass on no
@@ -80,6 +90,12 @@ class Site:
         return self.family.own if self.family is not None else None
 
     @property
+    def level(self) -> int:
+        """Number of the feature map that the block is part of: that of its stage, or its own."""
+        stage = self.patches.stage if self.patches is not None else None
+        return self.index if stage is None else stage
+
+    @property
     def is_called(self) -> bool:
         """Whether prompt rows join inside the layer's own forward instead of transformers' AttentionInterface."""
         return self.own is not None or self.is_timm
@@ -90,8 +106,13 @@ class Site:
         return is_timm_attention(self.attention, self.name)
 
 
-def find_site(model: nn.Module, path: str) -> Site:
+def find_site(model: nn.Module, path: str, windows: bool = False) -> Site:
     """Describe the attention layer at `path`.
+
+    Args:
+        model: the base model.
+        path: path of the attention layer.
+        windows: whether the layer may attend within windows of a known kind (Swin).
 
     Raises:
         ValueError: the module at `path` is not an attention layer that prompts can join. A `CannotJoin` if other
@@ -99,9 +120,10 @@ def find_site(model: nn.Module, path: str) -> Site:
     """
     attention: Any = model.get_submodule(path)
     timm = is_timm_attention(attention, path)
-    family = family_of(model, attention, path)
+    family = family_of(model, attention, path, windows)
+    stage = stage_of(path) if family is not None and family.windows else None
     own = family.own if family is not None else None
-    if own is None and not timm and not calls_attention_interface(attention):
+    if own is None and not timm and stage is None and not calls_attention_interface(attention):
         raise ValueError(
             f"`target_modules` matched {path!r}, a {type(attention).__name__}, which is not an attention layer that "
             "calls transformers' AttentionInterface. Name the attention layers themselves (for example 'self_attn'), "
@@ -122,10 +144,10 @@ def find_site(model: nn.Module, path: str) -> Site:
             f"{type(attention).__name__} with reorder_and_upcast_attn=True does not use transformers' "
             "AttentionInterface, which prompts need. Load the model with reorder_and_upcast_attn=False."
         )
-    block_path, index = block_of(path)
+    block_path, index = block_of(model, path)
     block = model.get_submodule(block_path or path.rpartition(".")[0])
-    width = input_width(attention)
-    patches = find_patches(model, path, width)
+    width = input_width(attention) if stage is None else output_width(attention)
+    patches = find_patches(model, path, width, stage)
     rotary = rotary_embedding(model, path) if patches is None and not timm else None
     biases = bias_owner(model, path, attention, own.table if own is not None else None)
     if family is None and not timm:

@@ -13,9 +13,25 @@ from torch import nn
 from .families import FOUND, Family
 from .inspection import calls_in_order, parameter_names, unwrapped_forward
 
+# Blocks in stages: the list of stages, the number of the stage, the number of the block in it.
+_STAGE = re.compile(r"((?:.*?\.)?layers)\.(\d+)\.blocks\.(\d+)(?=\.)")
 
-def block_of(path: str) -> tuple[str, int]:
-    """Path and number of the attention layer's block: the path up to the first number, and this number."""
+
+def stage_of(path: str) -> int | None:
+    """Number of the stage in which a block is (Swin). None if the blocks are not in stages."""
+    found = _STAGE.match(path)
+    return int(found.group(2)) if found is not None else None
+
+
+def block_of(model: nn.Module, path: str) -> tuple[str, int]:
+    """Path and number of the attention layer's block: the path up to the first number, and this number.
+
+    Blocks in stages are counted over all stages, in the order in which they run.
+    """
+    if (found := _STAGE.match(path)) is not None:
+        stages: Any = model.get_submodule(found.group(1))
+        before = sum(len(stage.blocks) for stage in stages[: int(found.group(2))])
+        return found.group(0), before + int(found.group(3))
     match = re.match(r"(?:.*?\.)?(\d+)(?=\.)", path)
     return (match.group(0), int(match.group(1))) if match else ("", 0)
 

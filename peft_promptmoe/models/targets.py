@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from .families import FAMILIES, LAYER_FAMILIES, TIMM_FAMILIES, TIMM_PATH, VISION_FAMILIES, Family
+from .families import (
+    FAMILIES,
+    LAYER_FAMILIES,
+    TIMM_FAMILIES,
+    TIMM_PATH,
+    VISION_FAMILIES,
+    WINDOW_FAMILIES,
+    Family,
+)
 from .inspection import calls_attention_interface, calls_sdpa
 from .patches import find_patches
 
@@ -88,8 +96,12 @@ def _of_family(model: nn.Module, family: Family) -> str | list[str]:
     return family.attention if kept and len(kept) == len(matched) else kept
 
 
-def image_targets(model: nn.Module) -> str | list[str]:
+def image_targets(model: nn.Module, windows: bool = False) -> str | list[str]:
     """Return the attention layers over one patch grid, in vision towers at any depth of the model.
+
+    Args:
+        model: the base model.
+        windows: whether to return those within windows of a known kind (Swin) if there are no others.
 
     Returns:
         A regular expression if one matches exactly these layers, otherwise their paths.
@@ -103,13 +115,17 @@ def image_targets(model: nn.Module) -> str | list[str]:
         if (family is None and _is_decoder(path)) or find_patches(model, path, input_width(module)) is None:
             continue
         kinds[family is not None].append(path)
-    if not (found := kinds[True] or kinds[False]):
+    found = kinds[True] or kinds[False]
+    if windows and not found:
+        found = [path for path, module in model.named_modules() if window_family(module, path) is not None]
+    if not found:
         raise ValueError(
             f"{type(model).__name__} has no attention layers over one patch grid, which this method needs: it is no "
-            "vision transformer, or one with windows, with several resolutions (Swin, Hiera, PVT), or behind a "
-            "convolutional network (DPT-Hybrid). Use a plain vision transformer of transformers or timm."
+            f"vision transformer, or one with windows, with several resolutions ({'' if windows else 'Swin, '}Hiera, "
+            "PVT), or behind a convolutional network (DPT-Hybrid). Use a plain vision transformer of transformers or "
+            f"timm{', or Swin' if windows else ''}."
         )
-    family = family_of(model, model.get_submodule(found[0]), found[0])
+    family = family_of(model, model.get_submodule(found[0]), found[0], windows)
     paths = [path for path, _ in model.named_modules() if family and re.fullmatch(family.attention, path)]
     return family.attention if family is not None and paths == found else found
 
@@ -140,8 +156,23 @@ def _generic_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def family_of(model: nn.Module, attention: nn.Module, path: str) -> Family | None:
-    """The entry of the table of tested models for an attention layer, or None."""
+def window_family(attention: nn.Module, path: str) -> Family | None:
+    """The entry of the table of attention layers within windows for a layer, or None."""
+    family = WINDOW_FAMILIES.get(f"{type(attention).__module__}.{type(attention).__qualname__}")
+    return family if family is not None and re.fullmatch(family.attention, path) else None
+
+
+def family_of(model: nn.Module, attention: nn.Module, path: str, windows: bool = False) -> Family | None:
+    """The entry of the table of tested models for an attention layer, or None.
+
+    Args:
+        model: the base model.
+        attention: the layer.
+        path: its path.
+        windows: whether layers within windows count, too.
+    """
+    if windows and (found := window_family(attention, path)) is not None:
+        return found
     if is_timm_attention(attention, path):
         return TIMM_FAMILIES.get(f"{type(attention).__module__}.{type(attention).__qualname__}")
     own = getattr(getattr(attention, "config", None), "model_type", "")
@@ -157,6 +188,11 @@ def input_width(attention: Any) -> int:
     named = getattr(getattr(attention, "config", None), "hidden_size", None)
     # The first projection takes the layer's input. If its width is unknown, the config must have it.
     return int(named if isinstance(named, int) and (named in taken or not taken) else taken[0] if taken else 0)
+
+
+def output_width(attention: nn.Module) -> int:
+    """Width of the layer's output, which its last projection makes."""
+    return next(m.out_features for m in reversed(list(attention.modules())) if isinstance(m, nn.Linear))
 
 
 def decoder_modules(model: nn.Module) -> set[int]:

@@ -75,8 +75,9 @@ class ProMotionConfig(PromptConfig):
             prototypes. 0: never (ours).
         layers_to_transform: numbers of the blocks that get a unit, counted from 0. Unset: all blocks, up to the last
             one that the heads or the decoder of a `FlowModel`, `DepthModel` or `MotionModel` read, or whose feature
-            map a backbone of transformers returns; with `target_modules` all blocks that it names.
-        layers_pattern: name of the module list in which `layers_to_transform` counts.
+            map a backbone of transformers returns; with `target_modules` all blocks that it names. In Swin blocks are
+            counted over all stages, in the order in which they run, not within their stage.
+        layers_pattern: name of the module list in which `layers_to_transform` counts. In Swin "layers" counts stages.
         backbone_eval: whether the frozen base model stays in evaluation mode while the adapter trains.
         target_modules, exclude_modules: attention layers whose blocks get units or are left out, as in PEFT: names or
             a regular expression. Unset: chosen by the model's architecture.

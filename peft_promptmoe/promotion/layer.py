@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter_state import AffineTable, PromptTable, TensorGroup
 from ..engine.block_layer import BlockLayer
+from ..models.patches import Grid
 from ..models.sites import Site
 from ..routing.auxiliary_loss import carry_loss
 from ..routing.record import Assignment
@@ -98,7 +99,7 @@ class ProMotionLayer(BlockLayer):
         weights = (config.denoise_weight, config.margin_weight, config.compact_weight)
         return self.leaves_word(adapter) and any(weights)
 
-    def behind(self, x: Tensor) -> Tensor | None:
+    def behind(self, x: Tensor, grid: Grid | None = None) -> Tensor | None:
         adapters = self.working_adapters()
         if not adapters:
             return None
@@ -106,12 +107,12 @@ class ProMotionLayer(BlockLayer):
         patches = x[:, prefix:]
         changed = patches
         for name in adapters:
-            changed = changed + self._added(name, self.prompt_config[name], patches).to(x.dtype)
+            changed = changed + self._added(name, self.prompt_config[name], patches, grid).to(x.dtype)
         return torch.cat([x[:, :prefix], changed], dim=1) if prefix else changed
 
-    def _added(self, adapter: str, config: ProMotionConfig, x: Tensor) -> Tensor:
+    def _added(self, adapter: str, config: ProMotionConfig, x: Tensor, grid: Grid | None) -> Tensor:
         """What one adapter adds to patches x, both (B, N, D)."""
-        self._check_count(config, x.shape[1])
+        check_count(config, self.site, x.shape[1], grid)
         learns = self.leaves_word(adapter)
         z = self._compress(adapter, x)
         tensors = self.promotion_denoiser[adapter]() if config.denoise_steps else {}
@@ -122,7 +123,7 @@ class ProMotionLayer(BlockLayer):
         found = denoise(carried, tensors, config.denoise_steps, config.num_heads)
         with without_autocast(x):
             found = found.to(routing_dtype(found))
-            read, grouping = self._prototypes(adapter, config, found, learns)
+            read, grouping = self._prototypes(adapter, config, found, grid, learns)
             values |= grouping
             features = (found + read if config.feedback else found).to(z.dtype)
         weight, bias = self.promotion_up[adapter]()
@@ -150,11 +151,11 @@ class ProMotionLayer(BlockLayer):
         return {"denoise": loss, "denoise_ratio": loss.detach() / config.noise_std**2}
 
     def _prototypes(
-        self, adapter: str, config: ProMotionConfig, found: Tensor, learns: bool
+        self, adapter: str, config: ProMotionConfig, found: Tensor, grid: Grid | None, learns: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What patches read from the prototypes, (B, N, d), and the losses of the grouping."""
         u = directions(found, self.promotion_project[adapter](), config.center)
-        start = self._start(adapter, config, u.detach(), learns)
+        start = self._start(adapter, config, u.detach(), grid, learns)
         prototypes, assignment = estimate(
             u, start, config.estimation_rounds, config.sinkhorn_eps, config.sinkhorn_rounds, config.balance
         )
@@ -162,7 +163,6 @@ class ProMotionLayer(BlockLayer):
         read = read_back(similarity, prototypes, config.read_temperature, config.read_top)
         is_first_pass = self.calls.call is not None
         if is_first_pass or not learns:
-            grid = self.grids.last if self.grids is not None else None
             self.last_assignment[adapter] = Assignment(similarity.detach(), prototypes.detach(), grid)
         if not learns:
             return read, {}
@@ -175,11 +175,11 @@ class ProMotionLayer(BlockLayer):
         }
         return read, losses
 
-    def _start(self, adapter: str, config: ProMotionConfig, u: Tensor, learns: bool) -> Tensor:
+    def _start(self, adapter: str, config: ProMotionConfig, u: Tensor, grid: Grid | None, learns: bool) -> Tensor:
         """Initial prototypes, (B or 1, K, d)."""
         if config.proposal == "pool":
-            assert self.grids is not None
-            return pool_proposals(u, self.grids.of(u.shape[1]), config.num_prototypes)
+            assert grid is not None
+            return pool_proposals(u, grid, config.num_prototypes)
         bank: Any = self.promotion_bank[adapter]
         if learns and bank.may_be_unstarted:
             return bank.start(u.flatten(0, 1))[None].to(u.dtype)
@@ -190,20 +190,10 @@ class ProMotionLayer(BlockLayer):
         if bank.momentum < 1.0 or bank.may_be_unstarted:
             bank.leave(*seen)
 
-    def _check_count(self, config: ProMotionConfig, patches: int) -> None:
-        if 4 * config.num_prototypes <= patches:
-            return
-        grid = self.grids.last if self.grids is not None else None
-        shape = f"{patches} patches" + (f" ({grid[0]} x {grid[1]})" if grid is not None else "")
-        raise ValueError(
-            f"num_prototypes={config.num_prototypes} is more than a quarter of an image's {shape}, so each gets too "
-            "few patches. Choose fewer prototypes, or larger images."
-        )
-
     # -- what the engine asks -----------------------------------------------------------------------------------------
 
     def needs_patches(self, adapter: str) -> bool:
-        return True
+        return self.patches.stage is None  # blocks in stages are called with their grid, and no patch is dropped
 
     def uses_grid(self, adapter: str) -> bool:
         return bool(self.prompt_config[adapter].proposal == "pool")
@@ -234,6 +224,22 @@ class ProMotionLayer(BlockLayer):
 
     def _banks(self, adapters: list[str]) -> list[Any]:
         return [self.promotion_bank[name] for name in adapters if name in self.promotion_bank]
+
+
+def check_count(config: ProMotionConfig, site: Site, patches: int, grid: Grid | None) -> None:
+    """Raise ValueError if each prototype of a unit would get less than four patches of an image."""
+    if 4 * config.num_prototypes <= patches:
+        return
+    stage = site.patches.stage if site.patches is not None else None
+    shape = f"{patches} patches" + (f" ({grid[0]} x {grid[1]})" if grid is not None else "")
+    where, instead = "", ""
+    if stage is not None:
+        where = f" behind block {site.index}, in stage {stage + 1} of the model"
+        instead = f" (at most {patches // 4}), only earlier blocks (layers_to_transform)"
+    raise ValueError(
+        f"num_prototypes={config.num_prototypes} is more than a quarter of an image's {shape}{where}, so each gets "
+        f"too few patches. Choose fewer prototypes{instead}, or larger images."
+    )
 
 
 def _denoiser(config: ProMotionConfig) -> dict[str, Tensor]:

@@ -67,7 +67,9 @@ class AssignmentReport:
     def over(self) -> str:
         """The number of images that the figures are computed from, in words."""
         images = len(self.maps[0])
-        return f"over {images:,} image{'' if images == 1 else 's'} of {self.maps[0].shape[1]:,} patches"
+        counts = sorted({found.shape[1] for found in self.maps})
+        patches = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+        return f"over {images:,} image{'' if images == 1 else 's'} of {patches} patches"
 
     def __str__(self) -> str:
         head = "layer  " + "  ".join(f"{name:>9}" for name in FIGURES) + f"  used ({self.over})"

@@ -496,6 +496,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         (),
         dense=True,
     ),
+    "swin": Architecture(
+        "SwinForImageClassification",
+        "SwinConfig",
+        {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": WIDTH // 2,
+            "depths": [1, 1],
+            "num_heads": [2, HEADS],
+            "window_size": 3,
+            "num_labels": 3,
+        },
+        "IMAGE",
+        None,
+        ("classifier",),
+    ),
     "timm_vit": _timm("vit_tiny_patch16_224"),
     "timm_avg": _timm("vit_tiny_patch16_224", class_token=False, global_pool="avg", img_size=(32, 48)),
     "timm_registers": _timm("vit_tiny_patch16_224", reg_tokens=3),
@@ -660,7 +676,7 @@ def _vapt_variants() -> dict[str, dict[str, Variant]]:
         if architecture.for_its_head:  # found without being named
             table[name] = {"adaptive": Variant({})}
             continue
-        if architecture.dense:
+        if architecture.dense or name == "swin":
             continue
         table[name] = {"adaptive": Variant(size, kernels=_BOTH if name in ("vit", "dinov2") else ("sdpa",))}
     table["vit"]["deep"] = Variant({"num_static_layers": "all"})
@@ -680,7 +696,7 @@ def _pmoe_variants() -> dict[str, dict[str, Variant]]:
 def _promotion_variants() -> dict[str, dict[str, Variant]]:
     """Dense models and backbones, and classifiers, of which ViT's reads the class token only."""
     both: dict[str, Any] = {"layers_to_transform": [0, 1]}
-    table = {name: {"units": Variant(both)} for name in ("dinov2_backbone", "timm_avg")}
+    table = {name: {"units": Variant(both)} for name in ("dinov2_backbone", "swin", "timm_avg")}
     # Its heads have dropout of their own, and a layer that nothing reads; here they stay frozen.
     table["dpt_vit"] = {"units": Variant(both | {"modules_to_save": []})}
     table["vit"] = {"units": Variant({"layers_to_transform": [0]}, kernels=_BOTH, unread=frozenset({1}))}

@@ -249,6 +249,7 @@ ROWS = [
             "test_routed_rows_equal_a_loop_through_the_block",
             "test_token_routed_rows_equal_all_experts_rows_under_a_gated_mask",
             "test_equals_oracle",
+            "test_equals_oracle_in_stages",
             "test_blocks_of_other_families",
             "test_on_timm",
         ),
@@ -369,6 +370,10 @@ def _unit_columns(params: dict[str, Any]) -> list[Column]:
     return _known(*[Column("promotion", name) for name in towers.get(params["name"], ["vit"])])
 
 
+def _stages_column(params: dict[str, Any]) -> list[Column]:
+    return _known(Column("promotion", params["name"]))
+
+
 def _known(*columns: Column) -> list[Column]:
     return [column for column in columns if column in COLUMNS]
 
@@ -382,6 +387,7 @@ OTHERS: dict[tuple[str, str], Callable[[dict[str, Any]], list[Column]]] = {
     ("test_vapt_parity", "test_blocks_of_other_families"): _tower_column,
     ("test_pmoe_parity", "test_equals_oracle"): _mixtures("vit"),
     ("test_promotion_parity", "test_equals_oracle"): _unit_columns,
+    ("test_promotion_parity", "test_equals_oracle_in_stages"): _stages_column,
     ("test_pmoe_parity", "test_on_timm"): _mixtures("timm_vit"),
 }
 

@@ -180,24 +180,25 @@ def added(patches: Tensor, unit: Unit, settings: Settings, grid: tuple[int, int]
 
 @contextlib.contextmanager
 def units_behind(
-    blocks: list[nn.Module], units: list[Unit], settings: Settings, prefix: int, grid: tuple[int, int]
+    blocks: list[nn.Module], units: list[Unit], settings: Settings, prefix: int, grids: list[tuple[int, int]]
 ) -> Iterator[None]:
-    """Run the plain blocks with the units behind them."""
+    """Run the plain blocks with the units behind them, each with its grid."""
 
-    def hook(unit: Unit) -> object:
+    def hook(unit: Unit, grid: tuple[int, int]) -> object:
         def behind(block: nn.Module, args: object, output: object) -> object:
             x = output[0] if isinstance(output, tuple) else output
             assert isinstance(x, Tensor)
             images = []
-            for image in x:
+            for image in x.flatten(1, -2):
                 changed = image[prefix:] + added(image[prefix:], unit, settings, grid)
                 images.append(torch.cat([image[:prefix], changed]))
-            whole = torch.stack(images)
+            whole = torch.stack(images).view_as(x)
             return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
         return behind
 
-    handles = [b.register_forward_hook(hook(u), prepend=True) for b, u in zip(blocks, units, strict=True)]
+    each = zip(blocks, units, grids, strict=True)
+    handles = [block.register_forward_hook(hook(unit, grid), prepend=True) for block, unit, grid in each]
     try:
         yield
     finally:

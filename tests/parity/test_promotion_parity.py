@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from typing import Any
 
 import pytest
+import timm
 import torch
 from peft import get_peft_model
 from promotion_oracle import Settings, Unit, sinkhorn, units_behind
 from test_vapt_parity import PATCH, TOWERS, Tower
 from torch import Tensor, nn
+from transformers import SwinConfig, SwinForImageClassification, Swinv2Config, Swinv2ForImageClassification
 
 from peft_promptmoe import ProMotionConfig
 from peft_promptmoe.promotion import denoiser, prototypes
@@ -47,7 +50,12 @@ def tower(name: str) -> Tower:
 
 def plain(name: str) -> nn.Module:
     torch.manual_seed(3)
-    model = tower(name).build().double().eval()
+    return shaken(tower(name).build())
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Random weights by which every token matters, in float64."""
+    model = model.double().eval()
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn_like(weight)
@@ -84,28 +92,68 @@ def answer(model: nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", TABLE)
 def test_equals_oracle(name: str) -> None:
     where, changes = TABLE[name]
-    settings = Settings(**changes)
+    grid = (tower(where).pixels[0] // PATCH, tower(where).pixels[1] // PATCH)
     base = plain(where)
+    blocks: Any = base.get_submodule(tower(where).blocks)
+    compare(base, list(blocks), [0, 1, 2], tower(where).prefix, [grid] * 3, changes, pixels(where))
+
+
+SWIN: dict[str, Any] = {"patch_size": 2, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 3}
+STAGED = {
+    "swin": lambda: SwinForImageClassification(SwinConfig(num_labels=3, **SWIN)),
+    "swinv2": lambda: Swinv2ForImageClassification(Swinv2Config(num_labels=3, **SWIN)),
+    "timm_swin": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=(14, 18), always_partition=True, num_classes=3, **SWIN
+    ),
+    "timm_swinv2": lambda: timm.create_model(
+        "swinv2_tiny_window8_256", img_size=(14, 18), always_partition=True, num_classes=3, **SWIN
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_equals_oracle_in_stages(name: str) -> None:
+    """Behind the third block, the only one of the second stage. Its grid is no multiple of the window: Swin pads."""
+    torch.manual_seed(3)
+    base = shaken(STAGED[name]())
+    blocks = [module for path, module in base.named_modules() if re.fullmatch(r".*layers\.1\.blocks\.0", path)]
+    images = torch.randn(2, 3, 14, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    changes = {"proposal": "pool", "num_prototypes": 4}
+    compare(base, blocks, [2], 0, [(4, 5)], changes, images)
+
+
+def compare(
+    base: nn.Module,
+    blocks: list[nn.Module],
+    numbers: list[int],
+    prefix: int,
+    grids: list[tuple[int, int]],
+    changes: dict[str, Any],
+    images: Tensor,
+) -> None:
+    """Outputs and gradients of a model with units behind `blocks`, which have these numbers, against the oracle."""
+    settings = Settings(**changes)
+    paths = {id(module): path for path, module in base.named_modules()}
     oracle_base = copy.deepcopy(base)
-    given = dataclasses.asdict(settings)
-    depth = 3
+    oracle_blocks = [oracle_base.get_submodule(paths[id(block)]) for block in blocks]
     torch.manual_seed(5)
     config = ProMotionConfig(
-        **given, init_weights=False, modules_to_save=[], layers_to_transform=list(range(depth)), denoise_weight=0.0
+        **dataclasses.asdict(settings),
+        init_weights=False,
+        modules_to_save=[],
+        layers_to_transform=numbers,
+        denoise_weight=0.0,
     )
     model = get_peft_model(base, config).double().eval()
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "promotion_up")]
-    assert len(layers) == depth
+    assert len(layers) == len(blocks)
     units = [unit_of(layer) for layer in layers]
-    blocks = list(oracle_base.get_submodule(tower(where).blocks))
-    images = pixels(where)
     weights = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     trained = [p for p in model.parameters() if p.requires_grad]
 
     found = answer(model, images)
     grads = torch.autograd.grad((found * weights).sum(), trained, allow_unused=True)
-    grid = (tower(where).pixels[0] // PATCH, tower(where).pixels[1] // PATCH)
-    with units_behind(blocks, units, settings, tower(where).prefix, grid):
+    with units_behind(oracle_blocks, units, settings, prefix, grids):
         expected = answer(oracle_base, images)
         wanted = torch.autograd.grad((expected * weights).sum(), trained, allow_unused=True)
     with torch.no_grad():

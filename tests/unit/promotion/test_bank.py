@@ -40,9 +40,9 @@ class Listener:
     def __init__(self, own: Any, number: int, seen: dict[int, Tensor]) -> None:
         self.own, self.number, self.seen = own, number, seen
 
-    def __call__(self, adapter: str, config: Any, u: Tensor, learns: bool) -> Tensor:
+    def __call__(self, adapter: str, config: Any, u: Tensor, *rest: Any) -> Tensor:
         self.seen[self.number] = u
-        return self.own(adapter, config, u, learns)
+        return self.own(adapter, config, u, *rest)
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------

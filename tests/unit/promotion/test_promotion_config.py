@@ -13,7 +13,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from tiny_promotion import SHAPE, SMALL, adapted, backbone, classifier, images, units
 from torch import nn
-from transformers import BertConfig, BertModel, SwinConfig, SwinModel, ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTMAEConfig, ViTMAEModel, ViTModel
 
 from peft_promptmoe import ProMotionConfig
 
@@ -139,19 +139,9 @@ def test_no_unit_stands_behind_the_last_level_that_heads_read() -> None:
     assert blocks_of(get_peft_model(Levels(), without_last)) == [0]
 
 
-def windows() -> nn.Module:
-    return SwinModel(SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1]))
-
-
-def timm_windows() -> nn.Module:
-    return timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1, 1, 1), embed_dim=12)
-
-
 @pytest.mark.parametrize(
     ("base", "settings", "message"),
     [
-        (windows, {}, "no attention layers over one patch grid"),
-        (timm_windows, {}, "no attention layers over one patch grid"),
         (lambda: BertModel(BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1)), {}, "patch grid"),
         (classifier, {"task_type": "SEQ_CLS"}, "Leave task_type unset"),
         (classifier, {"layers_to_transform": [5]}, "names layer 5, not among .*: 0 to "),
@@ -163,7 +153,7 @@ def timm_windows() -> nn.Module:
         ),
         (lambda: ViTMAEModel(ViTMAEConfig(**SHAPE)), {}, "masks and shuffles patches"),
     ],
-    ids=["windows", "timm windows", "text", "task", "layers", "embedding", "dropped-patches", "hidden-patches"],
+    ids=["text", "task", "layers", "embedding", "dropped-patches", "hidden-patches"],
 )
 def test_models_that_do_not_fit_are_refused_untouched(base: Any, settings: dict[str, Any], message: str) -> None:
     model = base()
