@@ -135,11 +135,11 @@ def checkpointing(model: nn.Module, reentrant: bool) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
     else:
         enable({"use_reentrant": reentrant})
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    if isinstance(embeddings, SwinPatchEmbeddings):  # of which `enable_input_require_grads` expects one tensor
-        embeddings.projection.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-    else:
+    swin = next((module for module in model.modules() if isinstance(module, SwinPatchEmbeddings)), None)
+    if swin is None:
         model.enable_input_require_grads()  # type: ignore[operator]
+    else:  # `enable_input_require_grads` expects one tensor of it
+        swin.projection.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 class AttentionCalls:
