@@ -151,8 +151,13 @@ def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str, a
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
     refuse_strangers([name for name in names if name not in saved and not _is_key_under_prefixes(name, own)], prefix)
     for name, tensor in saved.items():
-        if (given := state_dict.get(f"{prefix}{name}")) is not None and given.shape != tensor.shape:
+        if (given := state_dict.get(f"{prefix}{name}")) is not None and not fits(given, tensor):
             raise RuntimeError(_other_size(model, f"{prefix}{name}", given, tensor))
+
+
+def fits(given: Tensor, own: Tensor) -> bool:
+    """Whether a file's tensor has the shape of a module's, or is the one number that older files hold as ()."""
+    return given.shape == own.shape or (given.ndim == 0 and tuple(own.shape) == (1,))
 
 
 def refuse_strangers(names: list[str], prefix: str = "") -> None:
