@@ -321,6 +321,9 @@ def test_evaluation_by_batches_of_different_size(tmp_path: Path) -> None:
     data = [{key: value[0] for key, value in inputs.items()} for inputs in (small, large)]
     run = trainer(model, "flow", tmp_path, per_device_eval_batch_size=1)
     scores = run.evaluate(data)
+    run.args.batch_eval_metrics, run.args.eval_do_concat_batches = False, False
+    run.args.include_for_metrics = ["inputs"]
+    assert run.evaluate(data)["eval_epe"] == pytest.approx(scores["eval_epe"], abs=1e-5)
     assert scores["eval_pixels"] == 20 * 30 + 40 * 50
     metric = EndPointError()
     for row in data:
