@@ -150,6 +150,23 @@ def test_an_adapter_is_refused_where_heads_have_other_settings(method: str, chan
         assert torch.equal(other.eval()(**inputs).loss, before)
 
 
+@pytest.mark.parametrize(
+    ("made", "used", "message"),
+    [
+        ("flow", "depth", r"lacks 'base_model\.model\.depth_head\..* Load it onto the model that it was made for"),
+        (
+            "joint",
+            "flow",
+            r"saved with the module 'depth_head', which FlowModel does not have\. Load it onto the model",
+        ),
+    ],
+)
+def test_an_adapter_of_another_task_is_refused(made: str, used: str, message: str, tmp_path: Path) -> None:
+    get_peft_model(MODELS[made](BACKBONES["timm"]()), VAPTConfig(num_virtual_tokens=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(MODELS[used](BACKBONES["timm"]()), tmp_path)
+
+
 def test_without_heads_an_adapter_fits_other_heads(tmp_path: Path) -> None:
     config = VAPTConfig(num_virtual_tokens=2, modules_to_save=[], layers_to_transform=[0, 1])
     get_peft_model(FlowModel(BACKBONES["timm"](), levels=[0, 1]), config).save_pretrained(tmp_path)
