@@ -10,15 +10,16 @@ from .model import DepthModel, FlowModel, MotionModel
 
 if TYPE_CHECKING:
     from .data import Example, MotionDataset, TorchvisionPairs
+    from .evaluation import trainer_metrics
     from .folders import find_examples
-    from .metrics import DepthError, EndPointError, trainer_metrics
+    from .metrics import DepthError, EndPointError
     from .pictures import depth_picture, error_picture, flow_legend, flow_picture
 
 # Imported on first use: these need evaluate, torchvision or matplotlib, and the models do not.
 LATER = {
     "DepthError": "metrics",
     "EndPointError": "metrics",
-    "trainer_metrics": "metrics",
+    "trainer_metrics": "evaluation",
     "Example": "data",
     "MotionDataset": "data",
     "TorchvisionPairs": "data",

@@ -80,6 +80,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
     """
 
     tasks: ClassVar[tuple[str, ...]]
+    main_input_name = "pixel_values"  # the Trainer asks for it
 
     def __init__(
         self,
@@ -190,8 +191,6 @@ class MotionBase(Saved, Checkpointed, nn.Module):
             set_frozen_eval(self.backbone)
         return self
 
-    # -- forward ------------------------------------------------------------------------------------------------------
-
     def _run(
         self,
         pixel_values: Tensor,
@@ -218,7 +217,7 @@ class MotionBase(Saved, Checkpointed, nn.Module):
         maps, decoded = self._encode(pad(pixels, self.reader.patch))
         # The model is changed at the end only: other threads may run forward passes at the same time.
         losses: dict[str, Tensor] = {}
-        # No autocast in the heads: their coordinates need more digits than half precision has.
+        # Without autocast: coordinates need more digits than half precision has.
         with torch.autocast(pixels.device.type, enabled=False):
             output = MotionOutput()
             if "flow" in self.tasks and two:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .formats import Array, load
+from .formats import Array, load, open_image
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Size = tuple[int, int]
@@ -44,36 +45,61 @@ class Example:
     occluded: Path | None = None
 
 
-def prepare(image: Image.Image | np.ndarray[Any, Any], size: Size | None, mean: Any, std: Any) -> Tensor:
+def prepare(
+    image: Image.Image | np.ndarray[Any, Any], size: Size | None, mean: Any, std: Any, name: str = "A frame"
+) -> Tensor:
     """Normalised pixels of an image, (3, rows, columns), resized to `size` with antialiasing.
+
+    Args:
+        image: the image.
+        size: (rows, columns) in pixels, or None for its own size.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
+        name: what errors call the image.
 
     Raises:
         ValueError: the image is no picture of 8 bits, or an array of another shape than (rows, columns, 3).
     """
     if isinstance(image, Image.Image) and image.mode.startswith(("I", "F")):
         raise ValueError(
-            f"A frame has the image mode {image.mode}, which Pillow turns into white where it is above 255. Convert "
+            f"{name} has the image mode {image.mode}, which Pillow turns into white where it is above 255. Convert "
             "it to 8 bits."
         )
     values = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3:
         raise ValueError(
-            f"A frame must be a picture, or an array of uint8 of shape (rows, columns, 3), got {values.dtype} "
+            f"{name} must be a picture, or an array of uint8 of shape (rows, columns, 3), got {values.dtype} "
             f"of shape {values.shape}. Leave out transforms of the data set that make tensors."
         )
     pixels = torch.from_numpy(np.array(values)).permute(2, 0, 1).float() / 255
     if size is not None and tuple(pixels.shape[-2:]) != tuple(size):
         pixels = F.interpolate(pixels[None], size, mode="bilinear", align_corners=False, antialias=True)[0]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    mean, std = (torch.as_tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
     return (pixels - mean) / std
 
 
-def check_size(size: Any) -> None:
-    """Raise ValueError if a size is neither None nor two positive integers."""
-    if size is not None and (
-        not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size)
-    ):
+def check_frames(size: Any, mean: Any, std: Any) -> None:
+    """Raise ValueError if frames cannot be resized or normalised so."""
+    if size is not None and not (_is_list(size, 2) and all(_is_whole(length) and length > 0 for length in size)):
         raise ValueError(f"size must be (rows, columns) in pixels or None, got {size!r}.")
+    for name, values in (("mean", mean), ("std", std)):
+        if not (_is_list(values, 3) and all(math.isfinite(value) for value in values)):
+            raise ValueError(f"{name} must be three numbers, one for each channel of RGB, got {values!r}.")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std must be above 0, got {std!r}: pixels are divided by it.")
+
+
+def _is_list(values: Any, length: int) -> bool:
+    is_list = isinstance(values, Sequence | np.ndarray | Tensor) and not isinstance(values, str)
+    return (
+        is_list
+        and len(values) == length
+        and all(isinstance(each, int | float | np.number | Tensor) for each in values)
+    )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 class MotionDataset(Dataset[dict[str, Tensor]]):
@@ -99,7 +125,7 @@ class MotionDataset(Dataset[dict[str, Tensor]]):
         mean: Sequence[float] = IMAGENET[0],
         std: Sequence[float] = IMAGENET[1],
     ) -> None:
-        check_size(size)
+        check_frames(size, mean, std)
         self.examples = list(examples)
         self.size, self.mean, self.std = size, mean, std
 
@@ -116,15 +142,15 @@ class MotionDataset(Dataset[dict[str, Tensor]]):
         if example.depth is not None:
             item["depth_labels"] = torch.from_numpy(example.depth())
         if example.occluded is not None:
-            with Image.open(example.occluded) as mask:
+            with open_image(example.occluded) as mask:
                 load(mask, example.occluded)
                 item["occluded"] = torch.from_numpy(np.asarray(mask.convert("L")) > 0)
         return item
 
     def _frame(self, file: Path) -> Tensor:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             load(image, file)
-            return prepare(image, self.size, self.mean, self.std)
+            return prepare(image, self.size, self.mean, self.std, name=f"The frame {file}")
 
 
 class TorchvisionPairs(Dataset[dict[str, Tensor]]):
@@ -144,7 +170,7 @@ class TorchvisionPairs(Dataset[dict[str, Tensor]]):
         mean: Sequence[float] = IMAGENET[0],
         std: Sequence[float] = IMAGENET[1],
     ) -> None:
-        check_size(size)
+        check_frames(size, mean, std)
         self.dataset, self.size, self.mean, self.std = dataset, size, mean, std
 
     def __len__(self) -> int:

@@ -84,6 +84,11 @@ class DepthScale(Recorded):
         output: what the decoder predicts, "inverse" or "depth".
         min_depth: smallest depth.
         max_depth: largest depth.
+
+    Attributes:
+        started: () the scale that the first batch has set, or 0 before it. A buffer, because FSDP discards what a
+            forward pass writes into a parameter.
+        log_scale: (1,) logarithm of what training has multiplied this scale by.
     """
 
     started: Tensor
@@ -93,9 +98,9 @@ class DepthScale(Recorded):
         self.output = output
         self.min_depth, self.max_depth = min_depth, max_depth
         if output == "inverse":
-            self.log_scale = nn.Parameter(torch.zeros(()))
+            self.log_scale = nn.Parameter(torch.zeros(1))  # FSDP takes no scalars
         else:  # under the same name, so that a file of the other kind is told by its settings
-            self.register_buffer("log_scale", torch.zeros(()))
+            self.register_buffer("log_scale", torch.zeros(1))
         self.register_buffer("started", torch.zeros(()))  # no bool, of which EMA could take no average
 
     def forward(self, predicted: Tensor, size: tuple[int, int]) -> Tensor:
@@ -103,7 +108,8 @@ class DepthScale(Recorded):
         predicted = F.interpolate(predicted[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
         if self.output == "depth":
             return predicted.clamp(self.min_depth, self.max_depth)
-        inverse = predicted.clamp(min=0) * self.log_scale.float().exp() + 1 / self.max_depth
+        start = torch.where(self.started > 0, self.started.float(), 1.0)
+        inverse = predicted.clamp(min=0) * (start * self.log_scale.float().exp()) + 1 / self.max_depth
         return 1 / inverse.clamp(max=1 / self.min_depth)
 
     @torch.no_grad()
@@ -115,9 +121,17 @@ class DepthScale(Recorded):
             predicted: (B, h, w) prediction of the decoder.
             target: (B, H, W) true depth.
             valid: (B, H, W) bool, True where the target is known.
+
+        Raises:
+            RuntimeError: the scale is one of the copies of nn.DataParallel, which are thrown away.
         """
         if self.output == "depth":
             return
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel throws away the scale that the first batch sets for the depth decoder, and would "
+                "set another one in every step. Start one process per device: torchrun --nproc-per-node 2 train.py."
+            )
         size = (target.shape[-2], target.shape[-1])
         inverse = F.interpolate(predicted[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
         valid = valid & (inverse > 0) & torch.isfinite(inverse)
@@ -125,10 +139,9 @@ class DepthScale(Recorded):
         sums = torch.stack([torch.where(valid, error, 0.0).sum(), valid.sum().float()])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        found = (sums[0] / sums[1].clamp(min=1)).to(self.log_scale.dtype)
-        now = (self.started == 0) & (sums[1] > 0)
-        self.log_scale.copy_(torch.where(now, found, self.log_scale))
-        self.started.copy_(torch.where(now, 1.0, self.started))
+        limits = torch.finfo(self.started.dtype)
+        found = (sums[0] / sums[1].clamp(min=1)).exp().clamp(limits.tiny, limits.max)
+        self.started.copy_(torch.where((self.started == 0) & (sums[1] > 0), found, self.started))
 
     def extra_repr(self) -> str:
         return f"output={self.output!r}, depth {self.min_depth:g} to {self.max_depth:g}"

@@ -21,9 +21,9 @@ CROPS = {
 
 
 def known_flow(reference: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Bool mask (H, W) of flow (2, H, W): True where finite, not padded by the Trainer, and not masked out."""
+    """Bool mask (H, W) of flow (2, H, W): True where finite, not padded by the Trainer, and True in `mask`."""
     known = torch.isfinite(reference).all(dim=0) & (reference != PADDING).any(dim=0)
-    return known if mask is None else known & mask.bool()
+    return known if mask is None else known & mask
 
 
 def flow_sums(prediction: Tensor, reference: Tensor, known: Tensor) -> dict[str, float]:
@@ -65,13 +65,24 @@ def median(values: Tensor) -> Tensor:
     return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
 
 
-def crop_mask(size: tuple[int, int], crop: str, device: torch.device) -> Tensor:
-    """Bool mask (H, W): True in the part of an image that a crop keeps."""
-    rows, columns = size
+def crop_mask(reference: Tensor, crop: str) -> Tensor:
+    """Bool mask (H, W): True in the part of an image that a crop keeps. What the Trainer has padded is no part of it.
+
+    Args:
+        reference: (H, W) depth.
+        crop: name of the crop.
+    """
+    own = reference != PADDING
+    rows, columns = (_length(own.any(dim=axis)) for axis in (1, 0))
     top, bottom, left, right = CROPS[crop]
-    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask = torch.zeros_like(own)
     mask[int(top * rows) : int(bottom * rows), int(left * columns) : int(right * columns)] = True
     return mask
+
+
+def _length(is_own: Tensor) -> int:
+    """Number of rows or columns up to the last one of the image itself."""
+    return int(is_own.nonzero().max()) + 1 if is_own.any() else 0
 
 
 def depth_sums(prediction: Tensor, reference: Tensor) -> dict[str, float]:

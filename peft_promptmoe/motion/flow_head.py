@@ -82,7 +82,7 @@ class FlowHead(Recorded):
         self.stride = stride
         self.matching = Reduce(widths, channels)
         self.context = Reduce(widths, HIDDEN)
-        self.temperature = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.temperature = nn.Parameter(torch.tensor([math.log(10.0)]))  # (1,): FSDP takes no scalars
         taps = (2 * RADIUS + 1) ** 2
         self.update = nn.Sequential(
             nn.Conv2d(taps + 2 + 2 * HIDDEN, UPDATE, 3, padding=1),

@@ -61,25 +61,30 @@ def sintel(root: Path, pass_name: str | None = None) -> Iterator[Example]:
 
 
 def kitti_flow(root: Path, occluded: bool = True) -> Iterator[Example]:
-    """`training/<image_2|colored_0>/000000_10.png, 000000_11.png`, `training/<flow_occ|flow_noc>/000000_10.png`.
+    """`training/<image_2|colored_0|image_0>/000000_10.png, 000000_11.png`, `training/flow_<occ|noc>/000000_10.png`.
 
     Args:
         root: folder of KITTI 2015 or 2012.
         occluded: whether to include the flow of points that are hidden in the second frame.
     """
     training = root / "training"
-    images = next((training / name for name in ("image_2", "colored_0") if (training / name).is_dir()), training)
+    names = ("image_2", "colored_0", "image_0")
+    images = next((training / name for name in names if (training / name).is_dir()), training / names[0])
     for file in _files(training / ("flow_occ" if occluded else "flow_noc"), "*_10.png"):
         frames = images / file.name, images / file.name.replace("_10.png", "_11.png")
         yield Example(f"kitti {file.stem}", *frames, flow=partial(read_kitti_flow, file))
 
 
 def kitti_stereo(root: Path) -> Iterator[Example]:
-    """`training/image_2, image_3, disp_occ_0/000000_10.png` of KITTI 2015, as flow from the left to the right view."""
+    """`training/image_2, image_3, disp_occ_0/000000_10.png` (2015), or `colored_0, colored_1, disp_occ` (2012).
+
+    The disparity is read as flow from the left to the right view.
+    """
     training = root / "training"
-    for file in _files(training / "disp_occ_0", "*_10.png"):
-        frames = training / "image_2" / file.name, training / "image_3" / file.name
-        yield Example(f"kitti stereo {file.stem}", *frames, flow=partial(_stereo, partial(read_png16, file, 256)))
+    for labels, left, right in (("disp_occ_0", "image_2", "image_3"), ("disp_occ", "colored_0", "colored_1")):
+        for file in _files(training / labels, "*_10.png"):
+            frames = training / left / file.name, training / right / file.name
+            yield Example(f"kitti stereo {file.stem}", *frames, flow=partial(_stereo, partial(read_png16, file, 256)))
 
 
 def kitti_depth(root: Path) -> Iterator[Example]:

@@ -103,6 +103,19 @@ def read_pfm(file: File) -> Array:
     return np.ascontiguousarray(values[..., 0] if channels == 1 else values.transpose(2, 0, 1))
 
 
+def open_image(file: File) -> Image.Image:
+    """Open an image without decoding it.
+
+    Raises:
+        OSError: there is no such file, or it is no image.
+        ValueError: the image has so many pixels that Pillow takes it for an attack, which it says without its name.
+    """
+    try:
+        return Image.open(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{os.fspath(file)} is too large: {error}") from error
+
+
 def load(image: Image.Image, file: File) -> None:
     """Decode an image that has been opened.
 
@@ -136,7 +149,7 @@ def _bytes_of(file: File, order: str) -> NDArray[np.uint8]:
     Pillow cannot read 16 bits with three channels: without an error it reads only the first byte of each value.
     torchvision's decoder can, but is deprecated.
     """
-    with Image.open(file) as opened:
+    with open_image(file) as opened:
         image: Any = opened
         if image.mode != "RGB" or any(tile[3] != "RGB;16B" for tile in image.tile):
             raise ValueError(f"{os.fspath(file)} is not a 16-bit png with three channels, the format of KITTI's flow.")
@@ -156,9 +169,11 @@ def read_png16(file: File, scale: float) -> Array:
         (rows, columns) in units. NaN where the file has zero (unknown).
 
     Raises:
-        ValueError: the file is not a 16-bit image with one channel.
+        ValueError: the file is not a 16-bit image with one channel, or the scale is no positive number.
     """
-    with Image.open(file) as image:
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be a positive number, got {scale!r}.")
+    with open_image(file) as image:
         if not image.mode.startswith("I"):
             raise ValueError(
                 f"{os.fspath(file)} has the image mode {image.mode}; a 16-bit png with one channel is needed."
@@ -170,7 +185,7 @@ def read_png16(file: File, scale: float) -> Array:
 
 def read_grey(file: File) -> Array:
     """Read disparity in pixels from an 8-bit grey image (Middlebury 2006, full size). NaN where the file has zero."""
-    with Image.open(file) as image:
+    with open_image(file) as image:
         if image.mode not in ("L", "P"):
             raise ValueError(f"{os.fspath(file)} has the image mode {image.mode}; a grey image is needed.")
         load(image, file)

@@ -19,14 +19,14 @@ def valid_flow(target: Tensor, max_flow: float, mask: Tensor | None = None) -> T
     Args:
         target: (B, 2, H, W) true flow, NaN or infinite where unknown.
         max_flow: longest flow in pixels.
-        mask: (B, H, W), True where a pixel counts.
+        mask: (B, H, W), True or above 0 where a pixel counts.
 
     Returns:
         (B, H, W) bool.
     """
     known = torch.isfinite(target).all(dim=1)
     known &= torch.where(known[:, None], target, 0.0).norm(dim=1) < max_flow
-    return known if mask is None else known & mask.bool()
+    return known if mask is None else known & (mask > 0)
 
 
 def valid_depth(target: Tensor, min_depth: float, max_depth: float, mask: Tensor | None = None) -> Tensor:
@@ -36,13 +36,13 @@ def valid_depth(target: Tensor, min_depth: float, max_depth: float, mask: Tensor
         target: (B, H, W) true depth, zero, NaN or infinite where unknown.
         min_depth: smallest depth that counts.
         max_depth: largest depth that counts.
-        mask: (B, H, W), True where a pixel counts.
+        mask: (B, H, W), True or above 0 where a pixel counts.
 
     Returns:
         (B, H, W) bool.
     """
     known = torch.isfinite(target) & (target >= min_depth) & (target <= max_depth)
-    return known if mask is None else known & mask.bool()
+    return known if mask is None else known & (mask > 0)
 
 
 def flow_loss(flows: Sequence[Tensor], target: Tensor, valid: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import datasets
@@ -11,7 +11,6 @@ import evaluate
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import EvalPrediction
 
 from .errors import CROPS, THRESHOLDS, add_up, crop_mask, depth_errors, depth_sums, flow_sums, known_flow, median
 
@@ -40,7 +39,7 @@ class PixelMetric(evaluate.Metric):
         Args:
             predictions: (B, ...) predicted flow or depth.
             references: (B, ...) true flow or depth, of the same shape.
-            masks: (B, H, W) by name, True where a pixel counts.
+            masks: (B, H, W) by name, True or above 0 where a pixel counts.
 
         Raises:
             ValueError: shapes or numbers of images differ, or one of the two is missing.
@@ -74,7 +73,7 @@ class PixelMetric(evaluate.Metric):
                 f"The prediction has shape {tuple(found.shape)}, the reference {tuple(true.shape)}. Pass the labels "
                 "to the model: it then predicts at the size of the labels."
             )
-        given = {name: _tensor(mask).bool() for name, mask in masks.items() if mask is not None}
+        given = {name: _tensor(mask) > 0 for name, mask in masks.items() if mask is not None}
         for name, mask in given.items():
             if mask.shape != true.shape[-2:]:
                 raise ValueError(f"{name} has shape {tuple(mask.shape)}, but the image has {tuple(true.shape[-2:])}.")
@@ -104,7 +103,10 @@ class PixelMetric(evaluate.Metric):
 
 
 def _tensor(values: Any) -> Tensor:
-    return values.detach().cpu() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    # Copied, because torch takes no flipped or big-endian arrays, which readers of files return.
+    return torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 def _check_both(predictions: Any, references: Any) -> None:
@@ -228,7 +230,7 @@ class DepthError(PixelMetric):
         cap = float("inf") if self.cap is None else self.cap
         known = torch.isfinite(true) & (true >= self.min_depth) & (true <= cap)
         if self.crop is not None:
-            known &= crop_mask((true.shape[0], true.shape[1]), self.crop, true.device)
+            known &= crop_mask(true, self.crop)
         if (mask := masks.get("mask")) is not None:
             known &= mask
         if not known.any():
@@ -254,43 +256,3 @@ class DepthError(PixelMetric):
         if self.median_scaling:
             errors = {f"{key}_median_scaled": value for key, value in errors.items()}
         return errors | {"images": float(len(images)), "pixels": total["pixels"]}
-
-
-def trainer_metrics(*metrics: PixelMetric) -> Callable[..., dict[str, float]]:
-    """Make the Trainer's `compute_metrics` from one metric per task, in the order of the model's labels.
-
-    Use `TrainingArguments(batch_eval_metrics=True)`: the metrics then read batch after batch. Without it the Trainer
-    keeps the predictions of the whole data set in memory.
-
-    Args:
-        metrics: `EndPointError()` for a FlowModel, `DepthError()` for a DepthModel, both for a MotionModel, or one of
-            them if the data have labels of one task only and `TrainingArguments.label_names` names those.
-
-    Raises:
-        TypeError: there are none, or others than these.
-    """
-    if not metrics or not all(isinstance(metric, PixelMetric) for metric in metrics):
-        raise TypeError(f"trainer_metrics takes EndPointError() and DepthError(), and got {list(metrics)}.")
-
-    def compute_metrics(prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        found: Any = prediction.predictions
-        true: Any = prediction.label_ids
-        found = found if isinstance(found, tuple) else (found,)
-        true = true if isinstance(true, tuple) else (true,)
-        if len(found) > len(true):  # a MotionModel predicts depth also where only flow is known
-            found = tuple(each for each in found if each.ndim in {label.ndim for label in true})
-        if not len(metrics) == len(found) == len(true):
-            raise ValueError(
-                f"{len(metrics)} metrics for {len(found)} predictions and {len(true)} labels. Give trainer_metrics "
-                "one for each kind of label in the data, in the order flow, depth."
-            )
-        for metric, predictions, references in zip(metrics, found, true, strict=True):
-            metric.add_batch(predictions=predictions, references=references)
-        if not compute_result:
-            return {}
-        results: dict[str, float] = {}
-        for metric in metrics:
-            results |= metric.compute()
-        return results
-
-    return compute_metrics

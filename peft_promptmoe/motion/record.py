@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sharing.load_checks import fits
+
 Settings = dict[str, int | float | str | list[int]]
 
 NAME = "settings"
-LENGTH = 512  # bytes of a record, the same for all settings: PEFT compares shapes first
+LENGTH = 512  # bytes of a record, the same for nearly all settings: PEFT compares shapes first
+LONGEST = 65_536  # bytes of a record of very many blocks
 BYTE = 255
 
 
@@ -32,6 +35,10 @@ class Recorded(nn.Module):
         self.register_buffer(NAME, _encode(settings))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, own in self.named_parameters(recurse=False):
+            given = state_dict.get(f"{prefix}{name}")
+            if given is not None and given.shape != own.shape and fits(given, own):
+                state_dict[f"{prefix}{name}"] = given.reshape(own.shape)
         stored = state_dict.get(f"{prefix}{NAME}")
         has_data = isinstance(stored, Tensor) and not stored.is_meta  # FSDP fills in meta tensors later
         if stored is not None and has_data and hasattr(self, "_recorded"):
@@ -47,13 +54,14 @@ class Recorded(nn.Module):
 
 def _encode(settings: Settings) -> Tensor:
     text = json.dumps(settings, sort_keys=True).encode()
-    return torch.tensor(list(text.ljust(LENGTH)), dtype=torch.float32)
+    length = max(-(-len(text) // LENGTH), 1) * LENGTH
+    return torch.tensor(list(text.ljust(length)), dtype=torch.float32)
 
 
 def _decode(stored: Tensor) -> dict[str, Any]:
     """Settings from a file, which may be a stranger's: without any that can be read, all differ."""
     values = stored.detach().flatten().float().round()
-    if values.numel() != LENGTH or not bool(((values >= 0) & (values <= BYTE)).all()):
+    if not LENGTH <= values.numel() <= LONGEST or not bool(((values >= 0) & (values <= BYTE)).all()):
         return {}
     try:
         found = json.loads(bytes(values.to(torch.uint8).tolist()))

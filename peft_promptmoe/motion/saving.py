@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..sharing.load_checks import fits
+
 WEIGHTS, CONFIG, BACKBONE = "model.safetensors", "config.json", "backbone"
 STAGES = ("out_features", "out_indices", "stage_names")
 TIMM_ARGUMENTS = ("num_classes", "global_pool")
@@ -222,10 +224,10 @@ def _load_as_stored(model: nn.Module, file: Path, elsewhere: str | None = None) 
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is not complete or damaged: {error}.") from error
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    missing = [name for name in shapes if name not in tensors and not (elsewhere and name.startswith(elsewhere))]
-    unexpected = [name for name in tensors if name not in shapes]
-    other = [name for name in tensors if name in shapes and tensors[name].shape != shapes[name]]
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in tensors and not (elsewhere and name.startswith(elsewhere))]
+    unexpected = [name for name in tensors if name not in expected]
+    other = [name for name in tensors if name in expected and not fits(tensors[name], expected[name])]
     if missing or unexpected or other:
         raise ValueError(
             f"The weights in {file} do not fit this model: missing {missing}, unexpected {unexpected}, of another "

@@ -66,7 +66,7 @@ class ProMotionConfig(PromptConfig):
         unit_scale: factor of what a unit adds to its block's output. Unset: 0.25 (ours), with which a learning rate of
             1e-3 trains units in all blocks; with 1 those in twelve blocks diverged at this rate. Adapters that were
             saved before this setting existed keep 1.
-        denoise_weight: weight of the denoising loss. Unset: 1, or 0 without a denoiser (ours).
+        denoise_weight: weight of the denoising loss. Unset: 1, or none without a denoiser (ours).
         margin_weight, compact_weight: weights of the margin loss and of the compactness loss (both losses from
             ProtoSeg, with ten times its weights).
         bank_momentum: share of the old bank that a training step keeps. Unset: 0.99 (ours; at ProtoSeg's 0.999 the
@@ -140,8 +140,8 @@ class ProMotionConfig(PromptConfig):
         self._check_sizes()
         self._check_numbers()
         self._check_dead_settings()
-        if self.denoise_weight is None:
-            self.denoise_weight = DENOISE_WEIGHT if self.denoise_steps else 0.0
+        if self.denoise_weight is None and self.denoise_steps:
+            self.denoise_weight = DENOISE_WEIGHT
         if self.bank_momentum is None and self.proposal == "bank":
             self.bank_momentum = BANK_MOMENTUM
 
@@ -203,7 +203,7 @@ class ProMotionConfig(PromptConfig):
         if not self.denoise_steps and self.denoise_weight:
             raise ValueError(
                 f"denoise_weight={self.denoise_weight} has no effect with denoise_steps=0: there is no "
-                "denoiser. Leave denoise_weight unset, or set denoise_steps."
+                "denoiser. Leave denoise_weight unset (None), or set denoise_steps."
             )
         if not self.denoise_steps and self.noisy_features:
             raise ValueError(
@@ -220,7 +220,7 @@ class ProMotionConfig(PromptConfig):
             )
         if self.proposal == "pool" and self.bank_momentum is not None:
             raise ValueError(
-                "bank_momentum has no effect with proposal='pool': there is no bank. Leave bank_momentum unset."
+                "bank_momentum has no effect with proposal='pool': there is no bank. Leave bank_momentum unset (None)."
             )
         if self.reseed_after and (self.proposal == "pool" or self.bank_momentum == 1.0):
             raise ValueError(

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..adapter_state import PROMPT_CHILD, AdapterState
+from ..models.heads import takes
 
 ALIGNMENT = 64  # bytes, as torch aligns tensors on the CPU
 FLOATS = {
@@ -131,7 +132,7 @@ def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str, a
         adapter: name of the adapter.
 
     Raises:
-        ValueError: the file holds other tensors.
+        ValueError: the file holds other tensors, or a module that the model does not have.
         RuntimeError: a saved module has another shape than in the model.
     """
     own = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter)
@@ -149,10 +150,29 @@ def check_strangers(model: nn.Module, state_dict: dict[str, Any], prefix: str, a
             # PEFT removes the adapter's name from every name that it writes, even where it does not restore it.
             own |= {name, ".".join(part for part in parts if part != adapter)}
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-    refuse_strangers([name for name in names if name not in saved and not _is_key_under_prefixes(name, own)], prefix)
+    strangers = [name for name in names if name not in saved and not _is_key_under_prefixes(name, own)]
+    _refuse_other_heads(model, strangers, adapter)
+    refuse_strangers(strangers, prefix)
     for name, tensor in saved.items():
-        if (given := state_dict.get(f"{prefix}{name}")) is not None and given.shape != tensor.shape:
+        if (given := state_dict.get(f"{prefix}{name}")) is not None and not fits(given, tensor):
             raise RuntimeError(_other_size(model, f"{prefix}{name}", given, tensor))
+
+
+def _refuse_other_heads(model: Any, names: list[str], adapter: str) -> None:
+    """Refuse tensors of modules that the adapter's config names and the model does not have."""
+    config = getattr(model, "peft_config", {}).get(adapter)
+    paths = [path for path, _ in model.named_modules()]
+    for module in getattr(config, "modules_to_save", None) or ():
+        if any(f".{module}." in f".{name}" for name in names) and not any(takes(module, path) for path in paths):
+            raise ValueError(
+                f"The adapter was saved with the module {module!r}, which {type(model).__name__} does not have. Load "
+                "it onto the model that it was made for."
+            )
+
+
+def fits(given: Tensor, own: Tensor) -> bool:
+    """Whether a file's tensor has the shape of a module's, or is the one number that older files hold as ()."""
+    return given.shape == own.shape or (given.ndim == 0 and tuple(own.shape) == (1,))
 
 
 def refuse_strangers(names: list[str], prefix: str = "") -> None:

@@ -178,7 +178,8 @@ def all_or_nothing(adapter: str, looks: bool) -> Iterator[None]:
             unread.take_back()
         if load.made and isinstance(error, KeyError):
             raise ValueError(
-                f"The adapter file lacks {error.args[0]!r}, which should be saved with it according to its config."
+                f"The adapter file lacks {error.args[0]!r}, a tensor of a module that is saved with the adapter. Load "
+                "it onto the model that it was made for, or save it again."
             ) from error
         more = [said for said in load.remarks if said not in str(error)]
         if more and type(error) in (ValueError, RuntimeError):

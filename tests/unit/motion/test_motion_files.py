@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,9 @@ def test_16_bit_depth(tmp_path: Path) -> None:
     png16(values, tmp_path / "b.png")
     found = read_png16(tmp_path / "b.png", 1000)
     assert np.isnan(found[0, 0]) and found[0, 1] == 1.0
+    for scale in (0, -256, np.nan, np.inf):
+        with pytest.raises(ValueError, match="scale must be a positive number"):
+            read_png16(tmp_path / "b.png", scale)
     image(tmp_path / "c.png")
     with pytest.raises(ValueError, match="16-bit png"):
         read_png16(tmp_path / "c.png", 256)
@@ -237,6 +242,13 @@ def kitti_2015(root: Path) -> None:
     png16((DEPTH * 256).astype(np.uint16), root / "training" / "disp_occ_0" / "000000_10.png")
 
 
+def kitti_2012(root: Path) -> None:
+    for name in ("colored_0/000000_10.png", "colored_0/000000_11.png", "colored_1/000000_10.png"):
+        image(root / "training" / name)
+    kitti_png(FLOW, np.ones((ROWS, COLUMNS)), root / "training" / "flow_occ" / "000000_10.png")
+    png16((DEPTH * 256).astype(np.uint16), root / "training" / "disp_occ" / "000000_10.png")
+
+
 def kitti_selection(root: Path) -> None:
     folder = root / "depth_selection" / "val_selection_cropped"
     name = "2011_09_26_drive_0002_sync_{}_0000000005_image_02.png"
@@ -269,6 +281,7 @@ FOLDERS: dict[str, tuple[Any, int, set[str]]] = {
     "middlebury": (middlebury, 1, {"flow_labels"}),
     "sintel": (mpi_sintel, 2, {"flow_labels", "depth_labels", "occluded"}),
     "kitti": (kitti_2015, 2, {"flow_labels"}),
+    "kitti 2012": (kitti_2012, 2, {"flow_labels"}),
     "kitti depth": (kitti_selection, 1, {"depth_labels"}),
     "nyu": (nyu, 2, {"depth_labels"}),
     "chairs": (chairs, 2, {"flow_labels"}),
@@ -363,11 +376,50 @@ def test_frames_that_would_look_otherwise_are_refused(case: str, tmp_path: Path)
         TorchvisionPairs([(frame, frame, FLOW)])[0]
 
 
-@pytest.mark.parametrize("size", [28, (28,), (0, 28), (28.0, 28.0), "28"])
-def test_sizes_are_two_numbers(size: Any) -> None:
+def test_a_frame_that_is_refused_is_named(tmp_path: Path) -> None:
+    WRONG_FRAMES["16 bits"].save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"The frame .*deep\.png has the image mode I;16"):
+        MotionDataset([Example("deep", tmp_path / "deep.png")])[0]
+
+
+def test_pictures_with_huge_headers_are_refused_by_name(tmp_path: Path) -> None:
+    size = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 16, 2, 0, 0, 0)
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size))
+    (tmp_path / "huge.png").write_bytes(header + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", 0x35AF061E))
+    reads: list[Any] = [
+        read_kitti_flow,
+        lambda file: read_png16(file, 256),
+        read_grey,
+        lambda file: MotionDataset([Example("huge", file)])[0],
+        lambda file: MotionDataset([Example("huge", tmp_path / "a.png", occluded=file)])[0],
+    ]
+    image(tmp_path / "a.png")
+    for read in reads:
+        with pytest.raises(ValueError, match=r"huge\.png is too large"):
+            read(tmp_path / "huge.png")
+
+
+WRONG_NUMBERS: list[tuple[str, Any]] = [
+    *(("size", size) for size in (28, (28,), (0, 28), (28.0, 28.0), "28", (True, True))),
+    *(("mean", mean) for mean in (0.5, (0.5,), (0.5,) * 4, (0.5, 0.5, np.nan), "123")),
+    *(("std", std) for std in (0.5, (0.5,) * 4, (0.5, 0.5, 0.0), (0.5, 0.5, -0.5))),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), WRONG_NUMBERS)
+def test_frames_are_not_resized_or_normalised_by_other_than_numbers(name: str, values: Any) -> None:
     for make in (MotionDataset, TorchvisionPairs):
-        with pytest.raises(ValueError, match="size must be"):
-            make([], size=size)
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            make([], **{name: values})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
+    example = Example("a", tmp_path / "a.png")
+    expected = MotionDataset([example], size=(28, 42), std=[0.5, 0.5, 0.5])[0]["pixel_values"]
+    for size, std in (((np.int64(28), np.int64(42)), np.full(3, 0.5)), ([28, 42], torch.full((3,), 0.5))):
+        found = MotionDataset([example], size=size, std=std)[0]["pixel_values"]  # type: ignore[arg-type]
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_colours_are_no_disparity(tmp_path: Path) -> None:

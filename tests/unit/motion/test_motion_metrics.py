@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 
 from peft_promptmoe.motion import DepthError, EndPointError, trainer_metrics
 from peft_promptmoe.motion.errors import geometric_median
+from peft_promptmoe.motion.losses import valid_depth, valid_flow
 
 NAN = math.nan
 
@@ -154,6 +155,35 @@ def test_tensors_of_any_kind_are_read() -> None:
         assert scores["epe"] == pytest.approx(float(true.norm(dim=1).mean()), rel=1e-4)
 
 
+def test_arrays_as_readers_of_files_return_them_are_read() -> None:
+    true = np.random.default_rng(0).uniform(1, 20, (2, 6, 7)).astype(np.float32)
+    expected = DepthError().compute(predictions=np.full_like(true, 2.0), references=true)
+    big_endian, flipped = true.astype(">f4"), true[:, ::-1].copy()[:, ::-1]
+    for given in (big_endian, flipped, true.astype(np.longdouble), [list(image) for image in true]):
+        found = np.broadcast_to(np.float32(2.0), true.shape)
+        assert DepthError().compute(predictions=found, references=given) == expected
+
+
+def test_what_the_trainer_pads_is_no_part_of_a_crop() -> None:
+    true = np.random.default_rng(0).uniform(1, 20, (1, 40, 50))
+    padded = np.pad(true, ((0, 0), (0, 9), (0, 13)), constant_values=-100.0)
+    for crop in ("garg", "eigen", "nyu"):
+        expected = DepthError(crop=crop).compute(predictions=true + 1, references=true)  # type: ignore[arg-type]
+        found = DepthError(crop=crop).compute(predictions=padded + 1, references=padded)  # type: ignore[arg-type]
+        assert found == expected
+    nothing = np.full((1, 4, 4), -100.0)
+    with pytest.raises(ValueError, match="No pixel with a known reference"):
+        DepthError(crop="garg").compute(predictions=nothing, references=nothing)
+
+
+def test_what_is_unknown_or_padded_in_a_mask_does_not_count() -> None:
+    mask = torch.tensor([[[1.0, 0.0], [NAN, -100.0]]])
+    true = torch.ones(1, 2, 2, 2)
+    assert EndPointError().compute(predictions=true, references=true, mask=mask)["pixels"] == 1
+    assert EndPointError().compute(predictions=true, references=true, mask=(255 * mask.nan_to_num(0)))["pixels"] == 1
+    assert valid_flow(true, 400.0, mask).sum() == 1 and valid_depth(true[:, 0], 0.1, 80.0, mask).sum() == 1
+
+
 def test_no_valid_pixel_is_an_error() -> None:
     nothing = np.full((1, 2, 2, 2), np.nan)
     with pytest.raises(ValueError, match="No pixel with a known reference"):
@@ -266,6 +296,11 @@ def test_the_trainers_function_reads_one_task_or_two() -> None:
     assert scores["epe"] == 0 and scores["abs_rel"] == pytest.approx(1.0)
     # labels of one task, predictions of both
     assert one(EvalPrediction((true_flow, true_depth), true_flow))["epe"] == 0
+    # images of different sizes, which the Trainer keeps apart
+    batches = [np.ones((1, 2, 3, 3)), np.ones((1, 2, 2, 5))]
+    apart = one(EvalPrediction([np.zeros_like(each) for each in batches], batches))
+    assert apart["images"] == 2 and apart["epe"] == pytest.approx(math.sqrt(2))
+    assert two(EvalPrediction([(true_flow, true_depth)], [(true_flow, true_depth)]))["images"] == 2
     depth = trainer_metrics(DepthError())
     assert depth(EvalPrediction((true_flow, 2 * true_depth), (true_depth,)))["abs_rel"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="2 metrics for 1 predictions and 1 labels"):

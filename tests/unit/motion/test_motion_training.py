@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_backbones import BACKBONES, DEPTH_MODELS, PATCH, batch, depth_anything, dinov2, dpt, timm_vit
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -19,6 +19,7 @@ from transformers import Dinov2Model, Trainer, TrainingArguments
 
 from peft_promptmoe import DepthModel, FlowModel, MEPTConfig, MotionModel, ProMotionConfig, VAPTConfig
 from peft_promptmoe.motion import DepthError, EndPointError, trainer_metrics
+from peft_promptmoe.motion.record import Recorded
 
 # peft asks transformers by an old name
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -149,6 +150,23 @@ def test_an_adapter_is_refused_where_heads_have_other_settings(method: str, chan
         assert torch.equal(other.eval()(**inputs).loss, before)
 
 
+@pytest.mark.parametrize(
+    ("made", "used", "message"),
+    [
+        ("flow", "depth", r"lacks 'base_model\.model\.depth_head\..* Load it onto the model that it was made for"),
+        (
+            "joint",
+            "flow",
+            r"saved with the module 'depth_head', which FlowModel does not have\. Load it onto the model",
+        ),
+    ],
+)
+def test_an_adapter_of_another_task_is_refused(made: str, used: str, message: str, tmp_path: Path) -> None:
+    get_peft_model(MODELS[made](BACKBONES["timm"]()), VAPTConfig(num_virtual_tokens=2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(MODELS[used](BACKBONES["timm"]()), tmp_path)
+
+
 def test_without_heads_an_adapter_fits_other_heads(tmp_path: Path) -> None:
     config = VAPTConfig(num_virtual_tokens=2, modules_to_save=[], layers_to_transform=[0, 1])
     get_peft_model(FlowModel(BACKBONES["timm"](), levels=[0, 1]), config).save_pretrained(tmp_path)
@@ -197,6 +215,48 @@ def test_settings_that_cannot_be_read_are_refused(settings: Tensor) -> None:
     tensors = model.state_dict() | {"depth_head.settings": settings}
     with pytest.raises(RuntimeError, match="DepthHead were trained with"):
         model.load_state_dict(tensors)
+
+
+def long_record(refinements: int = 0) -> Recorded:
+    head = Recorded()
+    head.keep_settings(refinements=refinements, blocks=list(range(1000)))
+    return head
+
+
+def test_a_record_of_very_many_blocks_is_compared_too() -> None:
+    tensors = long_record().state_dict()
+    long_record().load_state_dict(tensors)
+    with pytest.raises(RuntimeError, match="trained with refinements=0, but this one has refinements=1"):
+        long_record(refinements=1).load_state_dict(tensors)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "adapter"])
+def test_heads_that_older_files_hold_with_scalars_are_loaded(whole: bool, tmp_path: Path) -> None:
+    """FSDP takes no parameter of shape (), so these have the shape (1,) now."""
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return MotionModel(depth_anything(), levels={"flow": [0]})
+
+    model = base() if whole else get_peft_model(base(), VAPTConfig(num_virtual_tokens=2))
+    inputs = batch("joint", size=SIZE)
+    model.train()(**inputs)
+    scale = model.depth_scale if whole else model.get_base_model().depth_scale.modules_to_save["default"]
+    expected = model.eval()(**inputs)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / ("model.safetensors" if whole else "adapter_model.safetensors")
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith(("temperature", "log_scale")):
+            tensors[name] = tensor.reshape(())
+        if name.endswith("log_scale"):  # they held what the first batch had set
+            tensors[name] += scale.started.log()
+        if name.endswith("started"):
+            tensors[name].fill_(1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    again = MotionModel.from_pretrained(tmp_path) if whole else PeftModel.from_pretrained(base(), tmp_path).eval()
+    found = again(**inputs)
+    assert torch.equal(found.flow, expected.flow) and torch.allclose(found.depth, expected.depth)
 
 
 @pytest.mark.parametrize("average", ["default", "ema", "ema of many", "swa of many"])
@@ -278,6 +338,9 @@ def test_evaluation_by_batches_of_different_size(tmp_path: Path) -> None:
     data = [{key: value[0] for key, value in inputs.items()} for inputs in (small, large)]
     run = trainer(model, "flow", tmp_path, per_device_eval_batch_size=1)
     scores = run.evaluate(data)
+    run.args.batch_eval_metrics, run.args.eval_do_concat_batches = False, False
+    run.args.include_for_metrics = ["inputs"]
+    assert run.evaluate(data)["eval_epe"] == pytest.approx(scores["eval_epe"], abs=1e-5)
     assert scores["eval_pixels"] == 20 * 30 + 40 * 50
     metric = EndPointError()
     for row in data:
@@ -358,9 +421,9 @@ def test_relative_depth_starts_at_the_scale_of_the_first_batch(factor: float) ->
     assert model.depth_scale.started
     found = model.depth_scale(factor / true, SIZE)
     assert torch.allclose(found, true, rtol=1e-3)
-    scale = model.depth_scale.log_scale.clone()
+    scale = model.depth_scale.started.clone()
     model.depth_scale.start(true, true, torch.ones_like(true, dtype=torch.bool))
-    assert torch.equal(model.depth_scale.log_scale, scale)
+    assert torch.equal(model.depth_scale.started, scale)
 
 
 def test_the_scale_starts_in_training_with_labels_only() -> None:
@@ -369,9 +432,16 @@ def test_the_scale_starts_in_training_with_labels_only() -> None:
     assert not model.depth_scale.started
     model.train()(pixel_values=inputs["pixel_values"])
     model(**{**inputs, "depth_labels": torch.zeros_like(inputs["depth_labels"])})  # nothing known
-    assert not model.depth_scale.started and model.depth_scale.log_scale == 0
+    assert not model.depth_scale.started
     model(**inputs)
     assert model.depth_scale.started
+
+
+def test_a_copy_that_is_thrown_away_sets_no_scale() -> None:
+    replica: Any = DepthModel(depth_anything()).depth_scale._replicate_for_data_parallel()
+    true = torch.rand(1, 4, 4) + 1
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel throws away the scale .* torchrun"):
+        replica.start(1 / true, true, torch.ones_like(true, dtype=torch.bool))
 
 
 def test_under_peft_the_scale_of_the_adapter_starts_and_the_models_own_does_not() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ def test_wrong_types_are_refused(name: str) -> None:
 def test_unset_weights_follow_from_the_other_settings(tmp_path: Path) -> None:
     assert (ProMotionConfig().denoise_weight, ProMotionConfig().bank_momentum) == (1.0, 0.99)
     plain = ProMotionConfig(denoise_steps=0, proposal="pool")
-    assert (plain.denoise_weight, plain.bank_momentum) == (0.0, None)
+    assert (plain.denoise_weight, plain.bank_momentum) == (None, None)
+    again = dataclasses.replace(plain, denoise_steps=1, proposal="bank")
+    assert (again.denoise_weight, again.bank_momentum) == (1.0, 0.99)
     plain.save_pretrained(tmp_path)
     assert PeftConfig.from_pretrained(tmp_path).to_dict() == plain.to_dict()
     assert "num_virtual_tokens" not in json.loads((tmp_path / "adapter_config.json").read_text())
@@ -168,3 +171,13 @@ def test_too_many_prototypes_are_refused_with_the_grid() -> None:
     with pytest.raises(ValueError, match=r"num_prototypes=5 .* 16 patches \(4 x 4\)"):
         model(**images())
     assert model(**images(shape=(32, 48))).logits.shape == (4, 3)
+
+
+def test_too_many_prototypes_are_refused_at_once_where_images_have_one_size() -> None:
+    def base(**settings: Any) -> Any:
+        return timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, **settings)
+
+    with pytest.raises(ValueError, match=r"num_prototypes=5 .* 16 patches \(4 x 4\)"):
+        get_peft_model(base(), ProMotionConfig(num_prototypes=5))
+    get_peft_model(base(), ProMotionConfig(num_prototypes=4))
+    get_peft_model(base(dynamic_img_size=True), ProMotionConfig(num_prototypes=5))
