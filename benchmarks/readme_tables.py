@@ -17,14 +17,7 @@ from pathlib import Path
 from harness.claims import claims
 from harness.client_table import clients
 from harness.markdown import table
-from harness.motion_tables import (
-    SLOW_HEADS,
-    learning_motion,
-    motion_assignments,
-    motion_levels,
-    motion_transfer,
-    unit_scale,
-)
+from harness.motion_tables import learning_motion, motion_assignments, motion_levels, motion_transfer, unit_scale
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
 from harness.rows import Row
 from harness.size_curves import size_table
@@ -299,7 +292,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning_mixture_sequence": lambda: learning("learning_mixture_sequence", "exact match", by_task=True),
     "learning_motion_flow": lambda: learning_motion("flow"),
     "learning_motion_depth": lambda: learning_motion("depth"),
-    "learning_motion_flow_slow_heads": lambda: learning_motion("flow", SLOW_HEADS),
     "unit_scale": unit_scale,
     "motion_assignments": motion_assignments,
     "motion_transfer": motion_transfer,

@@ -23,8 +23,9 @@ OWN_NAMES = {
     "vpt-deep-all": "VPT-Deep",
 }
 SCORES = {"flow": "epe", "depth": "abs_rel"}
-SLOW_HEADS = "_slow_heads"  # ends the name of what was run with heads at a third of their best rate
-SCALE_1 = "_scale_1"  # and of what was run with `unit_scale=1`
+SCALE_1 = "_scale_1"  # ends the name of what was run with `unit_scale=1`
+# Whose groups are shown: of the unit, and without those parts that change them.
+GROUPING = ("promotion", "promotion, not centred", "promotion, no margin loss", "promotion, no feedback")
 NOISES = ("noise 5", "noise 10", "noise 25")
 Cell = dict[str, Any]
 
@@ -50,9 +51,9 @@ def mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}"
 
 
-def learning_motion(task: str, kind: str = "") -> str:
+def learning_motion(task: str) -> str:
     """Error of each method, the least first, with its spread over seeds; under image noise; and on real pairs."""
-    score, found = SCORES[task], chosen(f"learning_motion_{task}{kind}", task)
+    score, found = SCORES[task], chosen(f"learning_motion_{task}", task)
     found = {method: cells for method, cells in found.items() if method not in TRANSFER}
     real = sorted({pair for _, cells in found.values() for cell in cells for pair in cell["real"]})
     headings = ["method", "seeds", "rates tried", "rate", "trained", "held-out pairs", "over seeds"]
@@ -106,9 +107,9 @@ def motion_assignments() -> str:
     rows = []
     for task in SCORES:
         found = chosen(f"learning_motion_{task}", task)
-        for method, (_, cells) in found.items():
-            seen = [cell["assignment"] for cell in cells if "assignment" in cell]
-            if not seen or method in TRANSFER:
+        for method in GROUPING:
+            seen = [cell["assignment"] for cell in found.get(method, (0, []))[1]]
+            if not seen:
                 continue
             shown = OWN_NAMES.get(method, method.replace("promotion, ", "ProMotion, "))
             line = [f"{shown}, {task}"]

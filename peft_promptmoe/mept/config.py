@@ -43,7 +43,8 @@ class MEPTConfig(VirtualTokensConfig):
         router_norm: whether the router reads its input through an RMS norm without gain (official code: yes).
         router_centering: whether a running mean is subtracted from the router's input. Layer inputs share one
             direction, which can make sample routing send everything to one expert. With centering the load is even and
-            experts follow the task in mixed data. On a single task it has cost accuracy, so it is off by default.
+            experts follow the task in mixed data. It has cost accuracy on a single task and on few texts of several
+            tasks, so it is off by default.
         renormalize_top_k: whether the gates of the chosen experts sum to one (official code: no). Refused for top_k=1
             with several experts: the router would get no gradient.
         router_noise: standard deviation of multiplicative Gaussian noise on router logits in training. The official
