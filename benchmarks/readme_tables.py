@@ -281,6 +281,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning_text": lambda: learning("learning_text"),
     "start_scale": start_table,
     "sizes_text": lambda: size_table("learning_text"),
+    "learning_text_10_epochs": lambda: learning("learning_text_sizes_10_epochs"),
     "learning_text_mixture": lambda: learning("learning_text_mixture"),
     "learning_vision_cifar10": lambda: learning("learning_vision_cifar10"),
     "learning_vision_mnist": lambda: learning("learning_vision_mnist"),
