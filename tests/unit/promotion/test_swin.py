@@ -214,9 +214,8 @@ def test_a_saved_adapter_gives_the_same(name: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_checkpointed_stages_change_nothing(reentrant: bool) -> None:
-    """transformers checkpoints a stage and, inside it, each of its blocks."""
+    """transformers checkpoints a stage and, inside it, each of its blocks. No input of the model needs a gradient."""
     found, batch = [], images()
-    batch["pixel_values"].requires_grad_(reentrant)  # which that kind needs
     for checkpointed in (False, True):
         model = adapted(MODELS["swin"]())
         if checkpointed:
