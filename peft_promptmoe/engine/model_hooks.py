@@ -20,6 +20,7 @@ from ..sharing.load_checks import check_read, check_strangers, check_tensors
 from ..sharing.rollback import Unread, note_made, running_load
 from . import continuous_batching
 from .called_module import CalledModule, holders
+from .checkpointed import CheckpointedModule, checkpointed_modules
 from .grid_book import GridBook
 from .image_size import image_size_checks
 from .prompt_layer import PromptLayer
@@ -139,6 +140,8 @@ class ModelHooks(nn.Module):
         for module in holders(model, layers):
             if module is not model:
                 self._inner += CalledModule(self, module).attach(module)
+        for module, inside in checkpointed_modules(model, layers).items():
+            self._inner.append(CheckpointedModule(inside).attach(module))
 
     @property
     def last_balance_loss(self) -> float | None:

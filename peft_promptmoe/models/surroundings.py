@@ -30,7 +30,8 @@ def block_of(model: nn.Module, path: str) -> tuple[str, int]:
     """
     if (found := _STAGE.match(path)) is not None:
         stages: Any = model.get_submodule(found.group(1))
-        before = sum(len(stage.blocks) for stage in stages[: int(found.group(2))])
+        # Stages of convolutions in front may have no blocks.
+        before = sum(len(getattr(stage, "blocks", ())) for stage in stages[: int(found.group(2))])
         return found.group(0), before + int(found.group(3))
     match = re.match(r"(?:.*?\.)?(\d+)(?=\.)", path)
     return (match.group(0), int(match.group(1))) if match else ("", 0)

@@ -23,7 +23,6 @@ from cases import (
     train,
 )
 from torch import Tensor, nn
-from transformers.models.swin.modeling_swin import SwinPatchEmbeddings
 
 BALANCE = 0.3
 
@@ -135,11 +134,6 @@ def checkpointing(model: nn.Module, reentrant: bool) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
     else:
         enable({"use_reentrant": reentrant})
-    swin = next((module for module in model.modules() if isinstance(module, SwinPatchEmbeddings)), None)
-    if swin is None:
-        model.enable_input_require_grads()  # type: ignore[operator]
-    else:  # `enable_input_require_grads` expects one tensor of it
-        swin.projection.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 class AttentionCalls:
