@@ -47,6 +47,7 @@ IMAGES = (
     *(Row(method, prompts) for prompts in (10, 50) for method in ("vpt_deep", "vapt")),
     *(Row("mept_sample", prompts, 4) for prompts in (10, 50)),
     Row("mept_token", 10, 4),
+    Row("promotion", 16),
 )
 
 

@@ -61,6 +61,7 @@ NAMES = {
     "vpt_deep": "VPT-Deep",
     "mept_sample": "MEPT by sample",
     "mept_token": "MEPT by token",
+    "promotion": "ProMotion",
 }
 
 

@@ -72,6 +72,7 @@ def targets() -> Iterator[Target]:
     yield from mixed_batches()
     yield from decoding()
     yield from long_texts()
+    yield from units()
 
 
 def against(
@@ -260,3 +261,13 @@ def long_texts() -> Iterator[Target]:
         found = against(figure, "lora_r8", models, ("mept_sample", "mept_token"), (20,))
         what = f"{NAMED[figure]} over LoRA r8, texts of 512 to 8,192 tokens, with and without a mask"
         yield Target("P12", what, 1.05, found)
+
+
+def units() -> Iterator[Target]:
+    """ProMotion behind all twelve blocks."""
+    of = IMAGE_MODELS, ("promotion",), (16,)  # prototypes
+    found = against("forward_flops", "base", *of)
+    yield Target("P13", "forward FLOPs, ViT-B/16, ProMotion behind 12 blocks", 1.015, found)
+    for figure, limit in (("train_flops", 1.05), ("saved_bytes", 1.10)):
+        found = against(figure, "lora_r8", *of)
+        yield Target("P13", f"{NAMED[figure]} over LoRA r8, ProMotion behind 12 blocks", limit, found)
