@@ -418,6 +418,13 @@ FAULTS = [
         ("tests/unit/promotion/test_unit.py", "-k", "maps"),
     ),
     Fault(
+        "nothing in front of re-entrantly checkpointed blocks needs a gradient",
+        "engine/checkpointed.py",
+        "args[first].detach().requires_grad_(True)",
+        "args[first]",
+        (TRAINING, "-k", "checkpointing_gives and vapt"),
+    ),
+    Fault(
         "prompts are carried on without their gradient",
         "engine/token_layer.py",
         "call is None or call.learns != torch.is_grad_enabled()",
