@@ -6,8 +6,8 @@
     python benchmarks/learning_text.py --methods lora head      # some methods only
     python benchmarks/learning_text.py --task mixture --pathways mept-centered    # draws each task's way
     python benchmarks/learning_text.py --sizes                  # every method in several sizes
-    python benchmarks/learning_text.py --sizes --epochs 10      # the same on a longer budget
-    python benchmarks/learning_text.py --sizes --epochs 10 --device cuda --workers 12    # the same on a GPU
+    python benchmarks/learning_text.py --sizes --epochs 10 --two-rates    # the same on a longer budget
+    python benchmarks/learning_text.py --sizes --epochs 10 --device cuda --workers 12    # all rates, on a GPU
 
 Every method gets the same texts, epochs, batches and number of learning rates. The rate is chosen on the development
 split with seed 0; the test split is scored at that rate only, with seeds 1 to 3. Classifiers read the mean over the
@@ -20,7 +20,7 @@ import copy
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ import assets
 from harness import search, text_tasks
 from harness.methods import config
 from harness.reading import FOLDER
+from harness.reading import results as read_results
 from harness.records import rounded
 from harness.rows import Row
 from harness.search import (
@@ -48,6 +49,7 @@ from harness.search import (
     run_method,
     time_steps,
     training_step,
+    two_rates,
 )
 from harness.shapes import SHAPES
 from harness.training import Budget, Results, predict, prediction_order, train, train_cell
@@ -138,9 +140,10 @@ class Bench:
     data: text_tasks.Data
     budget: Budget
     device: str = "cpu"
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)  # where not all are tried
 
     def lrs(self, name: str) -> tuple[float, ...]:
-        return METHODS[name].lrs
+        return self.rates.get(name, METHODS[name].lrs)
 
     def run(self, name: str, lr: float, seed: int, final: bool) -> dict[str, Any]:
         """One cell: train `name` at `lr` with `seed`; score the development split, or the test split if `final`."""
@@ -214,6 +217,14 @@ def in_sizes(epochs: int) -> list[str]:
     return [*(IN_SIZES if epochs != Budget.epochs else []), "static-50", *CURVES]
 
 
+def usual_results(task: str) -> dict[str, Any]:
+    """Summaries of the usual budget, in all sizes."""
+    if task == "mixture":
+        return read_results("learning_text_mixture")
+    files = ("learning_text", f"learning_text_sizes_{Budget.epochs}_epochs")
+    return {"summary": {name: row for file in files for name, row in read_results(file).get("summary", {}).items()}}
+
+
 def print_table(results: Results) -> None:
     print(f"\n{HEADINGS}  load entropy by layer")
     for name, row in ranking(results):
@@ -232,6 +243,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", action="store_true", help="every method in several sizes")
     parser.add_argument("--epochs", type=int, default=Budget.epochs)
+    parser.add_argument("--two-rates", action="store_true", help="only the usual budget's rate and the next smaller")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="cells that are made side by side")
     parser.add_argument(
@@ -248,7 +260,10 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     make = {"sentiment": text_tasks.sentiment, "mixture": text_tasks.mixture}[args.task]
     data = make(tokenizer, SIZES[args.task], max_length)
-    bench = Bench(folder, data, budget, args.device)
+    methods = args.methods or (in_sizes(args.epochs) if args.sizes else DEFAULTS[args.task])
+    usual = usual_results(args.task)
+    rates = {name: two_rates(METHODS[name].lrs, usual, name) for name in methods} if args.two_rates else {}
+    bench = Bench(folder, data, budget, args.device, rates)
     settings = {
         "task": args.task,
         "model": args.model or "all-MiniLM-L6-v2",
@@ -259,7 +274,6 @@ def main(args: argparse.Namespace) -> None:
     suffix = "" if args.task == "sentiment" else f"_{args.task}"
     suffix += f"_sizes_{args.epochs}_epochs" if args.sizes else ""
     results = Results(args.results or FOLDER / f"learning_text{suffix}.json", settings)
-    methods = args.methods or (in_sizes(args.epochs) if args.sizes else DEFAULTS[args.task])
     if args.times:
         time_steps(bench, results, methods)
         return

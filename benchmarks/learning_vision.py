@@ -3,7 +3,7 @@
 
     python benchmarks/learning_vision.py                          # CIFAR-10
     python benchmarks/learning_vision.py --task mnist
-    python benchmarks/learning_vision.py --epochs 20              # on a longer budget
+    python benchmarks/learning_vision.py --epochs 20 --two-rates  # on a longer budget
     python benchmarks/learning_vision.py --methods vapt vapt-20   # some methods only, also VAPT in other sizes
     python benchmarks/learning_vision.py --low-data               # and with 1, 10 and 30 per cent of the images
 
@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "advan
 import assets
 from harness import search, vision_tasks
 from harness.reading import FOLDER
-from harness.search import HEADINGS, line, ranking, run_cell, run_method, spread, time_steps
+from harness.reading import results as read_results
+from harness.search import HEADINGS, line, ranking, run_cell, run_method, spread, time_steps, two_rates
 from harness.training import Budget, Results, Split, predict, train_cell
 from harness.vision_methods import ALL, METHODS, PROMPTS
 
@@ -49,10 +50,11 @@ class Bench:
     size: int
     images: dict[str, vision_tasks.Images]
     budget: Budget
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)  # where not all are tried
     features: dict[str, vision_tasks.Features] = field(default_factory=dict)
 
     def lrs(self, name: str) -> tuple[float, ...]:
-        return ALL[name].lrs
+        return self.rates.get(name, ALL[name].lrs)
 
     def details(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
@@ -137,6 +139,7 @@ def parse_args() -> argparse.Namespace:
         default=True,
         help="bf16 autocast, which halves a step's time on CPUs that have AMX",
     )
+    parser.add_argument("--two-rates", action="store_true", help="only the usual budget's rate and the next smaller")
     parser.add_argument("--low-data", action="store_true", help=f"also train {', '.join(LOW_DATA)} on few images")
     parser.add_argument(
         "--results", type=Path, help="JSON file (default: benchmarks/results/learning_vision_TASK[_N_epochs].json)"
@@ -148,7 +151,9 @@ def main(args: argparse.Namespace) -> None:
     search.prepare(args)
     folder, budget = assets.dinov2_small(), Budget(epochs=args.epochs, batch_size=16, head_lr=1e-2, bf16=args.bf16)
     size = SIZES[args.task]
-    bench = Bench(folder, size, vision_tasks.load(args.task, folder, size, TEST), budget)
+    usual = read_results(f"learning_vision_{args.task}")
+    rates = {name: two_rates(ALL[name].lrs, usual, name) for name in args.methods} if args.two_rates else {}
+    bench = Bench(folder, size, vision_tasks.load(args.task, folder, size, TEST), budget, rates)
     settings = {
         "task": args.task,
         "model": Path(folder).name,

@@ -425,6 +425,13 @@ FAULTS = [
         (TRAINING, "-k", "checkpointing_gives and vapt"),
     ),
     Fault(
+        "a block that runs again in the backward pass is not known by its first run",
+        "engine/checkpointed.py",
+        "return torch.is_grad_enabled() and may_be_reentrant(module)",
+        "return False",
+        ("tests/contract/test_generic_rule.py", "-k", "find_their_input"),
+    ),
+    Fault(
         "prompts are carried on without their gradient",
         "engine/token_layer.py",
         "call is None or call.learns != torch.is_grad_enabled()",

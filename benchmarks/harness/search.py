@@ -100,6 +100,17 @@ def _made(job: Job) -> tuple[Job, dict[str, Any]]:
     return job, of | _bench.run(name, lr, seed, final)
 
 
+def two_rates(lrs: tuple[float, ...], usual: dict[str, Any], name: str) -> tuple[float, ...]:
+    """For a long budget: the rate that `usual`, the results of the usual budget, chose, and the next smaller one.
+
+    More steps rarely want a larger rate. Where the smallest was chosen, the second is the next larger.
+    """
+    if name not in usual.get("summary", {}):
+        raise SystemExit(f"Run `{name}` on the usual budget first, which chooses its rate.")
+    chosen = lrs.index(usual["summary"][name]["lr"])
+    return lrs[max(0, chosen - 1) :][:2]
+
+
 def admitted(results: Results, name: str, work: Callable[[], object]) -> bool:
     """Whether the libraries that are there can run a method: if not, their reason is kept with the results.
 

@@ -45,10 +45,18 @@ class CheckpointedModule:
 
 def may_be_reentrant(module: Any) -> bool:
     """Whether a module of transformers is checkpointed, and not by the kind that keeps its graph."""
-    if not module.gradient_checkpointing:
+    if not getattr(module, "gradient_checkpointing", False):
         return False
     settings = getattr(module._gradient_checkpointing_func, "keywords", {})
     return settings.get("use_reentrant") is not False
+
+
+def runs_again(module: Any) -> bool:
+    """Whether re-entrant checkpointing runs a module's forward in the backward pass, without its hooks.
+
+    Known by gradients, which its run in the forward pass does not have.
+    """
+    return torch.is_grad_enabled() and may_be_reentrant(module)
 
 
 def checkpointed_modules(model: nn.Module, layers: list[PromptLayer]) -> dict[nn.Module, list[PromptLayer]]:

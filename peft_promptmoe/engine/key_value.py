@@ -17,6 +17,7 @@ from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
+from .checkpointed import runs_again
 from .columns import Columns, MaskWithRows, Overheard, merge_columns
 from .given_query import look_for_query
 from .kernels import find_kernel
@@ -213,13 +214,15 @@ class KeyValueLayer(PromptLayer):
 
     def layer_input(self, hidden: Tensor, noted: Tensor | None = None) -> Tensor:
         """The attention layer's input before the norm, (B, T, D). `noted` if the block has passed it."""
-        if noted is not None:
+        again = runs_again(self.site.block)  # without the block's hooks; what they handed on is of the first run
+        if noted is not None and not again:
             return noted
         if self._takes_block_input() and (self.site.family is not None or torch.compiler.is_compiling()):
             return hidden
         note = self.notes.on(hidden)
         if note is None and self.notes_arrive:
-            note = self.notes.beside(hidden, self.calls)
+            known = again and self._takes_block_input()  # from the first run
+            note = self.site.block if known else self.notes.beside(hidden, self.calls)
         if self._takes_block_input():
             if note is self.site.block:
                 return hidden
@@ -227,8 +230,7 @@ class KeyValueLayer(PromptLayer):
         elif isinstance(note, Tensor) and note.shape == hidden.shape:
             return note
         else:
-            norm = type(self.site.norm).__name__
-            reason = f"its input is not the output of {norm}, through which prompts pass"
+            reason = f"its input is not the output of {type(self.site.norm).__name__}, through which prompts pass"
         raise CannotJoin(self.site.name, self.site.attention, reason)
 
     def _columns(

@@ -305,6 +305,13 @@ ARCHITECTURES: dict[str, Arch] = {
     "recurrent_gemma": Arch(
         WORKS, _CAUSAL, _LM | {"num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 4}
     ),
+    "falcon_h1": Arch(
+        WORKS,  # of prompts run through the whole block, the state space part would see some too
+        _CAUSAL,
+        _LM
+        | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+        | {"attention_in_multiplier": 0.7},
+    ),
     "deepseek_v32": Arch(
         WORKS,
         _CAUSAL,

@@ -26,8 +26,10 @@ from generic_models import (
 )
 from naive_blocks import rows_through_blocks
 from peft import PeftModel, get_peft_model
+from test_training import assert_same_gradients, checkpointing
 from torch import Tensor, nn
 from transformers import BertConfig, SpeechEncoderDecoderConfig, SpeechEncoderDecoderModel, Wav2Vec2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from peft_promptmoe import MEPTConfig
 from peft_promptmoe.engine.model_hooks import prompt_layers
@@ -134,6 +136,32 @@ def test_the_whole_contract(name: str, tmp_path: Path) -> None:
     assert prompted.unload() is model
     assert torch.equal(run(model, inputs), base)
     assert census(model) == before
+
+
+# Blocks whose attention reads their own input (norms behind it, or none), and one that scales what its norm returns.
+OF_THE_BLOCK = ["xlm-roberta", "olmo2", "marian", "wav2vec2", "falcon_h1"]
+
+
+def learned(name: str, reentrant: bool) -> dict[str, Tensor]:
+    """Gradients of an adapter; of the model only what checkpointing asks for is in training mode."""
+    prompted, _ = attach(name, make_model(name).requires_grad_(False))
+    base = prompted.get_base_model()
+    base.config.use_cache = False
+    if reentrant:
+        checkpointing(base, reentrant)
+        for module in base.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+    output = prompted(**make_inputs(base))
+    output.get("logits", output.get("last_hidden_state")).square().sum().backward()
+    return {key: p.grad for key, p in prompted.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", OF_THE_BLOCK)
+def test_blocks_that_run_again_in_the_backward_pass_find_their_input(name: str) -> None:
+    expected = learned(name, reentrant=False)
+    assert expected
+    assert_same_gradients(learned(name, reentrant=True), expected, 1e-9)
 
 
 def test_families_that_compute_attention_themselves_are_all_here() -> None:

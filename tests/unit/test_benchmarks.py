@@ -26,7 +26,7 @@ from harness.bottleneck import add_bottlenecks
 from harness.claims import WITHIN, claims, scores, sizes, verdict
 from harness.reach.table import table
 from harness.remembered import remember
-from harness.search import admitted, spread
+from harness.search import admitted, spread, two_rates
 from harness.targets import Target, targets
 from harness.training import Results
 from peft_promptmoe import FlowModel, ProMotionConfig
@@ -233,3 +233,12 @@ def test_a_block_that_trains_is_not_remembered() -> None:
     model = small_flow("bottleneck").requires_grad_(True)
     with pytest.raises(ValueError, match="trains cannot be remembered"):
         remember(model, 1, [{}])
+
+
+def test_a_long_budget_tries_the_rate_of_the_usual_one_and_the_next_smaller():
+    usual = {"summary": {"middle": {"lr": 1e-2}, "least": {"lr": 1e-3}}}
+    rates = (1e-3, 3e-3, 1e-2, 3e-2)
+    assert two_rates(rates, usual, "middle") == (3e-3, 1e-2)
+    assert two_rates(rates, usual, "least") == (1e-3, 3e-3)
+    with pytest.raises(SystemExit, match="on the usual budget first"):
+        two_rates(rates, usual, "never run")
