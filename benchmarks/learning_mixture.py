@@ -7,10 +7,10 @@
 
 SmolLM2-135M-Instruct forms questions, negates, writes past tenses and plurals, sorts words and judges reviews
 (`harness/instructions.py`); a greedy answer counts if it is exactly right. Methods, rates and the way a rate is chosen
-are those of `learning_causal.py`, besides centred routers. With `--sequence` every task is trained by itself, in the
-order of the list, with its share of texts and a schedule of its own, at the rate that was chosen for all tasks
-together; the score is the mean over all tasks after the last one, and what is forgotten is what a task's own score
-loses from its own training to the end. Finished cells are kept in the JSON file.
+are those of `learning_causal.py`, besides centred routers and MEPT with a single expert. With `--sequence` every task
+is trained by itself, in the order of the list, with its share of texts and a schedule of its own, at the rate that was
+chosen for all tasks together; the score is the mean over all tasks after the last one, and what is forgotten is what a
+task's own score loses from its own training to the end. Finished cells are kept in the JSON file.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from harness import search
 from harness.instructions import TASKS, Instructed, answered_exactly, splits
 from harness.reading import FOLDER, results
 from harness.records import rounded
+from harness.rows import Row
 from harness.search import HEADINGS, admitted, line, ranking, run_method, time_steps, training_step
 from harness.training import Budget, Results, Stopwatch, device_of, prediction_order, train, train_cell
 
@@ -43,6 +44,8 @@ SIZES = {"train": 240, "dev": 120, "test": 300}
 # `initialize_kv_prefix_from_text` starts prefix tuning on one text, which six tasks do not share.
 METHODS = {name: method for name, method in learning_causal.METHODS.items() if name != "prefix"}
 METHODS["mept-centered"] = replace(METHODS["mept-sample"], settings={"router_centering": True})
+# MEPT by sample with nothing to choose from: each prompt is the sum of the one expert's and of the shared one's.
+METHODS["mept-one"] = replace(METHODS["mept-sample"], row=Row("mept_sample", 10, 1))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
     python benchmarks/learning_vision.py                          # CIFAR-10
     python benchmarks/learning_vision.py --task mnist
     python benchmarks/learning_vision.py --epochs 20 --two-rates  # on a longer budget
-    python benchmarks/learning_vision.py --methods vapt vapt-20   # some methods only, also VAPT in other sizes
+    python benchmarks/learning_vision.py --methods vapt lora      # some methods only
+    python benchmarks/learning_vision.py --of-vapt                # VAPT in other sizes and by its official recipe
     python benchmarks/learning_vision.py --low-data               # and with 1, 10 and 30 per cent of the images
 
 The protocol is VTAB-1k's. Every method gets the same images, epochs, batches and number of learning rates. The rate is
@@ -32,7 +33,7 @@ from harness.reading import FOLDER
 from harness.reading import results as read_results
 from harness.search import HEADINGS, line, ranking, run_cell, run_method, spread, time_steps, two_rates
 from harness.training import Budget, Results, Split, predict, train_cell
-from harness.vision_methods import ALL, METHODS, PROMPTS
+from harness.vision_methods import ALL, METHODS, OF_VAPT, PROMPTS
 
 SIZES = {"cifar10": 98, "mnist": 56}  # pixels, grids of 7 x 7 and 4 x 4 patches
 TEST = 2000
@@ -131,7 +132,8 @@ def print_tables(results: Results) -> None:
 def parse_args() -> argparse.Namespace:
     parser = search.parser(__doc__)
     parser.add_argument("--task", choices=sorted(vision_tasks.TASKS), default="cifar10")
-    parser.add_argument("--methods", nargs="+", choices=list(ALL), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(ALL), help="default: all that the results are of")
+    parser.add_argument("--of-vapt", action="store_true", help="VAPT in other sizes and by its official recipe")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument(
         "--bf16",
@@ -142,7 +144,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--two-rates", action="store_true", help="only the usual budget's rate and the next smaller")
     parser.add_argument("--low-data", action="store_true", help=f"also train {', '.join(LOW_DATA)} on few images")
     parser.add_argument(
-        "--results", type=Path, help="JSON file (default: benchmarks/results/learning_vision_TASK[_N_epochs].json)"
+        "--results",
+        type=Path,
+        help="JSON file (default: benchmarks/results/learning_vision_TASK[_vapt][_N_epochs].json)",
     )
     return parser.parse_args()
 
@@ -151,8 +155,11 @@ def main(args: argparse.Namespace) -> None:
     search.prepare(args)
     folder, budget = assets.dinov2_small(), Budget(epochs=args.epochs, batch_size=16, head_lr=1e-2, bf16=args.bf16)
     size = SIZES[args.task]
-    usual = read_results(f"learning_vision_{args.task}")
-    rates = {name: two_rates(ALL[name].lrs, usual, name) for name in args.methods} if args.two_rates else {}
+    usual = f"learning_vision_{args.task}{'_vapt' * args.of_vapt}"
+    methods = args.methods or list(OF_VAPT if args.of_vapt else METHODS)
+    rates = {}
+    if args.two_rates:
+        rates = {name: two_rates(ALL[name].lrs, read_results(usual), name) for name in methods}
     bench = Bench(folder, size, vision_tasks.load(args.task, folder, size, TEST), budget, rates)
     settings = {
         "task": args.task,
@@ -163,11 +170,11 @@ def main(args: argparse.Namespace) -> None:
         "budget": asdict(budget),
     }
     suffix = "" if args.epochs == EPOCHS else f"_{args.epochs}_epochs"
-    results = Results(args.results or FOLDER / f"learning_vision_{args.task}{suffix}.json", settings)
+    results = Results(args.results or FOLDER / f"{usual}{suffix}.json", settings)
     if args.times:
-        time_steps(bench, results, args.methods)
+        time_steps(bench, results, methods)
         return
-    for name in args.methods:
+    for name in methods:
         run_method(bench, results, name, args.seeds)
         if args.low_data and name in LOW_DATA:
             run_low_data(bench, results, name, args.seeds)

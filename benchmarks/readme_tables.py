@@ -16,13 +16,14 @@ from pathlib import Path
 
 from harness.claims import claims
 from harness.client_table import clients
-from harness.markdown import table
+from harness.markdown import deviation, table
 from harness.motion_tables import learning_motion, motion_assignments, motion_levels, motion_transfer, unit_scale
 from harness.reading import NAMES, exact_records, exact_row, results, row_of, time_ratio, times
 from harness.rows import Row
 from harness.size_curves import size_table
 from harness.start_scale import start_table
 from harness.targets import GPU, LENGTHS, targets
+from harness.vision_tables import low_data, of_vapt
 
 HERE = Path(__file__).resolve().parent
 READMES = (HERE.parent / "README.md", HERE / "README.md", HERE.parent / "docs" / "clients.md")
@@ -53,10 +54,6 @@ IMAGES = (
 
 def spread(values: list[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
-
-
-def deviation(value: float | None) -> str:
-    return "" if value is None else f"± {value:.3f}"
 
 
 # What a summary says of routers, and the headings of it.
@@ -108,18 +105,6 @@ def front() -> str:
         scores = [next((summary[method]["mean"] for method in kinds if method in summary), None) for kinds in shown]
         lines.append([task, *(number(score) for score in scores)])
     return table(["", "head only", "deep prompts or VPT-Deep", "MEPT", "VAPT", "LoRA r8"], lines)
-
-
-def low_data(name: str) -> str:
-    """Accuracy by number of training images."""
-    curves = results(name)["low_data"]
-    numbers = sorted({int(number) for curve in curves.values() for number in curve})
-    rows = [
-        [NAMES.get(method, method)]
-        + [f"{curve[str(n)]['mean']:.3f} {deviation(curve[str(n)]['sd'])}" if str(n) in curve else "" for n in numbers]
-        for method, curve in curves.items()
-    ]
-    return table(["method", *(f"{number} images" for number in numbers)], rows)
 
 
 def name_of(row: Row) -> str:
@@ -286,6 +271,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning_text_mixture": lambda: learning("learning_text_mixture"),
     "learning_vision_cifar10": lambda: learning("learning_vision_cifar10"),
     "learning_vision_mnist": lambda: learning("learning_vision_mnist"),
+    "learning_vision_mnist_20_epochs": lambda: learning("learning_vision_mnist_20_epochs"),
+    "vapt_mnist": lambda: of_vapt("learning_vision_mnist"),
     "low_data_cifar10": lambda: low_data("learning_vision_cifar10"),
     "low_data_mnist": lambda: low_data("learning_vision_mnist"),
     "learning_experts": lambda: learning("learning_experts"),

@@ -23,6 +23,7 @@ NAMES = {
     "vapt": "VAPT",
     "mept-sample": 'MEPT, `routing="sample"`',
     "mept-centered": 'MEPT, `routing="sample"`, `router_centering=True`',
+    "mept-one": "one expert and one shared, `num_experts=1`",
     "mept-token": 'MEPT, `routing="token"`',
     "static-inputs": 'deep prompts, `num_experts=1`, `start_scale="inputs"`',
     "mept-token-inputs": 'MEPT, `routing="token"`, `start_scale="inputs"`',

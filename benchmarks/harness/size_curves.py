@@ -7,7 +7,7 @@ A curve's sizes come from two files of one budget: `learning_text.py` has each m
 
 from dataclasses import dataclass
 
-from .markdown import table
+from .markdown import deviation, table
 from .reading import results
 
 # Methods by curve, the smallest first, with the prompts that a token meets.
@@ -69,7 +69,7 @@ def size_table(name: str) -> str:
             f"{each.trained:,}",
             str(each.prompts or ""),
             f"{each.score:.3f}",
-            "" if each.deviation is None else f"± {each.deviation:.3f}",
+            deviation(each.deviation),
             str(each.seeds),
             f"{each.lr:g}",
             "" if each.seconds is None else f"{each.seconds:.2g} s",

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Dinov2Config, Dinov2ForImageClassification
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "advanced"))
 
 import learning_text
-from harness import size_curves
+from harness import size_curves, vision_methods
 from harness.size_curves import CURVES
+from harness.training import ADAMW
+from harness.vision_tables import OF_VAPT
 
 
 def test_curves_are_what_is_run() -> None:
@@ -62,3 +64,15 @@ def test_sizes_come_from_both_files_in_the_order_of_what_they_train(monkeypatch:
         ["LoRA on all of attention", "100", "", "0.700", "", "1", "0.001", ""],
         ["LoRA on all of attention", "800", "", "0.850", "± 0.010", "3", "0.001", "0.25 s"],
     ]
+
+
+def test_the_table_of_vapt_says_what_was_run() -> None:
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28}
+    assert {*OF_VAPT} == {*vision_methods.OF_VAPT, "vapt", "vpt-deep"}
+    for name, (method, prompts, static) in OF_VAPT.items():
+        base = Dinov2ForImageClassification(Dinov2Config(patch_size=14, num_labels=2, **shape))
+        made: Any = vision_methods.ALL[name].build(base, 28).active_peft_config
+        assert (made.num_virtual_tokens, str(made.num_static_layers)) == (prompts, static)
+        assert method.startswith("VAPT" if name.startswith("vapt") else "VPT-Deep")
+        official = made.projector_scale == 1.0
+        assert official == method.endswith("official recipe") == (vision_methods.ALL[name].recipe is not ADAMW)
