@@ -81,10 +81,13 @@ bench-full: $(VENV)/.installed-benchmarks
 	$(BIN)/python benchmarks/learning_text.py --task mixture --pathways mept-centered
 	$(BIN)/python benchmarks/learning_vision.py --low-data
 	$(BIN)/python benchmarks/learning_vision.py --task mnist --low-data
+	$(BIN)/python benchmarks/learning_vision.py --task mnist --of-vapt
+	$(BIN)/python benchmarks/learning_vision.py --task mnist --epochs 20 --two-rates
 	$(BIN)/python benchmarks/learning_causal.py
 	$(BIN)/python benchmarks/learning_mixture.py
 	$(BIN)/python benchmarks/learning_mixture.py --sequence
 	$(BIN)/python benchmarks/learning_experts.py
+	$(BIN)/python benchmarks/learning_dense.py
 	$(BIN)/python benchmarks/motion_levels.py
 	$(BIN)/python benchmarks/learning_motion.py
 	$(BIN)/python benchmarks/learning_motion.py --ablations

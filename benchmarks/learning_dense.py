@@ -48,7 +48,7 @@ GRID = SIDE // PATCH
 PROMPTS = 5
 NEAR = math.log(1.25)
 MEAN, STD = (torch.tensor(each)[:, None, None] for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3)
 Maps = Callable[[Tensor], Tensor]  # of images (B, 3, SIDE, SIDE), (B, channels, GRID, GRID)
 
 
@@ -194,7 +194,7 @@ def constant(photos: dict[str, Photos]) -> float:
 def parse_args() -> argparse.Namespace:
     parser = search.parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--results", type=Path, default=FOLDER / "learning_dense.json")
     return parser.parse_args()
 

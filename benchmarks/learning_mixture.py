@@ -45,7 +45,7 @@ SIZES = {"train": 240, "dev": 120, "test": 300}
 METHODS = {name: method for name, method in learning_causal.METHODS.items() if name != "prefix"}
 METHODS["mept-centered"] = replace(METHODS["mept-sample"], settings={"router_centering": True})
 # MEPT by sample with nothing to choose from: each prompt is the sum of the one expert's and of the shared one's.
-METHODS["mept-one"] = replace(METHODS["mept-sample"], row=Row("mept_sample", 10, 1))
+METHODS["static-shared"] = replace(METHODS["mept-sample"], row=Row("mept_sample", 10, 1))
 
 
 @dataclass(frozen=True)

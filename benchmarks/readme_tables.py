@@ -276,6 +276,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "low_data_cifar10": lambda: low_data("learning_vision_cifar10"),
     "low_data_mnist": lambda: low_data("learning_vision_mnist"),
     "learning_experts": lambda: learning("learning_experts"),
+    "learning_dense": lambda: learning("learning_dense", "patches right"),
     "learning_causal": lambda: learning("learning_causal", "exact match"),
     "learning_mixture": lambda: learning("learning_mixture", "exact match", by_task=True),
     "learning_mixture_sequence": lambda: learning("learning_mixture_sequence", "exact match", by_task=True),

@@ -85,6 +85,7 @@ TASKS = {
     "learning_mixture": "six instructions",
     "learning_vision_cifar10": "CIFAR-10",
     "learning_vision_mnist": "MNIST",
+    "learning_vision_mnist_20_epochs": "MNIST",
     "learning_experts": "digits on photos",
 }
 
@@ -95,7 +96,7 @@ def _name(method: str) -> str:
 
 def claims() -> Iterator[Claim]:
     """All claims, paper by paper."""
-    images = ("learning_vision_cifar10", "learning_vision_mnist")
+    images = ("learning_vision_cifar10", "learning_vision_mnist", "learning_vision_mnist_20_epochs")
     for file in images:
         yield scores("VAPT", "beats full fine-tuning (by 7.34 points on VTAB-1k)", file, "vapt", "full")
     for file in images:
