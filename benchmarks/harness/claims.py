@@ -109,6 +109,7 @@ def claims() -> Iterator[Claim]:
     ):
         says = "beats prompt methods (by 1.94 points on SuperGLUE) with fewer active prompts: 10 beside 20"
         yield scores("MEPT", says, file, method, "prompt", "prefix")
+    yield scores("MEPT", says, "learning_mixture", "mept-sample", "prompt")
     for file in ("learning_text_mixture", "learning_mixture"):
         yield scores("MEPT", "beats P-Tuning v2, which is one deep prompt", file, "mept-sample", "static")
     yield scores(
