@@ -130,7 +130,6 @@ class Bench:
             batch = {key: value.to(device) for key, value in split.batch(chosen).items()}
             with self.budget.autocast(device):
                 logits = model(**batch).logits  # labels tell sample routing where the question ends
-            logits = logits[:, -batch["labels"].shape[1] :]  # PEFT's prompt tuning adds positions in front
             right[chosen] = answered_exactly(logits, batch["labels"]).cpu()
         return right
 

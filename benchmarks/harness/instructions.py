@@ -104,11 +104,12 @@ def answered_exactly(logits: Tensor, labels: Tensor) -> Tensor:
     A greedy decoder that has written the answer so far is given what the model is given here, so one forward tells.
 
     Args:
-        logits: (B, T, V) of the texts with their answers.
+        logits: (B, T or more, V) of the texts with their answers, which come last (PEFT's prompt tuning adds positions
+            in front of them).
         labels: (B, T), `IGNORED` outside answers.
     """
     wanted = labels[:, 1:]
-    right = logits[:, :-1].argmax(-1) == wanted
+    right = logits[:, -labels.shape[1] : -1].argmax(-1) == wanted
     return (right | (wanted == IGNORED)).all(dim=1)
 
 

@@ -30,7 +30,7 @@ class CheckpointedModule:
         return module.register_forward_pre_hook(self._before)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not (module.training and torch.is_grad_enabled() and may_be_reentrant(module)):
+        if not may_run_again(module):
             return None
         tensors = [
             index for index, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()
@@ -43,20 +43,17 @@ class CheckpointedModule:
         return (*args[:first], args[first].detach().requires_grad_(True), *args[first + 1 :])
 
 
-def may_be_reentrant(module: Any) -> bool:
-    """Whether a module of transformers is checkpointed, and not by the kind that keeps its graph."""
-    if not getattr(module, "gradient_checkpointing", False):
+def may_run_again(module: Any) -> bool:
+    """Whether transformers runs a module's forward again in the backward pass, by the kind of checkpointing that gives
+    that run other tensors.
+
+    In front of the module this is known before the forward pass. Inside it is true in the second run only, because the
+    first has no gradients. The second run is without the module's own hooks.
+    """
+    if not (torch.is_grad_enabled() and module.training and getattr(module, "gradient_checkpointing", False)):
         return False
     settings = getattr(module._gradient_checkpointing_func, "keywords", {})
     return settings.get("use_reentrant") is not False
-
-
-def runs_again(module: Any) -> bool:
-    """Whether re-entrant checkpointing runs a module's forward in the backward pass, without its hooks.
-
-    Known by gradients, which its run in the forward pass does not have.
-    """
-    return torch.is_grad_enabled() and may_be_reentrant(module)
 
 
 def checkpointed_modules(model: nn.Module, layers: list[PromptLayer]) -> dict[nn.Module, list[PromptLayer]]:

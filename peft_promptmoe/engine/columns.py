@@ -68,6 +68,15 @@ class Columns:
         ]
         return replace(self, slots=slots, chosen=chosen)
 
+    def check_arrived(self, layer: str) -> None:
+        """Raise RuntimeError if `layer`, its name in the message, did not use the columns once in each kernel call."""
+        if self.arrived != self.calls:
+            raise RuntimeError(
+                f"{layer} reached its attention kernel {self.arrived} times in one call instead of {self.calls}, so "
+                "the prompts did not join its attention as defined. This architecture (or this option of it) is not "
+                "supported. Unload the adapter."
+            )
+
     def _part(self, rows: Tensor, which: int) -> Tensor:
         return rows.chunk(self.calls, dim=-1)[which]
 

@@ -17,7 +17,7 @@ from ..models.reachable import CannotJoin
 from ..models.sites import Site
 from ..routing.prompt_call import PromptCall
 from ..routing.record import Chosen
-from .checkpointed import runs_again
+from .checkpointed import may_run_again
 from .columns import Columns, MaskWithRows, Overheard, merge_columns
 from .given_query import look_for_query
 from .kernels import find_kernel
@@ -193,13 +193,8 @@ class KeyValueLayer(PromptLayer):
         self.notes.forget()
         mask = kwargs.get("attention_mask")
         columns = mask.columns if isinstance(mask, MaskWithRows) else kwargs.get(COLUMNS)
-        if isinstance(columns, Columns) and columns.arrived != columns.calls:
-            raise RuntimeError(
-                f"{type(attention).__name__} at {self.site.name!r} reached its attention kernel "
-                f"{columns.arrived} times in one call instead of {columns.calls}, so the prompts did not join its "
-                "attention as defined. This architecture (or this option of it) is not supported. Unload the adapter."
-            )
         if isinstance(columns, Columns):
+            columns.check_arrived(f"{type(attention).__name__} at {self.site.name!r}")
             note_keys(self.site, dict(zip(self._names, args, strict=False)) | kwargs)
 
     def _takes_block_input(self) -> bool:
@@ -214,7 +209,7 @@ class KeyValueLayer(PromptLayer):
 
     def layer_input(self, hidden: Tensor, noted: Tensor | None = None) -> Tensor:
         """The attention layer's input before the norm, (B, T, D). `noted` if the block has passed it."""
-        again = runs_again(self.site.block)  # without the block's hooks; what they handed on is of the first run
+        again = may_run_again(self.site.block)  # what the block's hooks handed on is of the first run
         if noted is not None and not again:
             return noted
         if self._takes_block_input() and (self.site.family is not None or torch.compiler.is_compiling()):

@@ -370,10 +370,10 @@ def test_labels_by_the_billion(folder: Path, timm_folder: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"checkpoint_path": "/tmp/evil.pth"},
+        {"checkpoint_path": "/elsewhere/evil.pth"},
         {"pretrained": True},
         {"pretrained_cfg": {"url": "https://evil.example/x.pth"}},
-        {"pretrained_cfg_overlay": {"file": "/tmp/evil.pth"}},
+        {"pretrained_cfg_overlay": {"file": "/elsewhere/evil.pth"}},
         {"cache_dir": "/tmp"},
         {"features_only": True},
         {"depth": 10**6},

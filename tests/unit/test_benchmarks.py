@@ -236,7 +236,7 @@ def test_a_block_that_trains_is_not_remembered() -> None:
         remember(model, 1, [{}])
 
 
-def test_a_long_budget_tries_the_rate_of_the_usual_one_and_the_next_smaller():
+def test_a_long_budget_tries_the_rate_of_the_usual_one_and_the_next_smaller() -> None:
     usual = {"summary": {"middle": {"lr": 1e-2}, "least": {"lr": 1e-3}}}
     rates = (1e-3, 3e-3, 1e-2, 3e-2)
     assert two_rates(rates, usual, "middle") == (3e-3, 1e-2)

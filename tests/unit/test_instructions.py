@@ -37,7 +37,10 @@ def test_an_answer_is_exact_if_greedy_decoding_writes_it() -> None:
         ids[row, place] = (ids[row, place] + 1) % 30
         labels = torch.cat([torch.full_like(asked, IGNORED), ids[:, 5:]], dim=1)
         with torch.no_grad():
-            found = answered_exactly(model(input_ids=ids).logits, labels)
+            logits = model(input_ids=ids).logits
+        in_front = torch.cat([torch.randn(3, 2, 30), logits], dim=1)
+        found = answered_exactly(logits, labels)
+        assert torch.equal(answered_exactly(in_front, labels), found)
         assert found.tolist() == [other != row for other in range(3)]
 
 
